@@ -1,0 +1,19 @@
+//! Device models of the monitor Ferry, over event-manager and plain file descriptors.
+//!
+//! A device here is three things: its specification (constants with their source), its state (a plain
+//! struct whose fields are all named in save and restore), and its behaviour. No device knows KVM: an
+//! interrupt is an [`EventFd`](vmm_sys_util::eventfd::EventFd) that somebody else wires up, and a
+//! register access arrives through the [`PortDevice`] trait.
+
+mod debug_exit;
+mod ports;
+mod reset;
+mod serial;
+
+pub use debug_exit::{DEBUG_EXIT_PORT, DebugExit};
+pub use ports::{PortBus, PortDevice, PortRange, PortsError};
+pub use reset::{I8042_PORT, I8042_PORTS, ResetController};
+pub use serial::{
+    COM1_INTERRUPT, COM1_PORT, COM1_PORTS, Serial, SerialError, SerialInput, SerialOutput,
+    SerialSnapshot,
+};

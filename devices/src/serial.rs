@@ -1,0 +1,409 @@
+//! A 16550 serial port: vm-superio's model, with an output that is waited for and an input that is not
+//! lost when the guest reads slowly.
+//!
+//! Specification: National Semiconductor PC16550D, "Universal Asynchronous Receiver/Transmitter".
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
+use vm_superio::{Serial as Uart, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::PortDevice;
+
+/// First port of COM1 on a PC.
+pub const COM1_PORT: u16 = 0x3f8;
+/// The 16550's registers take eight ports.
+pub const COM1_PORTS: u16 = 8;
+/// The interrupt line of COM1 on a PC.
+pub const COM1_INTERRUPT: u32 = 4;
+
+/// Most bytes of input that wait in the monitor for the guest; a restored state may hold as many.
+const INPUT_LIMIT: usize = 64 * 1024;
+/// The receive FIFO of the UART model.
+const FIFO_LIMIT: usize = 64;
+
+/// Where the guest's output goes.
+pub type SerialOutput = Box<dyn Write + Send>;
+
+/// Why a serial port could not be made or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SerialError {
+    /// A saved state that no port can have been in.
+    #[error("serial state: {field} is {found}, at most {limit} is possible")]
+    State {
+        /// The field of [`SerialSnapshot`].
+        field: &'static str,
+        /// What it holds.
+        found: usize,
+        /// The most it can hold.
+        limit: usize,
+    },
+    /// The interrupt could not be raised.
+    #[error("serial interrupt: {0}")]
+    Interrupt(#[source] io::Error),
+}
+
+/// The state of a serial port: the 16550's registers, and the input that waits for the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialSnapshot {
+    /// Divisor latch, low byte.
+    pub divisor_low: u8,
+    /// Divisor latch, high byte.
+    pub divisor_high: u8,
+    /// Interrupt enable register.
+    pub interrupt_enable: u8,
+    /// Interrupt identification register.
+    pub interrupt_identification: u8,
+    /// Line control register.
+    pub line_control: u8,
+    /// Line status register.
+    pub line_status: u8,
+    /// Modem control register.
+    pub modem_control: u8,
+    /// Modem status register.
+    pub modem_status: u8,
+    /// Scratch register.
+    pub scratch: u8,
+    /// The receive FIFO, oldest byte first, at most 64 bytes.
+    pub receive_fifo: Vec<u8>,
+    /// Input that did not fit the FIFO yet, oldest byte first, at most 64 KiB.
+    pub waiting_input: Vec<u8>,
+}
+
+struct Interrupt(EventFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct Port {
+    uart: Uart<Interrupt, NoEvents, SerialOutput>,
+    /// Input behind the FIFO.
+    waiting: VecDeque<u8>,
+    /// Bytes or interrupts that failed, for the counters.
+    lost: u64,
+}
+
+impl Port {
+    /// Moves input into the FIFO as far as it goes.
+    fn refill(&mut self) {
+        let room = self.uart.fifo_capacity();
+        if room == 0 || self.waiting.is_empty() {
+            return;
+        }
+        let bytes: Vec<u8> = self.waiting.iter().copied().take(room).collect();
+        match self.uart.enqueue_raw_bytes(&bytes) {
+            Ok(taken) => drop(self.waiting.drain(..taken)),
+            Err(_) => self.lost += 1,
+        }
+    }
+}
+
+/// A 16550 serial port. Clones are the same port.
+#[derive(Clone)]
+pub struct Serial {
+    port: Arc<Mutex<Port>>,
+}
+
+impl Serial {
+    /// A port in its reset state that raises `interrupt` and writes to `output`.
+    #[must_use]
+    pub fn new(interrupt: EventFd, output: SerialOutput) -> Self {
+        let uart = Uart::new(Interrupt(interrupt), output);
+        Self::from_uart(uart, VecDeque::new())
+    }
+
+    /// A port as it was saved, on a new interrupt and output.
+    ///
+    /// # Errors
+    /// A state that no port can have been in, and an interrupt that cannot be raised.
+    pub fn restore(
+        saved: &SerialSnapshot,
+        interrupt: EventFd,
+        output: SerialOutput,
+    ) -> Result<Self, SerialError> {
+        check("receive_fifo", saved.receive_fifo.len(), FIFO_LIMIT)?;
+        check("waiting_input", saved.waiting_input.len(), INPUT_LIMIT)?;
+        let state = SerialState {
+            baud_divisor_low: saved.divisor_low,
+            baud_divisor_high: saved.divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.receive_fifo.clone(),
+        };
+        let uart =
+            Uart::from_state(&state, Interrupt(interrupt), NoEvents, output).map_err(|error| {
+                match error {
+                    vm_superio::serial::Error::Trigger(source)
+                    | vm_superio::serial::Error::IOError(source) => SerialError::Interrupt(source),
+                    vm_superio::serial::Error::FullFifo => SerialError::State {
+                        field: "receive_fifo",
+                        found: saved.receive_fifo.len(),
+                        limit: FIFO_LIMIT,
+                    },
+                }
+            })?;
+        Ok(Self::from_uart(
+            uart,
+            saved.waiting_input.iter().copied().collect(),
+        ))
+    }
+
+    /// The state of the port. The caller has stopped the guest and its input.
+    #[must_use]
+    pub fn save(&self) -> SerialSnapshot {
+        let port = self.lock();
+        let state = port.uart.state();
+        SerialSnapshot {
+            divisor_low: state.baud_divisor_low,
+            divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            receive_fifo: state.in_buffer,
+            waiting_input: port.waiting.iter().copied().collect(),
+        }
+    }
+
+    /// Gives `bytes` to the guest; what its FIFO cannot hold yet waits. Returns how many were taken:
+    /// fewer than all when too much waits already.
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        let mut port = self.lock();
+        let taken = bytes.len().min(INPUT_LIMIT - port.waiting.len());
+        port.waiting.extend(&bytes[..taken]);
+        port.refill();
+        taken
+    }
+
+    /// Bytes of output and interrupts that failed so far (a closed pipe, a full disk).
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lock().lost
+    }
+
+    fn from_uart(uart: Uart<Interrupt, NoEvents, SerialOutput>, waiting: VecDeque<u8>) -> Self {
+        Self {
+            port: Arc::new(Mutex::new(Port {
+                uart,
+                waiting,
+                lost: 0,
+            })),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn check(field: &'static str, found: usize, limit: usize) -> Result<(), SerialError> {
+    if found > limit {
+        return Err(SerialError::State {
+            field,
+            found,
+            limit,
+        });
+    }
+    Ok(())
+}
+
+impl PortDevice for Serial {
+    /// The registers are a byte wide: wider reads have zeros above it.
+    fn read(&mut self, offset: u16, data: &mut [u8]) {
+        data.fill(0);
+        if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
+            let mut port = self.lock();
+            *first = port.uart.read(offset);
+            port.refill();
+        }
+    }
+
+    fn write(&mut self, offset: u16, data: &[u8]) {
+        if let (Some(value), Ok(offset)) = (data.first(), u8::try_from(offset)) {
+            let mut port = self.lock();
+            if port.uart.write(offset, *value).is_err() {
+                port.lost += 1;
+            }
+        }
+    }
+}
+
+/// Feeds a serial port from a file descriptor, on an event-manager loop.
+///
+/// At end of file or on an error it stops listening; the port stays.
+pub struct SerialInput<R> {
+    source: R,
+    serial: Serial,
+}
+
+impl<R: Read + AsFd> SerialInput<R> {
+    /// Reads from `source`, which need not be non-blocking: it is read only when it has something.
+    pub fn new(source: R, serial: Serial) -> Self {
+        Self { source, serial }
+    }
+
+    /// False once there will be no more input.
+    fn pump(&mut self) -> bool {
+        let mut bytes = [0; 4096];
+        match self.source.read(&mut bytes) {
+            Ok(0) => false,
+            // More input than the guest ever reads is dropped, as on a line without flow control.
+            Ok(count) => {
+                self.serial.input(&bytes[..count]);
+                true
+            }
+            Err(error) => matches!(
+                error.kind(),
+                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+            ),
+        }
+    }
+}
+
+impl<R: Read + AsFd> MutEventSubscriber for SerialInput<R> {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let readable = events.event_set().contains(EventSet::IN);
+        let open = if readable { self.pump() } else { false };
+        if !open {
+            // The descriptor is registered, so removing it can only fail if epoll itself is gone.
+            let _gone = ops.remove(events);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let fd = self.source.as_fd().as_raw_fd();
+        // A regular file cannot be polled (EPERM): it is read to its end at once.
+        if ops.add(Events::new_raw(fd, EventSet::IN)).is_err() {
+            while self.pump() {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    struct Sink(mpsc::Sender<u8>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            for byte in bytes {
+                self.0.send(*byte).map_err(io::Error::other)?;
+            }
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn serial() -> (Serial, mpsc::Receiver<u8>, EventFd) {
+        let (sender, receiver) = mpsc::channel();
+        let interrupt = EventFd::new(libc_nonblock()).unwrap();
+        let port = Serial::new(interrupt.try_clone().unwrap(), Box::new(Sink(sender)));
+        (port, receiver, interrupt)
+    }
+
+    /// `EFD_NONBLOCK`, from the kernel's include/uapi/linux/eventfd.h.
+    fn libc_nonblock() -> i32 {
+        0o4000
+    }
+
+    fn read(port: &mut Serial, offset: u16) -> u8 {
+        let mut byte = [0];
+        port.read(offset, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn output_reaches_the_sink_and_a_closed_sink_is_counted() {
+        let (mut port, output, _interrupt) = serial();
+        port.write(0, b"h");
+        port.write(0, b"i");
+        assert_eq!(output.try_iter().collect::<Vec<_>>(), b"hi");
+        drop(output);
+        port.write(0, b"x");
+        assert_eq!(port.lost(), 1);
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_waits_and_arrives_in_order() {
+        let (mut port, _output, _interrupt) = serial();
+        let sent: Vec<u8> = (0..=255).collect();
+        assert_eq!(port.input(&sent), 256);
+        let mut seen = Vec::new();
+        while read(&mut port, 5) & 1 != 0 {
+            seen.push(read(&mut port, 0));
+        }
+        assert_eq!(seen, sent);
+    }
+
+    #[test]
+    fn input_is_bounded() {
+        let (port, _output, _interrupt) = serial();
+        let flood = vec![0; 2 * INPUT_LIMIT];
+        let taken = port.input(&flood);
+        assert_eq!(taken, INPUT_LIMIT);
+        assert!(port.input(&flood) <= FIFO_LIMIT);
+    }
+
+    #[test]
+    fn a_saved_port_goes_on_elsewhere() {
+        let (mut port, _output, _interrupt) = serial();
+        port.write(1, &[1]);
+        port.write(7, &[0x5a]);
+        port.input(&[7; 100]);
+        let saved = port.save();
+        assert_eq!(
+            (saved.receive_fifo.len(), saved.waiting_input.len()),
+            (64, 36)
+        );
+        let (_, _unused, interrupt) = serial();
+        let mut other = Serial::restore(&saved, interrupt, Box::new(io::sink())).unwrap();
+        assert_eq!(other.save(), saved);
+        assert_eq!(read(&mut other, 7), 0x5a);
+        let mut count = 0;
+        while read(&mut other, 5) & 1 != 0 {
+            assert_eq!(read(&mut other, 0), 7);
+            count += 1;
+        }
+        assert_eq!(count, 100);
+    }
+
+    #[test]
+    fn an_impossible_state_is_refused_by_field() {
+        for (field, limit) in [("receive_fifo", FIFO_LIMIT), ("waiting_input", INPUT_LIMIT)] {
+            let mut saved = SerialSnapshot::default();
+            match field {
+                "receive_fifo" => saved.receive_fifo = vec![0; limit + 1],
+                _ => saved.waiting_input = vec![0; limit + 1],
+            }
+            let (_, _output, interrupt) = serial();
+            let error = Serial::restore(&saved, interrupt, Box::new(io::sink()))
+                .err()
+                .unwrap();
+            assert!(error.to_string().contains(field), "{error}");
+        }
+    }
+}

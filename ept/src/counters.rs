@@ -1,0 +1,100 @@
+//! Figures that a tracker keeps.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Who wrote to a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// A vCPU, as KVM's log tells.
+    Vcpu = 0,
+    /// The monitor itself.
+    Monitor = 1,
+    /// A device model's DMA.
+    Device = 2,
+    /// A vhost-user back end, as its log tells.
+    VhostUser = 3,
+    /// A write fault on a protected page.
+    Fault = 4,
+}
+
+impl Source {
+    /// Every source, in the order of its number.
+    pub const ALL: [Self; 5] = [
+        Self::Vcpu,
+        Self::Monitor,
+        Self::Device,
+        Self::VhostUser,
+        Self::Fault,
+    ];
+}
+
+/// Figures since the tracker was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CountersSnapshot {
+    newly: [u64; Source::ALL.len()],
+    /// Marked pages that lie in no region.
+    pub outside: u64,
+    /// Entries marked whole because memory for 4 KiB detail was short.
+    pub coarse: u64,
+}
+
+impl CountersSnapshot {
+    /// Pages that `source` dirtied and that were clean before.
+    pub fn dirtied_by(&self, source: Source) -> u64 {
+        self.newly[source as usize]
+    }
+
+    /// Pages that anyone dirtied and that were clean before.
+    pub fn dirtied(&self) -> u64 {
+        self.newly.iter().sum()
+    }
+}
+
+/// One figure, on a cache line of its own: vCPUs and devices count side by side.
+#[repr(align(64))]
+#[derive(Debug, Default)]
+struct Padded(AtomicU64);
+
+impl Padded {
+    #[inline]
+    fn add(&self, more: u64) {
+        if more != 0 {
+            self.0.fetch_add(more, Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    newly: [Padded; Source::ALL.len()],
+    outside: Padded,
+    coarse: Padded,
+}
+
+impl Counters {
+    #[inline]
+    pub(crate) fn dirtied(&self, source: Source, pages: u64) {
+        self.newly[source as usize].add(pages);
+    }
+
+    pub(crate) fn outside(&self, pages: u64) {
+        self.outside.add(pages);
+    }
+
+    #[inline]
+    pub(crate) fn coarse(&self, entries: u64) {
+        self.coarse.add(entries);
+    }
+
+    pub(crate) fn snapshot(&self) -> CountersSnapshot {
+        CountersSnapshot {
+            newly: core::array::from_fn(|source| self.newly[source].get()),
+            outside: self.outside.get(),
+            coarse: self.coarse.get(),
+        }
+    }
+}

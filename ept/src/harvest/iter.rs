@@ -1,0 +1,143 @@
+//! The ways to read a harvest.
+
+use crate::addr::GpaRange;
+use crate::harvest::pieces::{LeafWords, next_run};
+
+/// The pages of both lists in order, cut to a range, not joined.
+#[derive(Clone, Debug)]
+pub(crate) struct Spans<'a> {
+    ranges: &'a [GpaRange],
+    leaves: &'a [LeafWords],
+    /// The next bit to look at in the first leaf.
+    bit: usize,
+    range: GpaRange,
+}
+
+impl<'a> Spans<'a> {
+    pub(crate) fn new(ranges: &'a [GpaRange], leaves: &'a [LeafWords], range: GpaRange) -> Self {
+        Self {
+            ranges,
+            leaves,
+            bit: 0,
+            range,
+        }
+    }
+
+    fn next_range(&mut self) -> Option<GpaRange> {
+        let (first, rest) = self.ranges.split_first()?;
+        self.ranges = rest;
+        Some(*first)
+    }
+
+    /// The next run of the first leaf; moves on to the next leaf at its end.
+    fn next_in_leaf(&mut self) -> Option<GpaRange> {
+        let (leaf, rest) = self.leaves.split_first()?;
+        let Some((first, end)) = next_run(&leaf.words, self.bit) else {
+            self.leaves = rest;
+            self.bit = 0;
+            return None;
+        };
+        self.bit = end;
+        Some(GpaRange::of(
+            leaf.base + first as u64,
+            leaf.base + end as u64,
+        ))
+    }
+}
+
+impl Iterator for Spans<'_> {
+    type Item = GpaRange;
+
+    fn next(&mut self) -> Option<GpaRange> {
+        loop {
+            let next = match (self.ranges.first(), self.leaves.first()) {
+                (None, None) => return None,
+                (Some(range), Some(leaf)) if range.first_page() < leaf.base => self.next_range(),
+                (_, Some(_)) => self.next_in_leaf(),
+                (Some(_), None) => self.next_range(),
+            };
+            let Some(span) = next else { continue };
+            if span.first_page() >= self.range.end_page() {
+                return None;
+            }
+            if let Some(part) = span.intersection(&self.range) {
+                return Some(part);
+            }
+        }
+    }
+}
+
+/// Maximal ranges of taken pages, in order.
+#[derive(Clone, Debug)]
+pub struct Runs<'a> {
+    spans: Spans<'a>,
+    ahead: Option<GpaRange>,
+}
+
+impl<'a> Runs<'a> {
+    pub(crate) fn new(mut spans: Spans<'a>) -> Self {
+        let ahead = spans.next();
+        Self { spans, ahead }
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = GpaRange;
+
+    fn next(&mut self) -> Option<GpaRange> {
+        let mut run = self.ahead?;
+        loop {
+            self.ahead = self.spans.next();
+            match self.ahead {
+                Some(next) if next.first_page() == run.end_page() => run = run.hull(&next),
+                _ => return Some(run),
+            }
+        }
+    }
+}
+
+/// Taken pages as a bitmap, 64 pages a word, from the first page of a range.
+#[derive(Clone, Debug)]
+pub struct Words<'a> {
+    spans: Spans<'a>,
+    ahead: Option<GpaRange>,
+    page: u64,
+    end: u64,
+}
+
+impl<'a> Words<'a> {
+    pub(crate) fn new(mut spans: Spans<'a>, range: GpaRange) -> Self {
+        let ahead = spans.next();
+        Self {
+            spans,
+            ahead,
+            page: range.first_page(),
+            end: range.end_page(),
+        }
+    }
+}
+
+impl Iterator for Words<'_> {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        if self.page >= self.end {
+            return None;
+        }
+        let end = self.page + 64;
+        let mut bits = 0;
+        while let Some(span) = self.ahead
+            && span.first_page() < end
+        {
+            let from = span.first_page().saturating_sub(self.page);
+            let to = span.end_page().min(end) - self.page;
+            bits |= u64::MAX << from & u64::MAX >> (64 - to);
+            if span.end_page() > end {
+                break;
+            }
+            self.ahead = self.spans.next();
+        }
+        self.page = end;
+        Some(bits)
+    }
+}

@@ -1,0 +1,138 @@
+//! Taken pages, held compactly: ranges, and the words of leaf tables that are too ragged for them.
+
+use alloc::vec::Vec;
+
+use crate::addr::GpaRange;
+use crate::harvest::iter::Spans;
+use crate::tracking::{PLANE_WORDS, Sink};
+
+/// Runs up to which a leaf table is held as ranges: 4 ranges are smaller than its words.
+const MAX_RUNS: usize = 4;
+
+/// The dirty pages of one leaf table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeafWords {
+    /// The table's first page.
+    pub(crate) base: u64,
+    pub(crate) words: [u64; PLANE_WORDS],
+}
+
+impl LeafWords {
+    pub(crate) fn span(&self) -> GpaRange {
+        GpaRange::of(self.base, self.base + 64 * PLANE_WORDS as u64)
+    }
+
+    /// The page after the last one.
+    fn end_page(&self) -> Option<u64> {
+        let word = self.words.iter().rposition(|word| *word != 0)?;
+        let after = 64 * (word as u64 + 1) - u64::from(self.words[word].leading_zeros());
+        Some(self.base + after)
+    }
+}
+
+/// Two lists, each in order, that never speak of the same page.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces {
+    ranges: Vec<GpaRange>,
+    leaves: Vec<LeafWords>,
+    pages: u64,
+}
+
+impl Pieces {
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    pub(crate) fn ranges(&self) -> &[GpaRange] {
+        &self.ranges
+    }
+
+    pub(crate) fn leaves(&self) -> &[LeafWords] {
+        &self.leaves
+    }
+
+    /// The taken pages of `range`, as ranges that need not be maximal.
+    pub(crate) fn spans_in(&self, range: GpaRange) -> Spans<'_> {
+        let first = range.first_page();
+        let ranges = self.ranges.partition_point(|one| one.end_page() <= first);
+        let leaves = self
+            .leaves
+            .partition_point(|one| one.span().end_page() <= first);
+        Spans::new(&self.ranges[ranges..], &self.leaves[leaves..], range)
+    }
+
+    /// The smallest range that has every page.
+    pub(crate) fn hull(&self) -> Option<GpaRange> {
+        let first = self.spans_in(GpaRange::ALL).next()?.first_page();
+        let ranges = self.ranges.last().map(GpaRange::end_page);
+        let leaves = self.leaves.last().and_then(LeafWords::end_page);
+        Some(GpaRange::of(first, ranges.max(leaves)?))
+    }
+
+    /// Adds a range, joined to the last one where they touch. Room was made before.
+    fn push_range(&mut self, range: GpaRange) {
+        self.pages += range.pages();
+        match self.ranges.last_mut() {
+            Some(last) if last.end_page() == range.first_page() => *last = last.hull(&range),
+            _ => self.ranges.push(range),
+        }
+    }
+}
+
+impl Sink for Pieces {
+    fn make_room(&mut self, parts: usize) -> bool {
+        self.ranges.try_reserve(parts.max(MAX_RUNS)).is_ok() && self.leaves.try_reserve(1).is_ok()
+    }
+
+    fn range(&mut self, part: GpaRange) {
+        self.push_range(part);
+    }
+
+    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS]) {
+        if count_runs(words) > MAX_RUNS {
+            let pages = words.iter().map(|word| u64::from(word.count_ones()));
+            self.pages += pages.sum::<u64>();
+            self.leaves.push(LeafWords {
+                base,
+                words: *words,
+            });
+            return;
+        }
+        let mut from = 0;
+        while let Some((first, end)) = next_run(words, from) {
+            self.push_range(GpaRange::of(base + first as u64, base + end as u64));
+            from = end;
+        }
+    }
+}
+
+/// Maximal runs of ones: each starts at a one that follows a zero.
+fn count_runs(words: &[u64; PLANE_WORDS]) -> usize {
+    let mut before = 0;
+    let mut runs = 0;
+    for word in words {
+        runs += (word & !(word << 1 | before)).count_ones() as usize;
+        before = word >> 63;
+    }
+    runs
+}
+
+/// The first run of ones from bit `from` on, as its first bit and the bit after it.
+#[inline]
+pub(crate) fn next_run(words: &[u64; PLANE_WORDS], from: usize) -> Option<(usize, usize)> {
+    let first = next_bit(words, from, 0)?;
+    let end = next_bit(words, first, u64::MAX).unwrap_or(64 * PLANE_WORDS);
+    Some((first, end))
+}
+
+/// The first bit from `from` on that differs from `flip`'s bits.
+#[inline]
+fn next_bit(words: &[u64; PLANE_WORDS], from: usize, flip: u64) -> Option<usize> {
+    let mut word = from / 64;
+    let mut bits = (words.get(word)? ^ flip) & u64::MAX << (from % 64);
+    while bits == 0 {
+        word += 1;
+        bits = words.get(word)? ^ flip;
+    }
+    Some(64 * word + bits.trailing_zeros() as usize)
+}

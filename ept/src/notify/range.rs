@@ -1,0 +1,108 @@
+//! An open notifier range.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::addr::GpaRange;
+use crate::notify::OpenError;
+use crate::notify::state::{State, Subscribed};
+use crate::sync::SpinLock;
+
+/// Proof that a range is open: nobody uses its translations while this value lives.
+///
+/// Dropping it closes the range, on every path, and tells every subscriber the end.
+#[must_use = "dropping an open range closes it"]
+pub struct OpenRange {
+    state: Arc<SpinLock<State>>,
+    id: u64,
+    range: GpaRange,
+    subscribers: Vec<Arc<Subscribed>>,
+    /// How many of them have been told to start, and are owed an end.
+    started: usize,
+}
+
+impl OpenRange {
+    /// Notes the range, which makes readers of it retry. Nobody has been told yet.
+    pub(crate) fn register(
+        state: &Arc<SpinLock<State>>,
+        range: GpaRange,
+    ) -> Result<Self, OpenError> {
+        let (id, subscribers) = state.lock().open(range)?;
+        Ok(Self {
+            state: state.clone(),
+            id,
+            range,
+            subscribers,
+            started: 0,
+        })
+    }
+
+    /// The pages that may be changed.
+    pub fn range(&self) -> GpaRange {
+        self.range
+    }
+
+    /// First pass: everybody begins to stop.
+    pub(crate) fn start(&mut self) {
+        while let Some(entry) = self.subscribers.get(self.started) {
+            // Counted first: should the call unwind, it may have taken effect.
+            self.started += 1;
+            entry.subscriber.start(self.range);
+        }
+    }
+
+    /// Second pass: everybody has stopped, or is named.
+    pub(crate) fn wait(&self) -> Result<(), OpenError> {
+        let mut unresponsive = Vec::new();
+        for entry in self.waited_for() {
+            if let Err(one) = entry.subscriber.wait(self.range)
+                && entry.is_active()
+            {
+                unresponsive.push(one);
+            }
+        }
+        if unresponsive.is_empty() {
+            Ok(())
+        } else {
+            Err(OpenError::Unresponsive(unresponsive))
+        }
+    }
+
+    /// Second pass for who cannot wait.
+    pub(crate) fn check(&self) -> Result<(), OpenError> {
+        let running = self.waited_for();
+        let count = running
+            .filter(|entry| !entry.subscriber.stopped(self.range))
+            .count();
+        if count == 0 {
+            Ok(())
+        } else {
+            Err(OpenError::WouldBlock(count))
+        }
+    }
+
+    fn waited_for(&self) -> impl Iterator<Item = &Arc<Subscribed>> {
+        self.subscribers.iter().filter(|entry| entry.is_active())
+    }
+}
+
+impl Drop for OpenRange {
+    fn drop(&mut self) {
+        let late = self.state.lock().close(self.id);
+        for entry in self.subscribers.iter().take(self.started) {
+            entry.subscriber.end(self.range);
+        }
+        for one in &late {
+            if one.settle() {
+                one.entry.subscriber.end(self.range);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for OpenRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OpenRange").field(&self.range).finish()
+    }
+}

@@ -1,0 +1,193 @@
+//! What a notifier keeps under its lock: subscribers, open ranges, readers.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use crate::addr::GpaRange;
+use crate::notify::{OpenError, Subscriber};
+use crate::sync::relax;
+
+/// One registration.
+pub(crate) struct Subscribed {
+    pub(crate) subscriber: Arc<dyn Subscriber>,
+    active: AtomicBool,
+}
+
+impl Subscribed {
+    pub(crate) fn new(subscriber: Arc<dyn Subscriber>) -> Arc<Self> {
+        Arc::new(Self {
+            subscriber,
+            active: AtomicBool::new(true),
+        })
+    }
+
+    /// Nobody waits for it from here on.
+    pub(crate) fn leave(&self) {
+        self.active.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.active.load(Ordering::SeqCst)
+    }
+}
+
+/// An open range that a new subscriber joins.
+pub(crate) struct Joined {
+    range: GpaRange,
+    progress: Arc<Progress>,
+}
+
+impl Joined {
+    /// Tells the subscriber to start, after which the range may close.
+    pub(crate) fn deliver(self, entry: &Subscribed) {
+        // Noted first: should the call unwind, it may have taken effect.
+        self.progress.started.store(true, Ordering::SeqCst);
+        entry.subscriber.start(self.range);
+        // The drop below lets the close go on.
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        self.progress.settled.store(true, Ordering::SeqCst);
+    }
+}
+
+/// How far a late subscriber has been told of an open range.
+#[derive(Default)]
+struct Progress {
+    /// It was told to start, and is owed an end.
+    started: AtomicBool,
+    /// Nothing more will be told.
+    settled: AtomicBool,
+}
+
+/// A subscriber that came while a range was open.
+pub(crate) struct Late {
+    pub(crate) entry: Arc<Subscribed>,
+    progress: Arc<Progress>,
+}
+
+impl Late {
+    /// Waits until the subscriber has been told to start; false if a panic prevented that.
+    pub(crate) fn settle(&self) -> bool {
+        let mut spins = 0;
+        while !self.progress.settled.load(Ordering::SeqCst) {
+            relax(&mut spins);
+        }
+        self.progress.started.load(Ordering::SeqCst)
+    }
+}
+
+struct Open {
+    id: u64,
+    range: GpaRange,
+    late: Vec<Late>,
+}
+
+struct Reader {
+    id: u64,
+    range: GpaRange,
+    stale: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    next_id: u64,
+    subscribers: Vec<Arc<Subscribed>>,
+    open: Vec<Open>,
+    readers: Vec<Reader>,
+}
+
+impl State {
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Adds a subscriber; the result are the open ranges that it must be told of.
+    pub(crate) fn subscribe(&mut self, entry: &Arc<Subscribed>) -> Result<Vec<Joined>, OpenError> {
+        let mut joined = Vec::new();
+        joined
+            .try_reserve_exact(self.open.len())
+            .and_then(|()| self.subscribers.try_reserve(1))
+            .map_err(|_| OpenError::OutOfMemory)?;
+        for open in &mut self.open {
+            open.late
+                .try_reserve(1)
+                .map_err(|_| OpenError::OutOfMemory)?;
+        }
+        for open in &mut self.open {
+            let progress = Arc::new(Progress::default());
+            open.late.push(Late {
+                entry: entry.clone(),
+                progress: progress.clone(),
+            });
+            joined.push(Joined {
+                range: open.range,
+                progress,
+            });
+        }
+        self.subscribers.push(entry.clone());
+        Ok(joined)
+    }
+
+    pub(crate) fn unsubscribe(&mut self, entry: &Arc<Subscribed>) -> Option<Arc<Subscribed>> {
+        let mut entries = self.subscribers.iter();
+        let position = entries.position(|other| Arc::ptr_eq(other, entry))?;
+        Some(self.subscribers.swap_remove(position))
+    }
+
+    /// Notes an open range; the result is its id and the subscribers to tell.
+    pub(crate) fn open(
+        &mut self,
+        range: GpaRange,
+    ) -> Result<(u64, Vec<Arc<Subscribed>>), OpenError> {
+        let mut told = Vec::new();
+        told.try_reserve_exact(self.subscribers.len())
+            .and_then(|()| self.open.try_reserve(1))
+            .map_err(|_| OpenError::OutOfMemory)?;
+        told.extend(self.subscribers.iter().cloned());
+        let id = self.id();
+        self.open.push(Open {
+            id,
+            range,
+            late: Vec::new(),
+        });
+        for reader in &mut self.readers {
+            reader.stale |= reader.range.overlaps(&range);
+        }
+        Ok((id, told))
+    }
+
+    /// Forgets an open range; the result are the subscribers that came while it was open.
+    pub(crate) fn close(&mut self, id: u64) -> Vec<Late> {
+        match self.open.iter().position(|open| open.id == id) {
+            Some(position) => self.open.swap_remove(position).late,
+            None => Vec::new(),
+        }
+    }
+
+    pub(crate) fn open_count(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Notes a reader; `None` without memory for the note.
+    pub(crate) fn begin_read(&mut self, range: GpaRange) -> Option<u64> {
+        self.readers.try_reserve(1).ok()?;
+        let stale = self.open.iter().any(|open| open.range.overlaps(&range));
+        let id = self.id();
+        self.readers.push(Reader { id, range, stale });
+        Some(id)
+    }
+
+    pub(crate) fn is_stale(&self, reader: u64) -> bool {
+        let found = self.readers.iter().find(|other| other.id == reader);
+        found.is_none_or(|reader| reader.stale)
+    }
+
+    pub(crate) fn end_read(&mut self, reader: u64) {
+        self.readers.retain(|other| other.id != reader);
+    }
+}

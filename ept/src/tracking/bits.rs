@@ -1,0 +1,136 @@
+//! Sets of pages to mark.
+
+use crate::addr::GpaRange;
+use crate::region::Regions;
+use crate::tracking::table::word_mask;
+
+/// A set of pages to mark.
+pub(crate) trait Bits {
+    /// Whether any page of `part` is in the set.
+    fn any(&self, part: GpaRange) -> bool;
+    /// Whether every page of `part` is in the set.
+    fn all(&self, part: GpaRange) -> bool;
+    /// Pages of `part` that are in the set.
+    fn count(&self, part: GpaRange) -> u64;
+    /// The pages of `part` in word `word` of the leaf table at page `base` that are in the set.
+    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64;
+}
+
+impl Bits for GpaRange {
+    #[inline]
+    fn any(&self, part: GpaRange) -> bool {
+        self.overlaps(&part)
+    }
+
+    #[inline]
+    fn all(&self, part: GpaRange) -> bool {
+        self.covers(&part)
+    }
+
+    fn count(&self, part: GpaRange) -> u64 {
+        self.intersection(&part).map_or(0, |both| both.pages())
+    }
+
+    #[inline]
+    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64 {
+        word_mask(base, word, part)
+    }
+}
+
+/// A bitmap whose bit `i` is page `first_page + i`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bitmap<'a> {
+    pub(crate) first_page: u64,
+    pub(crate) words: &'a [u64],
+}
+
+impl Bitmap<'_> {
+    /// The 64 bits from page `page`, which may lie anywhere; pages beyond the bitmap are 0.
+    fn bits_from(&self, page: u64) -> u64 {
+        if page < self.first_page {
+            let missing = self.first_page - page;
+            return if missing < 64 {
+                self.at(0) << missing
+            } else {
+                0
+            };
+        }
+        let offset = page - self.first_page;
+        let (word, shift) = (offset / 64, offset % 64);
+        let low = self.at(word) >> shift;
+        if shift == 0 {
+            low
+        } else {
+            low | self.at(word + 1) << (64 - shift)
+        }
+    }
+
+    fn at(&self, word: u64) -> u64 {
+        let word = usize::try_from(word).ok();
+        word.and_then(|word| self.words.get(word))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// The words of `part`, cut to it.
+    fn words_of(&self, part: GpaRange) -> impl Iterator<Item = (u64, u64)> {
+        let starts = (part.first_page()..part.end_page()).step_by(64);
+        starts.map(move |start| {
+            let mask = word_mask(start, 0, part);
+            (self.bits_from(start) & mask, mask)
+        })
+    }
+}
+
+impl Bits for Bitmap<'_> {
+    fn any(&self, part: GpaRange) -> bool {
+        self.words_of(part).any(|(bits, _)| bits != 0)
+    }
+
+    fn all(&self, part: GpaRange) -> bool {
+        self.words_of(part).all(|(bits, mask)| bits == mask)
+    }
+
+    fn count(&self, part: GpaRange) -> u64 {
+        let counts = self.words_of(part).map(|(bits, _)| bits.count_ones());
+        counts.map(u64::from).sum()
+    }
+
+    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64 {
+        self.bits_from(base + 64 * word as u64) & word_mask(base, word, part)
+    }
+}
+
+/// The pages of a range that lie in regions.
+pub(crate) struct Tracked<'r> {
+    pub(crate) range: GpaRange,
+    pub(crate) regions: &'r Regions,
+}
+
+impl Tracked<'_> {
+    /// What of `part` is in the set, as ranges.
+    fn parts(&self, part: GpaRange) -> impl Iterator<Item = GpaRange> {
+        let both = self.range.intersection(&part);
+        both.into_iter()
+            .flat_map(|both| self.regions.parts(both).map(|(one, _)| one))
+    }
+}
+
+impl Bits for Tracked<'_> {
+    fn any(&self, part: GpaRange) -> bool {
+        self.parts(part).next().is_some()
+    }
+
+    fn all(&self, part: GpaRange) -> bool {
+        self.count(part) == part.pages()
+    }
+
+    fn count(&self, part: GpaRange) -> u64 {
+        self.parts(part).map(|one| one.pages()).sum()
+    }
+
+    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64 {
+        let masks = self.parts(part).map(|one| word_mask(base, word, one));
+        masks.fold(0, |all, mask| all | mask)
+    }
+}

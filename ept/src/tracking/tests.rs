@@ -1,0 +1,119 @@
+//! What needs a hand inside: marks that come while a taking is under way, and markers that stand
+//! still half-way.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+
+use crate::addr::GpaRange;
+use crate::format::Tables;
+use crate::region::{Region, RegionKind, Regions};
+use crate::tracking::{PLANE_WORDS, Plane, Sink, Taken, Tree};
+use crate::walk::Descent;
+
+const GIB: u64 = 1 << 18;
+
+/// A clean tree over one region from page 0.
+fn tree(pages: u64) -> Tree<1> {
+    let region = Region {
+        range: GpaRange::of(0, pages),
+        kind: RegionKind::Ram,
+    };
+    let regions = Arc::new(Regions::new(Vec::from([region])).unwrap());
+    Tree::try_new(regions, usize::MAX).unwrap()
+}
+
+/// Notes what it is given, and marks a page when it is first given something.
+struct Marker<'t> {
+    tree: &'t Tree<1>,
+    page: Option<u64>,
+    taken: Vec<GpaRange>,
+}
+
+impl<'t> Marker<'t> {
+    fn new(tree: &'t Tree<1>, page: Option<u64>) -> Self {
+        Self {
+            tree,
+            page,
+            taken: Vec::new(),
+        }
+    }
+
+    fn mark(&mut self) {
+        if let Some(page) = self.page.take() {
+            self.tree.mark_page(page);
+        }
+    }
+}
+
+impl Sink for Marker<'_> {
+    fn make_room(&mut self, _: usize) -> bool {
+        true
+    }
+
+    fn range(&mut self, part: GpaRange) {
+        self.taken.push(part);
+        self.mark();
+    }
+
+    fn words(&mut self, base: u64, _: &[u64; PLANE_WORDS]) {
+        self.taken.push(GpaRange::of(base, base + 512));
+        self.mark();
+    }
+}
+
+/// S16: a taking that has to begin again in the middle, because there was no table for a split, hides
+/// nothing that is marked meanwhile in the part that it is past.
+#[test]
+fn s16_a_taking_without_memory_hides_no_mark() {
+    let range = GpaRange::of(0, 1024 * GIB);
+    let tree = tree(range.pages());
+    // One page in detail, and a whole GiB in the same table of GiB entries.
+    tree.mark_page(5);
+    let whole = GpaRange::of(2 * GIB, 3 * GIB);
+    tree.mark(whole, &whole);
+    while tree.uppers.allocate().is_ok() {}
+
+    let mut sink = Marker::new(&tree, Some(5));
+    assert_eq!(tree.take(range, 100, &mut sink), Taken::All);
+    assert_eq!(sink.taken, [GpaRange::of(0, 512), whole]);
+
+    sink.taken.clear();
+    assert_eq!(tree.take(range, 100, &mut sink), Taken::All);
+    assert_eq!(sink.taken, [GpaRange::of(0, 512)]);
+    assert!(tree.is_clean());
+}
+
+/// S16: a marker tells every level, also above a summary bit that it finds set: whoever set that one
+/// may stand still below the root.
+#[test]
+fn s16_a_marker_does_not_rely_on_one_that_stands_still() {
+    let tree = tree(1024 * GIB);
+    let mut sink = Marker::new(&tree, None);
+    tree.mark_page(5);
+    assert_eq!(tree.take(GpaRange::ALL, u64::MAX, &mut sink), Taken::All);
+    assert!(tree.is_clean());
+
+    let mut path = [tree.root(); 6];
+    let descent = Descent::to(&tree, 6, &mut path).unwrap();
+    let word = &descent.leaf().plane(Plane::Dirty)[0];
+    word.fetch_or(1 << 6, Ordering::SeqCst);
+    let (lowest, index) = descent.ancestors().next().unwrap();
+    lowest.set_summary(index);
+
+    sink.taken.clear();
+    tree.mark_page(7);
+    assert_eq!(tree.take(GpaRange::ALL, u64::MAX, &mut sink), Taken::All);
+    assert_eq!(sink.taken, [GpaRange::of(0, 512)]);
+}
+
+/// S16: the same where the other one has marked a whole entry and told nobody yet.
+#[test]
+fn s16_a_dirty_entry_is_told_by_who_finds_it() {
+    let tree = tree(1024);
+    tree.root().as_ref()[1].store(Plane::Dirty.flag(), Ordering::SeqCst);
+    tree.mark_page(600);
+    let mut sink = Marker::new(&tree, None);
+    assert_eq!(tree.take(GpaRange::ALL, u64::MAX, &mut sink), Taken::All);
+    assert_eq!(sink.taken, [GpaRange::of(512, 1024)]);
+}

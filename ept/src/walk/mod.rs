@@ -1,0 +1,343 @@
+//! The one range walker.
+//!
+//! A [`Walk`] goes over the pages of a range, in order, in the tables that a [`Tables`] store
+//! lends. It shows a [`Visitor`] every entry above level 0 that meets the range (tables, huge
+//! leaves and holes, with level, true span and a snapshot), and each leaf table as one [`Run`].
+//! The visitor answers with an [`Action`].
+//!
+//! What a walk may do is in its type:
+//! - [`Walk::look`] cannot change anything: its places lend no atomics;
+//! - [`Walk::change`] needs the open notifier range that covers it;
+//! - [`Walk::run`] cannot run out of memory: it has no such error. [`Walk::run_allocating`] can,
+//!   and says how far it got.
+//!
+//! A visitor is handed nothing that could open a notifier range or flush.
+
+mod cursor;
+mod descent;
+mod each;
+mod growth;
+mod place;
+
+use core::fmt;
+use core::marker::PhantomData;
+
+use crate::addr::{Gpa, GpaRange, Level};
+use crate::format::{Allocate, Entry, OutOfTables, TableId, Tables};
+use crate::notify::OpenRange;
+
+pub use each::{EachEntry, Page, PageVisitor};
+pub(crate) use place::Record;
+pub use place::{Change, Look, Place, Run, Writes};
+
+pub(crate) use descent::{Descent, Path};
+
+use cursor::Cursor;
+use growth::{Filled, Growing, Growth, NoGrowth};
+
+/// How often in a row a visitor may ask for the same entry again.
+pub const AGAIN_LIMIT: u32 = 64;
+
+/// A visitor's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action<S> {
+    /// Go on as usual: into a table, past anything else.
+    Continue,
+    /// Go below this entry: into a table, or into one made for an absent entry where the walk
+    /// allocates; elsewhere like `Continue`.
+    Descend,
+    /// Go on without looking below this entry.
+    Skip,
+    /// Replace a leaf with a table that says the same, and go into it, where the walk allocates;
+    /// elsewhere like `Continue`.
+    Split,
+    /// Read this entry anew and show it again, at most [`AGAIN_LIMIT`] times in a row.
+    Again,
+    /// End the walk here with a value.
+    Stop(S),
+}
+
+/// How a walk ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome<S> {
+    /// Every page was covered.
+    Completed,
+    /// The visitor stopped, at the first page of the range in the entry it was shown.
+    Stopped {
+        /// What it answered.
+        value: S,
+        /// Where.
+        at: Gpa,
+    },
+    /// An entry kept changing under the visitor for [`AGAIN_LIMIT`] tries; nothing from here on
+    /// was covered.
+    Contended {
+        /// Where to go on.
+        at: Gpa,
+    },
+}
+
+/// An allocating walk found no table to fill in; the tables are consistent, everything before
+/// `reached` is done and nothing from it on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exhausted {
+    /// The first page that was not covered.
+    pub reached: Gpa,
+}
+
+impl fmt::Display for Exhausted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "out of tables at {}", self.reached)
+    }
+}
+
+impl core::error::Error for Exhausted {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        Some(&OutOfTables)
+    }
+}
+
+/// A changing walk was asked for pages that its notifier range does not cover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotOpen {
+    /// The range to walk.
+    pub range: GpaRange,
+    /// The range that is open.
+    pub open: GpaRange,
+}
+
+impl fmt::Display for NotOpen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} is not inside the open range {}",
+            self.range, self.open
+        )
+    }
+}
+
+impl core::error::Error for NotOpen {}
+
+/// Sees the entries of a walk over `T`, with access `A` to them.
+pub trait Visitor<'t, T: Tables, A> {
+    /// What a stop carries.
+    type Stop;
+
+    /// The first index in `from..to` of a table above level 0 that is worth a visit, or `to`.
+    ///
+    /// Formats that keep summaries jump over what is clean here; others see every index.
+    fn seek(&mut self, level: Level, table: &'t T::Upper, window: Window) -> usize {
+        let _ = (level, table);
+        window.from
+    }
+
+    /// An entry above level 0.
+    fn entry(&mut self, place: &Place<'_, 't, T, A>) -> Action<Self::Stop>;
+
+    /// The part of one leaf table that lies in the range. `Descend`, `Skip` and `Split` mean
+    /// `Continue` here.
+    fn run(&mut self, run: &Run<'_, 't, T, A>) -> Action<Self::Stop>;
+}
+
+/// The part of a table that a walk still has before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The first index.
+    pub from: usize,
+    /// The index after the last.
+    pub to: usize,
+    /// The page at which the walk stands, inside the span of index `from`.
+    pub page: u64,
+}
+
+impl Window {
+    /// A page in the span of the window's last index, for a table of `level`.
+    pub(crate) fn last_page(&self, level: Level) -> u64 {
+        let first = self.page >> level.shift();
+        (first + (self.to - 1 - self.from) as u64) << level.shift()
+    }
+}
+
+/// A walk that has not begun.
+pub struct Walk<'t, T, A> {
+    tables: &'t T,
+    range: GpaRange,
+    access: PhantomData<A>,
+}
+
+impl<'t, T: Tables> Walk<'t, T, Look> {
+    /// A walk that only looks.
+    pub fn look(tables: &'t T, range: GpaRange) -> Self {
+        Self::over(tables, range)
+    }
+}
+
+impl<'t, 'o, T: Tables> Walk<'t, T, Change<'o>> {
+    /// A walk that changes entries, inside an open notifier range. It cannot outlast that:
+    ///
+    /// ```compile_fail,E0505
+    /// # use ept::{GpaRange, Notifier, format::Allocate, walk::{Change, Visitor, Walk}};
+    /// # fn f<'t, T: Allocate>(tables: &'t T, v: &mut impl for<'o> Visitor<'t, T, Change<'o>>) {
+    /// let open = Notifier::new().open(GpaRange::ALL).unwrap();
+    /// let walk = Walk::change(tables, GpaRange::ALL, &open).unwrap();
+    /// drop(open);
+    /// walk.run(v);
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `open` does not cover `range`.
+    pub fn change(tables: &'t T, range: GpaRange, open: &'o OpenRange) -> Result<Self, NotOpen> {
+        if !open.range().covers(&range) {
+            return Err(NotOpen {
+                range,
+                open: open.range(),
+            });
+        }
+        Ok(Self::over(tables, range))
+    }
+}
+
+impl<'t, T: Tables> Walk<'t, T, Record> {
+    /// A walk that changes what is recorded about pages and no translation of theirs, which needs
+    /// no notifier range.
+    pub(crate) fn record(tables: &'t T, range: GpaRange) -> Self {
+        Self::over(tables, range)
+    }
+}
+
+impl<'t, T: Tables, A> Walk<'t, T, A> {
+    fn over(tables: &'t T, range: GpaRange) -> Self {
+        Self {
+            tables,
+            range,
+            access: PhantomData,
+        }
+    }
+
+    /// The range it covers.
+    pub fn range(&self) -> GpaRange {
+        self.range
+    }
+
+    /// The same walk over the part of its range that lies in `range`: a step of a longer one, or
+    /// what is left after a stop.
+    pub fn within(&self, range: GpaRange) -> Option<Self> {
+        let part = self.range.intersection(&range)?;
+        Some(Self::over(self.tables, part))
+    }
+
+    /// Walks without allocating: absent entries and leaves stay what they are.
+    #[inline]
+    pub fn run<V: Visitor<'t, T, A>>(self, visitor: &mut V) -> Outcome<V::Stop> {
+        match self.drive(visitor, &NoGrowth) {
+            Ok(outcome) => outcome,
+            Err(never) => match never {},
+        }
+    }
+
+    #[inline]
+    fn drive<V, G>(self, visitor: &mut V, growth: &G) -> Result<Outcome<V::Stop>, G::Error>
+    where
+        V: Visitor<'t, T, A>,
+        G: Growth<T>,
+    {
+        let Some(range) = self.range.intersection(&self.tables.geometry().span()) else {
+            return Ok(Outcome::Completed);
+        };
+        let mut cursor = Cursor::new(self.tables, range);
+        let mut tries = 0;
+        while cursor.seek(visitor) {
+            let step = step(&mut cursor, visitor, growth)?;
+            match step {
+                Step::Moved => tries = 0,
+                Step::Same if tries < AGAIN_LIMIT => tries += 1,
+                Step::Same => return Ok(Outcome::Contended { at: cursor.gpa() }),
+                Step::Ended(value) => {
+                    let at = cursor.gpa();
+                    return Ok(Outcome::Stopped { value, at });
+                }
+            }
+        }
+        Ok(Outcome::Completed)
+    }
+}
+
+impl<'t, T: Allocate, A: Writes> Walk<'t, T, A> {
+    /// Walks, filling in tables where the visitor descends into an absent entry or splits a leaf.
+    ///
+    /// # Errors
+    /// [`Exhausted`] says how far the walk got.
+    #[inline]
+    pub fn run_allocating<V: Visitor<'t, T, A>>(
+        self,
+        visitor: &mut V,
+    ) -> Result<Outcome<V::Stop>, Exhausted> {
+        self.drive(visitor, &Growing)
+    }
+}
+
+/// What became of one step.
+enum Step<S> {
+    Moved,
+    Same,
+    Ended(S),
+}
+
+/// Shows the visitor the entry under the cursor and does what it answers.
+#[inline]
+fn step<'t, T, A, V, G>(
+    cursor: &mut Cursor<'t, T>,
+    visitor: &mut V,
+    growth: &G,
+) -> Result<Step<V::Stop>, G::Error>
+where
+    T: Tables,
+    V: Visitor<'t, T, A>,
+    G: Growth<T>,
+{
+    let place = Place::new(cursor);
+    let (raw, entry) = (place.raw(), place.entry());
+    match (visitor.entry(&place), entry) {
+        (Action::Again, _) => Ok(Step::Same),
+        (Action::Stop(value), _) => Ok(Step::Ended(value)),
+        (Action::Continue | Action::Descend | Action::Split, Entry::Table(table)) => {
+            Ok(enter(cursor, visitor, table))
+        }
+        (Action::Descend, Entry::Absent) | (Action::Split, Entry::Leaf(_)) => {
+            match growth.fill(cursor, raw, entry)? {
+                Filled::Linked(table) => Ok(enter(cursor, visitor, table)),
+                Filled::Changed => Ok(Step::Same),
+                Filled::Never => {
+                    cursor.advance();
+                    Ok(Step::Moved)
+                }
+            }
+        }
+        (Action::Continue | Action::Descend | Action::Skip | Action::Split, _) => {
+            cursor.advance();
+            Ok(Step::Moved)
+        }
+    }
+}
+
+/// Goes into a table; a leaf table is handed to the visitor whole and left again.
+#[inline]
+fn enter<'t, T, A, V>(cursor: &mut Cursor<'t, T>, visitor: &mut V, table: TableId) -> Step<V::Stop>
+where
+    T: Tables,
+    V: Visitor<'t, T, A>,
+{
+    if cursor.level() > Level::PAGE.up() {
+        cursor.descend(table);
+        return Step::Moved;
+    }
+    match visitor.run(&Run::new(cursor, table)) {
+        Action::Again => Step::Same,
+        Action::Stop(value) => Step::Ended(value),
+        Action::Continue | Action::Descend | Action::Skip | Action::Split => {
+            cursor.advance();
+            Step::Moved
+        }
+    }
+}

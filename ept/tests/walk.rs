@@ -1,0 +1,360 @@
+//! The walker over a toy hardware format, against a naive map (S1 to S4, S7).
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use common::{config, gpa, pages};
+use ept::format::{Allocate, Entry, Format, OutOfTables, TableId, Tables};
+use ept::walk::{
+    AGAIN_LIMIT, Action, Change, EachEntry, Look, Outcome, Page, PageVisitor, Place, Run, Visitor,
+    Walk,
+};
+use ept::{Geometry, Level, Notifier};
+use proptest::prelude::*;
+
+/// Entries with a permission byte: bit 7 says "leaf" above level 0 and nothing at level 0, where
+/// every present entry is one (mistake 1).
+struct Toy;
+
+const PRESENT: u64 = 1;
+const LEAF: u64 = 1 << 7;
+
+impl Format for Toy {
+    type Leaf = u64;
+
+    fn decode(&self, raw: u64, level: Level) -> Entry<u64> {
+        match raw {
+            _ if raw & PRESENT == 0 => Entry::Absent,
+            _ if level == Level::PAGE || raw & LEAF != 0 => Entry::Leaf(raw >> 8),
+            _ => Entry::Table(TableId(raw >> 8)),
+        }
+    }
+
+    fn encode(&self, entry: Entry<u64>, level: Level) -> u64 {
+        match entry {
+            Entry::Absent => 0,
+            Entry::Table(TableId(table)) => table << 8 | PRESENT,
+            Entry::Leaf(value) if level == Level::PAGE => value << 8 | PRESENT,
+            Entry::Leaf(value) => value << 8 | LEAF | PRESENT,
+        }
+    }
+}
+
+/// Tables in a vector, the first of them the root; a root of 1024 entries (mistake 4).
+struct Store {
+    tables: Vec<Vec<AtomicU64>>,
+    used: AtomicUsize,
+    given_back: AtomicUsize,
+}
+
+const ROOT_ENTRIES: usize = 1024;
+
+fn zeroed(entries: usize) -> Vec<AtomicU64> {
+    (0..entries).map(|_| AtomicU64::new(0)).collect()
+}
+
+impl Store {
+    fn new(spare: usize) -> Self {
+        let mut tables = vec![zeroed(ROOT_ENTRIES)];
+        tables.extend((0..spare).map(|_| zeroed(512)));
+        Self {
+            tables,
+            used: AtomicUsize::new(1),
+            given_back: AtomicUsize::new(0),
+        }
+    }
+
+    fn table(&self, TableId(table): TableId) -> &[AtomicU64] {
+        &self.tables[usize::try_from(table).unwrap()]
+    }
+}
+
+impl Tables for Store {
+    type Format = Toy;
+    type Upper = [AtomicU64];
+    type Leaf<'t> = &'t [AtomicU64];
+
+    fn format(&self) -> &Toy {
+        &Toy
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry::new(Level::new(2).unwrap(), ROOT_ENTRIES).unwrap()
+    }
+
+    fn root(&self) -> &[AtomicU64] {
+        &self.tables[0]
+    }
+
+    fn upper(&self, table: TableId) -> &[AtomicU64] {
+        self.table(table)
+    }
+
+    fn leaf(&self, table: TableId) -> &[AtomicU64] {
+        self.table(table)
+    }
+
+    fn peek(leaf: &[AtomicU64], index: usize) -> u64 {
+        leaf[index].load(Ordering::Relaxed)
+    }
+}
+
+impl Allocate for Store {
+    fn grow(&self, level: Level, _: u64, entry: Entry<u64>) -> Result<TableId, OutOfTables> {
+        let index = self.used.fetch_add(1, Ordering::Relaxed);
+        let table = self.tables.get(index).ok_or(OutOfTables)?;
+        for slot in table {
+            slot.store(Toy.encode(entry, level), Ordering::Relaxed);
+        }
+        Ok(TableId(index as u64))
+    }
+
+    fn give_back(&self, _: Level, _: TableId) {
+        self.given_back.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Writes a value to every page; a whole span where it can.
+struct Write(u64);
+
+impl<'t, 'o> Visitor<'t, Store, Change<'o>> for Write {
+    type Stop = ();
+
+    fn entry(&mut self, place: &Place<'_, 't, Store, Change<'o>>) -> Action<()> {
+        if let Entry::Table(_) = place.entry() {
+            return Action::Continue;
+        }
+        if place.part() == place.span() && place.level().number() == 1 {
+            let new = Toy.encode(Entry::Leaf(self.0), place.level());
+            let written = place.slot().compare_exchange(
+                place.raw(),
+                new,
+                Ordering::SeqCst,
+                Ordering::Relaxed,
+            );
+            return if written.is_ok() {
+                Action::Skip
+            } else {
+                Action::Again
+            };
+        }
+        match place.entry() {
+            Entry::Leaf(_) => Action::Split,
+            _ => Action::Descend,
+        }
+    }
+
+    fn run(&mut self, run: &Run<'_, 't, Store, Change<'o>>) -> Action<()> {
+        let base = run.span().first_page();
+        for page in run.part().first_page()..run.part().end_page() {
+            let index = usize::try_from(page - base).unwrap();
+            run.table()[index].swap(
+                Toy.encode(Entry::Leaf(self.0), Level::PAGE),
+                Ordering::SeqCst,
+            );
+        }
+        Action::Continue
+    }
+}
+
+/// Reads every page; notes holes with their level.
+#[derive(Default)]
+struct Read {
+    found: BTreeMap<u64, u64>,
+    holes: u64,
+    wide: u64,
+}
+
+impl<'t> PageVisitor<'t, Store, Look> for Read {
+    type Stop = ();
+
+    fn entry(&mut self, place: &Place<'_, 't, Store, Look>) -> Action<()> {
+        assert!(place.span().covers(&place.part()));
+        assert_eq!(place.span().pages(), place.level().pages());
+        match place.entry() {
+            Entry::Absent => self.holes += place.part().pages(),
+            Entry::Table(_) => {}
+            Entry::Leaf(value) => {
+                self.wide += 1;
+                let part = place.part();
+                (part.first_page()..part.end_page()).for_each(|page| {
+                    assert_eq!(self.found.insert(page, value), None);
+                });
+            }
+        }
+        Action::Continue
+    }
+
+    fn page(&mut self, _: &Run<'_, 't, Store, Look>, page: Page<u64>) -> Action<()> {
+        match page.entry {
+            Entry::Leaf(value) => assert_eq!(self.found.insert(page.page, value), None),
+            _ => self.holes += 1,
+        }
+        Action::Continue
+    }
+}
+
+fn look(store: &Store, first: u64, end: u64) -> Read {
+    let mut read = EachEntry(Read::default());
+    let outcome = Walk::look(store, pages(first, end)).run(&mut read);
+    assert_eq!(outcome, Outcome::Completed);
+    read.0
+}
+
+/// Pages round the edges of 2 MiB, of 1 GiB, and of the 1 TiB that the store describes.
+fn any_page() -> impl Strategy<Value = u64> {
+    const GIB: u64 = 1 << 18;
+    prop_oneof![
+        0..2000_u64,
+        GIB - 1100..GIB + 1100,
+        1024 * GIB - 1600..1024 * GIB
+    ]
+}
+
+proptest! {
+    #![proptest_config(config(200))]
+
+    /// S1, S2, S4: whatever is written with whole spans, splits and filled tables is read back page by
+    /// page, holes are the rest, and exhaustion leaves exactly what was reached.
+    #[test]
+    fn s2_walks_write_and_read_like_a_map(
+        spare in prop_oneof![Just(64_usize), 0..8_usize],
+        writes in prop::collection::vec((any_page(), 1..1500_u64), 1..12),
+    ) {
+        let store = Store::new(spare);
+        let notifier = Notifier::new();
+        let open = notifier.open(store.geometry().span()).unwrap();
+        let mut model = BTreeMap::new();
+        for (value, (first, count)) in (1..).zip(writes) {
+            let range = pages(first, (first + count).min(1 << 28));
+            let walk = Walk::change(&store, range, &open).unwrap();
+            let end = match walk.run_allocating(&mut Write(value)) {
+                Ok(outcome) => {
+                    prop_assert_eq!(outcome, Outcome::Completed);
+                    range.end_page()
+                }
+                Err(exhausted) => {
+                    prop_assert!(range.contains(exhausted.reached));
+                    exhausted.reached.page()
+                }
+            };
+            (range.first_page()..end).for_each(|page| { model.insert(page, value); });
+        }
+        for window in [(0, 4000), ((1 << 18) - 1200, (1 << 18) + 2000), ((1 << 28) - 1600, 1 << 28)] {
+            let read = look(&store, window.0, window.1);
+            let expected: BTreeMap<u64, u64> =
+                model.range(window.0..window.1).map(|(page, value)| (*page, *value)).collect();
+            prop_assert_eq!(read.holes, window.1 - window.0 - expected.len() as u64);
+            prop_assert_eq!(read.found, expected);
+        }
+    }
+}
+
+/// S1: a huge leaf that crosses an edge is seen once, with its true span.
+#[test]
+fn s1_a_huge_leaf_is_seen_once_with_its_true_span() {
+    let store = Store::new(4);
+    let open = Notifier::new().open(pages(0, 4096)).unwrap();
+    let walk = Walk::change(&store, pages(512, 1024), &open).unwrap();
+    walk.run_allocating(&mut Write(7)).unwrap();
+    let read = look(&store, 600, 700);
+    assert_eq!((read.wide, read.found.len(), read.holes), (1, 100, 0));
+}
+
+/// Beyond what the tables can describe there is nothing to cover.
+#[test]
+fn s1_a_walk_ends_with_the_tables() {
+    let store = Store::new(0);
+    let read = look(&store, (1 << 28) - 5, (1 << 28) + 5);
+    assert_eq!(read.holes, 5);
+    assert_eq!(look(&store, 1 << 28, 1 << 29).holes, 0);
+}
+
+/// A changing walk needs an open range that covers it.
+#[test]
+fn s14_change_needs_the_open_range() {
+    let store = Store::new(0);
+    let open = Notifier::new().open(pages(10, 20)).unwrap();
+    assert!(Walk::change(&store, pages(10, 20), &open).is_ok());
+    let refused = Walk::change(&store, pages(9, 12), &open).err().unwrap();
+    assert_eq!((refused.range, refused.open), (pages(9, 12), pages(10, 20)));
+}
+
+/// Counts what it is shown and gives one answer.
+struct Answer {
+    action: Action<&'static str>,
+    shown: u32,
+}
+
+impl<'t> Visitor<'t, Store, Look> for Answer {
+    type Stop = &'static str;
+
+    fn entry(&mut self, _: &Place<'_, 't, Store, Look>) -> Action<&'static str> {
+        self.shown += 1;
+        self.action
+    }
+
+    fn run(&mut self, _: &Run<'_, 't, Store, Look>) -> Action<&'static str> {
+        Action::Continue
+    }
+}
+
+fn answer(action: Action<&'static str>) -> (Outcome<&'static str>, u32) {
+    let store = Store::new(0);
+    let mut visitor = Answer { action, shown: 0 };
+    let range = pages(5, 3 << 18);
+    (Walk::look(&store, range).run(&mut visitor), visitor.shown)
+}
+
+/// S3: every answer; `Again` cannot loop for ever, and `Skip` does not leak.
+#[test]
+fn s3_every_answer() {
+    for action in [
+        Action::Continue,
+        Action::Descend,
+        Action::Skip,
+        Action::Split,
+    ] {
+        assert_eq!(answer(action), (Outcome::Completed, 3));
+    }
+    let at = gpa(5);
+    assert_eq!(
+        answer(Action::Again),
+        (Outcome::Contended { at }, AGAIN_LIMIT + 1)
+    );
+    let value = "here";
+    assert_eq!(
+        answer(Action::Stop(value)),
+        (Outcome::Stopped { value, at }, 1)
+    );
+}
+
+/// S2, S7: the loser of a race for an entry gives its table back.
+#[test]
+fn s7_racing_walks_fill_one_table_each() {
+    let store = Store::new(256);
+    let notifier = Notifier::new();
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let (store, notifier) = (&store, &notifier);
+            scope.spawn(move || {
+                for gib in 0..32 {
+                    let first = (gib << 18) + 3 * thread;
+                    let range = pages(first, first + 3);
+                    let open = notifier.open(range).unwrap();
+                    let walk = Walk::change(store, range, &open).unwrap();
+                    walk.run_allocating(&mut Write(thread + 1)).unwrap();
+                }
+            });
+        }
+    });
+    for gib in 0..32_u64 {
+        let read = look(&store, gib << 18, (gib << 18) + 512);
+        assert_eq!(read.found.values().sum::<u64>(), 9);
+        assert_eq!(read.holes, 506);
+    }
+    let linked = store.used.load(Ordering::Relaxed) - store.given_back.load(Ordering::Relaxed);
+    assert_eq!(linked, 1 + 2 * 32);
+}

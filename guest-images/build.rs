@@ -1,0 +1,106 @@
+//! Builds the guest programs with the compiler that builds this crate.
+//!
+//! Cargo cannot build a bare-metal program for the host's own target beside a hosted library, so
+//! the script calls `rustc` itself. What the outer build says in RUSTFLAGS (coverage, sanitisers,
+//! `target-cpu`) is meant for the host and never reaches the guests: `rustc` does not read it.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+
+/// The guests are x86-64 programs wherever the library runs; this target's `core` is what a
+/// stable toolchain has, and nothing of Linux in it is used.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Guests' sources, and the modules of the library that they share.
+const SOURCES: [&str; 5] = [
+    "guests",
+    "src/dirtier",
+    "src/interface.rs",
+    "src/memory.rs",
+    "build.rs",
+];
+
+fn main() {
+    for source in SOURCES {
+        println!("cargo::rerun-if-changed={source}");
+    }
+    for guest in ["hello", "dirtier"] {
+        if let Err(reason) = build(guest) {
+            eprintln!("guest program `{guest}` was not built: {reason}");
+            exit(1);
+        }
+    }
+}
+
+fn build(guest: &str) -> Result<(), String> {
+    let output = directory("OUT_DIR")?.join(format!("{guest}.elf"));
+    let guests = directory("CARGO_MANIFEST_DIR")?.join("guests");
+    let status = compiler(guest, &guests, &output)?
+        .status()
+        .map_err(|error| format!("the compiler could not be started: {error}"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("the compiler ended with {status}"))
+    }
+}
+
+fn directory(variable: &str) -> Result<PathBuf, String> {
+    env::var_os(variable)
+        .map(PathBuf::from)
+        .ok_or_else(|| format!("{variable} is not set"))
+}
+
+fn compiler(guest: &str, guests: &Path, output: &Path) -> Result<Command, String> {
+    let rustc = env::var_os("RUSTC").ok_or("RUSTC is not set")?;
+    let mut command = Command::new(rustc);
+    command
+        .arg(guests.join(guest).join("main.rs"))
+        .args([
+            "--crate-name",
+            guest,
+            "--crate-type",
+            "bin",
+            "--edition",
+            "2024",
+        ])
+        .args(["--target", TARGET, "-o"])
+        .arg(output)
+        .args(codegen_flags())
+        .args(linker_flags(&guests.join("link.ld")));
+    Ok(command)
+}
+
+/// No red zone: an exception handler runs on whatever stack it is given. One codegen unit: the
+/// hot loop must be inlined, and the programs are small.
+fn codegen_flags() -> impl Iterator<Item = &'static str> {
+    [
+        "opt-level=3",
+        "panic=abort",
+        "relocation-model=static",
+        "code-model=small",
+        "no-redzone=yes",
+        "target-feature=+crt-static",
+        "codegen-units=1",
+        "debuginfo=0",
+        "strip=debuginfo",
+    ]
+    .into_iter()
+    .flat_map(|flag| ["-C", flag])
+}
+
+fn linker_flags(script: &Path) -> impl Iterator<Item = String> {
+    [
+        "linker=cc".to_owned(),
+        "link-arg=-nostartfiles".to_owned(),
+        "link-arg=-nostdlib".to_owned(),
+        "link-arg=-static".to_owned(),
+        "link-arg=-no-pie".to_owned(),
+        "link-arg=-Wl,--build-id=none".to_owned(),
+        "link-arg=-Wl,-z,max-page-size=4096".to_owned(),
+        format!("link-arg=-Wl,-T,{}", script.display()),
+    ]
+    .into_iter()
+    .flat_map(|flag| ["-C".to_owned(), flag])
+}

@@ -1,0 +1,126 @@
+//! What vCPU 0 does besides its share of the work: commands, announcements and the verdict.
+
+use core::hint::spin_loop;
+
+use crate::console;
+use crate::cpu;
+use crate::dirtier::Report;
+use crate::interface::{EXIT_MEMORY_FAULT, EXIT_SUCCESS, PAGE_SIZE};
+use crate::pacer::Poll;
+use crate::state::{self, Progress, Setup};
+
+/// Ticks of the time-stamp counter, one or two seconds, before vCPUs are said to be missing.
+const PATIENCE: u64 = 1 << 32;
+
+pub(crate) struct Control {
+    setup: &'static Setup,
+    poll: Poll,
+    announced: bool,
+}
+
+impl Control {
+    pub(crate) fn new(setup: &'static Setup) -> Self {
+        Self {
+            setup,
+            poll: Poll::new(),
+            announced: false,
+        }
+    }
+
+    /// Called between chunks.
+    pub(crate) fn tick(&mut self) {
+        if !self.announced {
+            self.announce();
+        }
+        if self.setup.config.serial && self.poll.is_due() {
+            self.poll
+                .look(cpu::serial_receive)
+                .into_iter()
+                .for_each(|byte| self.obey(byte));
+        }
+    }
+
+    fn announce(&mut self) {
+        let cpus = self.setup.config.cpus;
+        if state::progress(cpus).iter().any(|one| one.pass() < 2) {
+            return;
+        }
+        self.announced = true;
+        self.print(Report::Ready {
+            cpus,
+            area_mib: (self.setup.layout.pages() * PAGE_SIZE) >> 20,
+            pattern: self.setup.config.pattern,
+        });
+    }
+
+    fn print(&self, line: Report) {
+        if !self.setup.config.quiet {
+            console::print(line);
+        }
+    }
+
+    /// Bytes that are no command are passed over, so that people may type line ends.
+    fn obey(&self, command: u8) {
+        match command {
+            // Asked for, so printed even when quiet.
+            b's' => console::print(Report::Status(state::totals(self.setup.config.cpus))),
+            b'q' => state::stop(),
+            _ => {}
+        }
+    }
+
+    /// Waits until every vCPU runs; says so if some seem to be missing.
+    pub(crate) fn wait_for_start(&mut self) {
+        let (began, mut said) = (cpu::time_stamp(), false);
+        while !self.all(Progress::started) && !state::stopping() {
+            self.tick();
+            spin_loop();
+            if !said && cpu::time_stamp().wrapping_sub(began) > PATIENCE {
+                console::print(Missing(self.setup.config.cpus));
+                said = true;
+            }
+        }
+    }
+
+    /// Waits for every vCPU's audit, prints the verdict and ends the guest.
+    pub(crate) fn conclude(&mut self) -> ! {
+        while !self.all(Progress::audited) {
+            self.tick();
+            spin_loop();
+        }
+        if !self.announced {
+            self.announce();
+        }
+        let totals = state::totals(self.setup.config.cpus);
+        if totals.lost + totals.torn == 0 {
+            console::print_and_exit(Report::AuditPassed(totals), EXIT_SUCCESS)
+        } else {
+            console::print_and_exit(Report::AuditFailed(totals), EXIT_MEMORY_FAULT)
+        }
+    }
+
+    /// A vCPU that has been told to stop before it ever started is not waited for.
+    fn all(&self, test: fn(&Progress) -> bool) -> bool {
+        let stopped_early = |one: &Progress| state::stopping() && !one.started();
+        state::progress(self.setup.config.cpus)
+            .iter()
+            .all(|one| test(one) || stopped_early(one))
+    }
+}
+
+struct Missing(u32);
+
+impl core::fmt::Display for Missing {
+    fn fmt(&self, out: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let started = state::progress(self.0)
+            .iter()
+            .filter(|one| one.started())
+            .count();
+        write!(
+            out,
+            "dirtier: waiting, {started} of cpus={} started; ",
+            self.0
+        )?;
+        out.write_str("others need a monitor that knows the direct-start note")
+    }
+}

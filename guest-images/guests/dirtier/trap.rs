@@ -1,0 +1,88 @@
+//! Exceptions. By one, breakpoint, ring 3 asks for port access; there should be no others, so they
+//! end the guest with a line that says where.
+//!
+//! Unsafe: writes the interrupt descriptor table. Its gates are filled in from ring 3, where that
+//! is free; an exception or port access before then is a triple fault.
+
+use core::fmt;
+
+use crate::console;
+use crate::interface::EXIT_CRASH;
+
+const VECTORS: usize = 32;
+const BREAKPOINT: usize = 3;
+/// The assembly places its stubs this far apart.
+const STUB_SIZE: usize = 16;
+const KERNEL_CODE: u64 = 0x08;
+/// Present, 64-bit interrupt gate (Intel SDM vol. 3A, 6.14.1).
+const GATE: u64 = 0x8e00;
+/// The same, which `int3` in ring 3 may use.
+const OPEN_GATE: u64 = 0xee00;
+
+unsafe extern "C" {
+    static mut exception_gates: [[u64; 2]; VECTORS];
+    static exception_stubs: u8;
+    static port_access: u8;
+}
+
+/// Fills in the gates. Before it nothing can be printed. Called once, by vCPU 0.
+pub(crate) fn install() {
+    for vector in 0..VECTORS {
+        let stub = (&raw const exception_stubs).addr() + vector * STUB_SIZE;
+        set(vector, gate(GATE, stub));
+    }
+    set(BREAKPOINT, gate(OPEN_GATE, (&raw const port_access).addr()));
+}
+
+fn set(vector: usize, gate: [u64; 2]) {
+    // SAFETY: `vector` is below `VECTORS`; only one vCPU writes the table, at the start.
+    unsafe {
+        (&raw mut exception_gates)
+            .cast::<[u64; 2]>()
+            .add(vector)
+            .write_volatile(gate);
+    }
+}
+
+/// The descriptor of a gate to an address below 4 GiB.
+fn gate(kind: u64, handler: usize) -> [u64; 2] {
+    let handler = handler as u64;
+    [
+        (handler & 0xffff) | KERNEL_CODE << 16 | kind << 32 | (handler >> 16) << 48,
+        0,
+    ]
+}
+
+struct Exception {
+    vector: u64,
+    error: u64,
+    instruction: u64,
+    address: u64,
+}
+
+impl fmt::Display for Exception {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            vector,
+            error,
+            instruction,
+            address,
+        } = self;
+        write!(out, "dirtier: EXCEPTION vector={vector} error={error:#x} ")?;
+        write!(out, "rip={instruction:#x} cr2={address:#x}")
+    }
+}
+
+/// Called in ring 3 by the assembly; the stack is whatever it was.
+#[unsafe(no_mangle)]
+extern "C" fn report_exception(vector: u64, error: u64, instruction: u64, address: u64) -> ! {
+    console::crash(
+        Exception {
+            vector,
+            error,
+            instruction,
+            address,
+        },
+        EXIT_CRASH,
+    )
+}

@@ -1,0 +1,5 @@
+//! The guest programs, booted in real machines: QEMU with KVM where there is one, and emulated.
+
+mod dirtier;
+mod hello;
+mod machine;

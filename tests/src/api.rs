@@ -1,0 +1,57 @@
+//! The monitor's API without its client: raw HTTP, so that what the client would never send is sent too.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// No call of the tests takes longer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The HTTP status.
+    pub status: u16,
+    /// The body.
+    pub body: String,
+}
+
+/// Makes one call: `request(socket, "PUT", "/api/v1/vm.pause", "")`.
+///
+/// # Errors
+/// The system's error; `InvalidData` when the answer is no HTTP.
+pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> io::Result<Answer> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Length: {length}\r\n\r\n{body}"
+    )?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, text))
+}
+
+fn parse(text: &str) -> Option<Answer> {
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let rest = head.strip_prefix("HTTP/1.1 ")?;
+    Some(Answer {
+        status: rest.get(..3)?.parse().ok()?,
+        body: body.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_and_body_are_told_apart() {
+        let answer = parse("HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}").unwrap();
+        assert_eq!((answer.status, answer.body.as_str()), (404, "{}"));
+        assert_eq!(parse("HTTP/1.1 40"), None);
+    }
+}

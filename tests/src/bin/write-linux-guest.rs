@@ -1,0 +1,25 @@
+//! Writes the stock Linux guest into a folder: `write-linux-guest FOLDER`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use ferry_tests::{errors, linux_guest};
+
+/// Writes Debian's cloud kernels, as bzImage and as vmlinux, and an initramfs with a shell.
+#[derive(Parser)]
+struct Arguments {
+    /// The folder; made if it is not there.
+    folder: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match linux_guest::write(&arguments.folder) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("write-linux-guest: {}", errors::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Medians and minima of repeated measurements.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// Measurements of one thing, in milliseconds.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Series {
+    values: Vec<f64>,
+}
+
+impl Series {
+    /// Nothing measured yet.
+    pub const fn new() -> Self {
+        Self { values: Vec::new() }
+    }
+
+    /// Adds a measurement.
+    pub fn push(&mut self, value: Duration) {
+        self.push_ms(value.as_secs_f64() * 1000.0);
+    }
+
+    /// Adds a measurement that is in milliseconds already.
+    pub fn push_ms(&mut self, value: f64) {
+        self.values.push(value);
+    }
+
+    /// The median in milliseconds; not a number when nothing was measured.
+    pub fn median(&self) -> f64 {
+        let mut sorted = self.values.clone();
+        sorted.sort_by(f64::total_cmp);
+        let middle = sorted.len() / 2;
+        match sorted.len() {
+            0 => f64::NAN,
+            count if count % 2 == 1 => sorted[middle],
+            _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
+        }
+    }
+
+    /// The minimum in milliseconds; not a number when nothing was measured.
+    pub fn minimum(&self) -> f64 {
+        self.values.iter().copied().fold(f64::NAN, f64::min)
+    }
+
+    /// The maximum in milliseconds; not a number when nothing was measured.
+    pub fn maximum(&self) -> f64 {
+        self.values.iter().copied().fold(f64::NAN, f64::max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn series(values: &[u64]) -> Series {
+        let mut series = Series::default();
+        values
+            .iter()
+            .for_each(|value| series.push(Duration::from_millis(*value)));
+        series
+    }
+
+    #[test]
+    fn median_and_ends() {
+        let odd = series(&[9, 1, 5]);
+        assert!((odd.median() - 5.0).abs() < 1e-9);
+        assert!((odd.minimum() - 1.0).abs() < 1e-9);
+        assert!((odd.maximum() - 9.0).abs() < 1e-9);
+        assert!((series(&[4, 1, 2, 9]).median() - 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn nothing_measured_is_no_number() {
+        assert!(series(&[]).median().is_nan() && series(&[]).minimum().is_nan());
+    }
+}

@@ -1,0 +1,37 @@
+//! Whole-system tests, the lab and comparisons with peers.
+//!
+//! The tests themselves lie in `tests/tests`; this library is what they stand on:
+//!
+//! - [`lab`]: a Debian kernel with a real KVM and nested paging, in emulation
+//!   ([`kernels`], [`initramfs`], [`cpio`] and [`vmlinux`] make its parts);
+//! - [`linux_guest`]: a stock kernel and a shell, to be run by `ferry run` in the lab;
+//! - [`ferry`]: drives processes of the program `ferry`, [`dirtier`] the guest in them;
+//! - [`qemu`]: the peer that migrations are compared with, over [`qmp`];
+//! - [`proxy`]: stands between the two sides of a migration and breaks it on purpose,
+//!   at frames that [`frames`] finds, or with another [`header`];
+//! - [`api`]: the monitor's API without its client;
+//! - [`console`], [`process`], [`status`], [`endpoint`], [`errors`], [`machine`], [`paths`],
+//!   [`figures`]: small tools of all of them.
+
+pub mod api;
+pub mod console;
+pub mod cpio;
+pub mod dirtier;
+pub mod endpoint;
+pub mod errors;
+pub mod ferry;
+pub mod figures;
+pub mod frames;
+pub mod header;
+pub mod initramfs;
+pub mod kernels;
+pub mod lab;
+pub mod linux_guest;
+pub mod machine;
+pub mod paths;
+pub mod process;
+pub mod proxy;
+pub mod qemu;
+pub mod qmp;
+pub mod status;
+pub mod vmlinux;

@@ -1,0 +1,389 @@
+//! Faults in the middle of a migration, made by the proxy or by killing a side.
+//!
+//! After each of them exactly one side runs the guest, nothing that it wrote is lost, and a second
+//! try succeeds. Names of states are those of the progress report.
+
+use ferry_tests::dirtier::{
+    self, LIMIT, assert_ends, assert_none_runs, assert_only_runs, assert_runs, audit, refusal,
+};
+use ferry_tests::endpoint::Endpoint;
+use ferry_tests::ferry::Ferry;
+use ferry_tests::frames::Tag;
+use ferry_tests::header::Change;
+use ferry_tests::process::Ended;
+use ferry_tests::proxy::{Action, Direction, Fault, Proxy, Trigger};
+use serde_json::json;
+
+/// vCPUs of the guests here.
+const CPUS: u32 = 2;
+const UNCONFIRMED: &str = "handed-over-unconfirmed";
+
+fn any_port() -> Endpoint {
+    Endpoint::Tcp(([127, 0, 0, 1], 0).into())
+}
+
+/// A destination, and a proxy before it that does what the fault says.
+fn broken(fault: Option<Fault>) -> (Ferry, Proxy) {
+    broken_with(&[], fault)
+}
+
+fn broken_with(options: &[&str], fault: Option<Fault>) -> (Ferry, Proxy) {
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let destination = Ferry::receive_with(&endpoint, options).unwrap();
+    let proxy = Proxy::start(&any_port(), endpoint, fault.into_iter().collect()).unwrap();
+    (destination, proxy)
+}
+
+fn at_frame(direction: Direction, tag: Tag, action: Action) -> Fault {
+    Fault {
+        direction,
+        trigger: Trigger::Frame(tag, 0),
+        action,
+    }
+}
+
+fn cut_before(direction: Direction, tag: Tag) -> Fault {
+    at_frame(direction, tag, Action::Cut)
+}
+
+/// Silence where the first round's acknowledgement should come: the rounds last until the test goes on.
+fn held_in_the_rounds() -> Fault {
+    at_frame(Direction::ToSource, Tag::RoundAck, Action::Stall)
+}
+
+fn try_to_send(source: &Ferry, proxy: &Proxy) -> Ended {
+    let target = proxy.endpoint().to_string();
+    source.try_ctl(&["send-migration", &target], LIMIT).unwrap()
+}
+
+/// The call failed with these words, and the guest is the source's as before.
+fn assert_stayed(source: &mut Ferry, destination: &mut Ferry, answer: &Ended, words: &str) {
+    assert!(!answer.status.success(), "{answer:?}");
+    assert!(answer.stderr.contains(words), "no {words:?} in {answer:?}");
+    assert_eq!(source.phase().unwrap(), "failed");
+    assert_only_runs(source, destination);
+    let resolve = source.ctl(&["migration-resolve", "resume"]).unwrap_err();
+    let resolve = refusal(resolve);
+    assert!(resolve.contains("nothing to resolve"), "{resolve}");
+}
+
+/// A second try, to a destination that is whole.
+fn second_try_succeeds(source: Ferry) {
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let destination = Ferry::receive(&endpoint).unwrap();
+    arrives(source, destination, &endpoint);
+}
+
+/// The guest goes to `destination` and is whole there; neither process leaves anything behind.
+fn arrives(mut source: Ferry, mut destination: Ferry, endpoint: &Endpoint) {
+    source.send_migration(endpoint, &["--verify"]).unwrap();
+    assert_ends(&mut source);
+    assert_eq!(destination.phase().unwrap(), "completed");
+    assert_only_runs(&mut destination, &mut source);
+    audit(&mut destination);
+}
+
+/// A fault before COMMIT: told to the caller, and the source runs on as if nothing had been.
+fn source_survives(fault: Fault) {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(fault.clone()));
+    let answer = try_to_send(&source, &proxy);
+    assert_eq!(proxy.fired(), 1, "the fault was never met: {fault:?}");
+    assert_stayed(&mut source, &mut destination, &answer, "not handed over");
+    second_try_succeeds(source);
+}
+
+#[test]
+fn a_cut_in_the_first_pages() {
+    source_survives(cut_before(Direction::ToDestination, Tag::Pages));
+}
+
+#[test]
+fn a_cut_at_the_end_of_a_round() {
+    source_survives(cut_before(Direction::ToDestination, Tag::RoundEnd));
+}
+
+#[test]
+fn a_cut_before_the_answer_to_a_round() {
+    source_survives(cut_before(Direction::ToSource, Tag::RoundAck));
+}
+
+#[test]
+fn a_cut_before_the_state() {
+    source_survives(cut_before(Direction::ToDestination, Tag::State));
+}
+
+#[test]
+fn a_cut_before_the_end_of_the_state() {
+    source_survives(cut_before(Direction::ToDestination, Tag::Finish));
+}
+
+#[test]
+fn a_cut_at_ready() {
+    source_survives(cut_before(Direction::ToSource, Tag::Ready));
+}
+
+#[test]
+fn a_cut_before_the_header_and_before_its_answer() {
+    let trigger = Trigger::Offset(0);
+    source_survives(Fault {
+        direction: Direction::ToDestination,
+        trigger,
+        action: Action::Cut,
+    });
+    source_survives(cut_before(Direction::ToSource, Tag::Accept));
+}
+
+#[test]
+fn a_silence_in_the_rounds_is_reported() {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(held_in_the_rounds()));
+    // Returns because the source gives up, not because the silence ends: that it does not.
+    let answer = try_to_send(&source, &proxy);
+    assert_eq!(proxy.fired(), 1);
+    assert_stayed(&mut source, &mut destination, &answer, "connection failed");
+    second_try_succeeds(source);
+}
+
+/// One source and one destination for all of them: a refusal harms neither.
+fn all_refused(options: &[&str], faults: Vec<(Option<Fault>, &str)>) -> (Ferry, Ferry, Proxy) {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken_with(options, None);
+    for (number, (fault, words)) in (1..).zip(faults) {
+        let due = proxy.fired() + usize::from(fault.is_some());
+        fault.into_iter().for_each(|fault| proxy.add(fault));
+        let answer = try_to_send(&source, &proxy);
+        assert_eq!(proxy.fired(), due, "fault {number} was never met");
+        assert_stayed(&mut source, &mut destination, &answer, words);
+    }
+    (source, destination, proxy)
+}
+
+#[test]
+fn one_flipped_bit_in_each_kind_of_frame_is_refused() {
+    // Not zero pages: this guest has none, and what was never touched is not sent at all.
+    let tags = [Tag::Pages, Tag::RoundEnd, Tag::State, Tag::Finish];
+    let flips = tags.map(|tag| {
+        let flip = at_frame(Direction::ToDestination, tag, Action::Flip(0x40));
+        (Some(flip), "the destination refused")
+    });
+    let (source, destination, proxy) = all_refused(&[], flips.to_vec());
+    arrives(source, destination, proxy.endpoint());
+}
+
+#[test]
+fn one_flipped_bit_in_each_kind_of_answer_is_noticed() {
+    for tag in [Tag::Accept, Tag::RoundAck, Tag::Ready] {
+        source_survives(at_frame(Direction::ToSource, tag, Action::Flip(0x40)));
+    }
+}
+
+#[test]
+fn one_flipped_bit_in_the_header_is_refused() {
+    let flip = |offset| {
+        Some(Fault {
+            direction: Direction::ToDestination,
+            trigger: Trigger::Offset(offset),
+            action: Action::Flip(0x10),
+        })
+    };
+    let flips = vec![
+        (flip(0), "a Ferry stream begins with"),
+        (flip(8), "checksum"),
+        (flip(15), "bytes, at most"),
+        (flip(100), "checksum"),
+    ];
+    let (source, destination, proxy) = all_refused(&[], flips);
+    arrives(source, destination, proxy.endpoint());
+}
+
+#[test]
+fn another_version_and_another_layout_are_refused_in_words() {
+    let rewrite = |change| {
+        Some(Fault {
+            direction: Direction::ToDestination,
+            trigger: Trigger::Offset(0),
+            action: Action::Rewrite(change),
+        })
+    };
+    let field = |pointer, value| rewrite(Change::Field(pointer, value));
+    let half = 64 << 20;
+    let halves = json!([{"start": 0, "bytes": half}, {"start": half, "bytes": half}]);
+    let changes = vec![
+        (rewrite(Change::Version(9)), "stream version 9"),
+        (field("/memory", halves), "laid out"),
+        (field("/memory/0/start", json!(1)), "memory at 0x1"),
+        (field("/memory", json!([])), "0 ranges of memory"),
+        (field("/page_size", json!(16384)), "pages of 16384 bytes"),
+        (field("/architecture", json!("riscv64")), "riscv64"),
+        (field("/sections/0/version", json!(99)), "99"),
+        (field("/cpus", json!(u32::MAX)), "vcpu2"),
+        (field("/populated_bytes", json!(1_u64 << 60)), "populated"),
+    ];
+    let (source, destination, proxy) = all_refused(&[], changes);
+    arrives(source, destination, proxy.endpoint());
+}
+
+#[test]
+fn a_destination_with_too_little_memory_refuses_in_words() {
+    let limit = ["--memory-limit", "127M"];
+    let too_much = (
+        None,
+        "134217728 bytes of memory are more than the 133169152 allowed",
+    );
+    let (source, destination, _proxy) = all_refused(&limit, vec![too_much]);
+    drop(destination);
+    second_try_succeeds(source);
+}
+
+#[test]
+fn the_destination_is_killed_in_the_rounds() {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(held_in_the_rounds()));
+    let answer = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| try_to_send(&source, &proxy));
+        assert!(proxy.wait_fired(1, LIMIT));
+        destination.kill();
+        proxy.resume();
+        sending.join().unwrap()
+    });
+    assert_stayed(&mut source, &mut destination, &answer, "connection failed");
+    second_try_succeeds(source);
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_source_running() {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(held_in_the_rounds()));
+    let answer = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| try_to_send(&source, &proxy));
+        assert!(proxy.wait_fired(1, LIMIT));
+        assert_eq!(source.phase().unwrap(), "rounds");
+        source.ctl(&["cancel-migration"]).unwrap();
+        proxy.resume();
+        sending.join().unwrap()
+    });
+    assert!(!answer.status.success(), "{answer:?}");
+    assert!(answer.stderr.contains("cancelled"), "{answer:?}");
+    assert_eq!(source.phase().unwrap(), "cancelled");
+    assert_only_runs(&mut source, &mut destination);
+    second_try_succeeds(source);
+}
+
+/// COMMIT or its confirmation is lost: the source does not run its guest until somebody says that it
+/// may, and does nothing else with it either.
+fn in_doubt(fault: Fault) -> (Ferry, Ferry) {
+    let source = dirtier::start(CPUS);
+    let (destination, proxy) = broken(Some(fault));
+    let answer = try_to_send(&source, &proxy);
+    assert_eq!(proxy.fired(), 1);
+    assert!(!answer.status.success(), "{answer:?}");
+    assert!(answer.stderr.contains("migration-resolve"), "{answer:?}");
+    assert_eq!(source.phase().unwrap(), UNCONFIRMED);
+    let elsewhere = any_port().to_string();
+    for call in [
+        &["resume"][..],
+        &["pause"],
+        &["shutdown"],
+        &["send-migration", &elsewhere],
+    ] {
+        let said = refusal(source.ctl(call).unwrap_err());
+        assert!(said.contains(UNCONFIRMED), "{call:?}: {said}");
+    }
+    (source, destination)
+}
+
+fn resume(source: &Ferry) {
+    source.ctl(&["migration-resolve", "resume"]).unwrap();
+    assert_eq!(source.phase().unwrap(), "failed");
+}
+
+#[test]
+fn a_lost_commit_is_resolved_by_resuming_the_source() {
+    let (mut source, mut destination) = in_doubt(cut_before(Direction::ToDestination, Tag::Commit));
+    assert_none_runs([&mut source, &mut destination]);
+    resume(&source);
+    assert_only_runs(&mut source, &mut destination);
+    second_try_succeeds(source);
+}
+
+#[test]
+fn a_damaged_commit_is_the_destinations_refusal() {
+    // Not in doubt: the destination says that it does not run the guest.
+    let flip = Action::Flip(0x40);
+    source_survives(at_frame(Direction::ToDestination, Tag::Commit, flip));
+}
+
+#[test]
+fn a_lost_done_is_resolved_by_discarding_the_source() {
+    let (mut source, mut destination) = in_doubt(cut_before(Direction::ToSource, Tag::Done));
+    assert_only_runs(&mut destination, &mut source);
+    source.ctl(&["migration-resolve", "discard"]).unwrap();
+    assert_ends(&mut source);
+    // The guest goes on from there as from anywhere.
+    second_try_succeeds(destination);
+}
+
+#[test]
+fn a_damaged_done_leaves_the_source_in_doubt() {
+    let flip = at_frame(Direction::ToSource, Tag::Done, Action::Flip(0x40));
+    let (mut source, mut destination) = in_doubt(flip);
+    assert_only_runs(&mut destination, &mut source);
+    source.ctl(&["migration-resolve", "discard"]).unwrap();
+    assert_ends(&mut source);
+    audit(&mut destination);
+}
+
+#[test]
+fn a_destination_that_dies_with_the_commit_is_resolved_by_resuming_the_source() {
+    let stall = at_frame(Direction::ToDestination, Tag::Commit, Action::Stall);
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(stall));
+    let answer = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| try_to_send(&source, &proxy));
+        assert!(proxy.wait_fired(1, LIMIT));
+        assert_eq!(source.phase().unwrap(), "committed");
+        let late = refusal(source.ctl(&["cancel-migration"]).unwrap_err());
+        assert!(late.contains("committed"), "{late}");
+        destination.kill();
+        proxy.cut();
+        sending.join().unwrap()
+    });
+    assert!(!answer.status.success(), "{answer:?}");
+    assert_eq!(source.phase().unwrap(), UNCONFIRMED);
+    assert_none_runs([&mut source, &mut destination]);
+    resume(&source);
+    assert_runs(&mut source);
+    second_try_succeeds(source);
+}
+
+#[test]
+fn a_destination_that_is_not_there_is_named() {
+    let mut source = dirtier::start(CPUS);
+    let nowhere = Endpoint::free_tcp().unwrap();
+    let said = refusal(source.send_migration(&nowhere, &[]).unwrap_err());
+    let address = nowhere.to_string();
+    assert!(said.contains(&address), "no {address} in {said}");
+    assert_runs(&mut source);
+    second_try_succeeds(source);
+}
+
+#[test]
+fn a_guest_that_stays_too_long_in_the_rounds_stays() {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(None);
+    // No round is short enough for one millisecond, and nothing slows the guest down.
+    let target = proxy.endpoint().to_string();
+    let options = [
+        "--downtime-ms",
+        "1",
+        "--timeout-s",
+        "1",
+        "--throttle-max",
+        "0",
+    ];
+    let call = [&["send-migration", &target][..], &options].concat();
+    let answer = source.try_ctl(&call, LIMIT).unwrap();
+    assert_stayed(&mut source, &mut destination, &answer, "gave up");
+    second_try_succeeds(source);
+}

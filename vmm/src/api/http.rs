@@ -1,0 +1,267 @@
+//! Just as much HTTP/1.1 as a local API needs: a request with a bounded head and body, a response.
+
+use std::io::{self, Read, Write};
+
+/// Bytes of a request's line and headers, at most.
+const HEAD_LIMIT: usize = 16 * 1024;
+/// Bytes of a request's body, at most.
+const BODY_LIMIT: usize = 1 << 20;
+const HEADERS_LIMIT: usize = 64;
+
+/// What a request wants to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// To read.
+    Get,
+    /// To change.
+    Put,
+}
+
+impl Method {
+    /// Its name in a request line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Put => "PUT",
+        }
+    }
+}
+
+/// A request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) method: String,
+    pub(super) path: String,
+    pub(super) body: Vec<u8>,
+    pub(super) keep_alive: KeepAlive,
+}
+
+/// Whether the client wants to send another request over the same connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeepAlive {
+    Yes,
+    No,
+}
+
+/// A response: status, and JSON unless it is empty.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Response {
+    pub(super) status: u16,
+    pub(super) body: String,
+}
+
+impl Response {
+    pub(super) fn empty() -> Self {
+        Self {
+            status: 204,
+            body: String::new(),
+        }
+    }
+
+    /// As Cloud Hypervisor writes them: an array of messages.
+    pub(super) fn error(status: u16, message: impl ToString) -> Self {
+        Self {
+            status,
+            body: serde_json::json!([message.to_string()]).to_string(),
+        }
+    }
+
+    pub(super) fn write_to(
+        &self,
+        stream: &mut impl Write,
+        keep_alive: KeepAlive,
+    ) -> io::Result<()> {
+        let connection = match keep_alive {
+            KeepAlive::Yes => "keep-alive",
+            KeepAlive::No => "close",
+        };
+        let mut text = format!(
+            "HTTP/1.1 {} {}\r\nServer: ferry\r\nConnection: {connection}\r\n",
+            self.status,
+            reason(self.status)
+        );
+        if self.status != 204 {
+            text += &format!(
+                "Content-Type: application/json\r\nContent-Length: {}\r\n",
+                self.body.len()
+            );
+        }
+        text += "\r\n";
+        text += &self.body;
+        stream.write_all(text.as_bytes())?;
+        stream.flush()
+    }
+}
+
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        204 => "No Content",
+        400 => "Bad Request",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        409 => "Conflict",
+        413 => "Content Too Large",
+        501 => "Not Implemented",
+        _ => "Internal Server Error",
+    }
+}
+
+/// Why there was no request.
+#[derive(Debug)]
+pub(super) enum RequestError {
+    /// The client is done, or gone.
+    Closed,
+    /// What it sent is answered with this, and the connection closed.
+    Bad(Response),
+}
+
+/// Reads the next request. `buffer` keeps what a client sends ahead.
+pub(super) fn read_request(
+    stream: &mut impl Read,
+    buffer: &mut Vec<u8>,
+) -> Result<Request, RequestError> {
+    loop {
+        if let Some((mut request, head, length)) = parse(buffer)? {
+            while buffer.len() < head + length {
+                fill(stream, buffer)?;
+            }
+            request.body = buffer[head..head + length].to_vec();
+            buffer.drain(..head + length);
+            return Ok(request);
+        }
+        if buffer.len() > HEAD_LIMIT {
+            return Err(bad(
+                413,
+                format!("the request's head has more than {HEAD_LIMIT} bytes"),
+            ));
+        }
+        fill(stream, buffer)?;
+    }
+}
+
+fn fill(stream: &mut impl Read, buffer: &mut Vec<u8>) -> Result<(), RequestError> {
+    let mut bytes = [0; 4096];
+    match stream.read(&mut bytes) {
+        Ok(0) | Err(_) => Err(RequestError::Closed),
+        Ok(count) => {
+            buffer.extend(&bytes[..count]);
+            Ok(())
+        }
+    }
+}
+
+fn bad(status: u16, message: impl ToString) -> RequestError {
+    RequestError::Bad(Response::error(status, message))
+}
+
+/// A request without its body, the length of its head, and the length of its body; none while the head is
+/// not whole.
+fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_LIMIT];
+    let mut parsed = httparse::Request::new(&mut headers);
+    let head = match parsed.parse(buffer) {
+        Ok(httparse::Status::Complete(head)) => head,
+        Ok(httparse::Status::Partial) => return Ok(None),
+        Err(error) => return Err(bad(400, format!("no HTTP request: {error}"))),
+    };
+    let header = |name: &str| {
+        parsed
+            .headers
+            .iter()
+            .find(|header| header.name.eq_ignore_ascii_case(name))
+            .map(|header| String::from_utf8_lossy(header.value).trim().to_owned())
+    };
+    if header("Transfer-Encoding").is_some() {
+        return Err(bad(501, "Transfer-Encoding: send a Content-Length"));
+    }
+    let length = match header("Content-Length") {
+        None => 0,
+        Some(text) => text
+            .parse()
+            .map_err(|_| bad(400, format!("Content-Length: {text:?}")))?,
+    };
+    if length > BODY_LIMIT {
+        return Err(bad(
+            413,
+            format!("a body of {length} bytes, at most {BODY_LIMIT} are allowed"),
+        ));
+    }
+    let close = header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+    let request = Request {
+        method: parsed.method.unwrap_or_default().into(),
+        path: parsed.path.unwrap_or_default().into(),
+        body: Vec::new(),
+        keep_alive: if close || parsed.version == Some(0) {
+            KeepAlive::No
+        } else {
+            KeepAlive::Yes
+        },
+    };
+    Ok(Some((request, head, length)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Gives its bytes out in pieces of `step`.
+    struct Drip<'a>(&'a [u8], usize);
+
+    impl Read for Drip<'_> {
+        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+            let count = self.1.min(self.0.len()).min(bytes.len());
+            bytes[..count].copy_from_slice(&self.0[..count]);
+            self.0 = &self.0[count..];
+            Ok(count)
+        }
+    }
+
+    #[test]
+    fn requests_follow_each_other_on_one_connection() {
+        let text = b"PUT /a HTTP/1.1\r\ncontent-length: 3\r\n\r\nxyzGET /b HTTP/1.1\r\nConnection: close\r\n\r\n";
+        for step in [1, 7, 4096] {
+            let (mut stream, mut buffer) = (Drip(text, step), Vec::new());
+            let first = read_request(&mut stream, &mut buffer).unwrap();
+            assert_eq!((first.method.as_str(), first.path.as_str()), ("PUT", "/a"));
+            assert_eq!(
+                (first.body.as_slice(), first.keep_alive),
+                (&b"xyz"[..], KeepAlive::Yes)
+            );
+            let second = read_request(&mut stream, &mut buffer).unwrap();
+            assert_eq!(
+                (second.path.as_str(), second.keep_alive),
+                ("/b", KeepAlive::No)
+            );
+            let end = read_request(&mut stream, &mut buffer).unwrap_err();
+            assert!(matches!(end, RequestError::Closed));
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_or_broken_is_answered() {
+        let long = format!("GET /{} HTTP/1.1\r\n", "x".repeat(2 * HEAD_LIMIT));
+        for (text, status) in [
+            (long.as_str(), 413),
+            ("PUT / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
+            ("PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+            ("PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
+            ("\u{1}\u{2}\r\n\r\n", 400),
+        ] {
+            match read_request(&mut Drip(text.as_bytes(), 4096), &mut Vec::new()) {
+                Err(RequestError::Bad(response)) => assert_eq!(response.status, status),
+                other => panic!("{text:.40}: {other:?}"),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _answer = read_request(&mut Drip(&bytes, 16), &mut Vec::new());
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The API: HTTP on a Unix socket, in the paths and JSON of the Cloud Hypervisor API v1.
+
+mod client;
+mod http;
+mod routes;
+mod server;
+
+pub use client::{ClientError, NO_LIMIT, USUAL_LIMIT, call};
+pub use http::Method;
+pub use server::{ApiServer, ServerError};

@@ -1,0 +1,129 @@
+//! The CPU features that a guest sees: the host's as KVM offers them, made each vCPU's own.
+//!
+//! Source: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+
+/// CPUID could not be asked for or built.
+#[derive(Debug, thiserror::Error)]
+#[error("CPUID: {0}")]
+pub struct CpuidError(String);
+
+const FEATURES: u32 = 1;
+const EXTENDED_TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+const EXTENDED_FEATURES: u32 = 0x8000_0001;
+const SVM_FEATURES: u32 = 0x8000_000a;
+/// Leaf 1, ecx.
+const VMX: u32 = 1 << 5;
+/// Leaf 0x80000001, ecx.
+const SVM: u32 = 1 << 2;
+/// Leaf 1, ecx, and leaf 7, ecx: what the guest itself has switched on, not features.
+const OSXSAVE: u32 = 1 << 27;
+const OSPKE: u32 = 1 << 4;
+const HYPERVISOR_PRESENT: u32 = 1 << 31;
+/// Leaf 1, ecx: the TSC-deadline timer, which KVM's local APIC has though it does not say so here.
+const TSC_DEADLINE: u32 = 1 << 24;
+
+/// What vCPU `index` of `count` sees.
+///
+/// # Errors
+/// KVM's.
+pub fn for_vcpu(kvm: &Kvm, index: u32, count: u32) -> Result<CpuId, CpuidError> {
+    let mut cpuid = supported(kvm)?;
+    for entry in cpuid.as_mut_slice() {
+        if entry.function == FEATURES {
+            let initial_apic_id = (index & 0xff) << 24;
+            let logical_processors = (count & 0xff) << 16;
+            entry.ebx = (entry.ebx & 0xffff) | initial_apic_id | logical_processors;
+            entry.ecx |= HYPERVISOR_PRESENT | TSC_DEADLINE;
+            entry.ecx &= !VMX;
+        }
+        // The state of nested virtualisation is not carried, so guests are not given it.
+        if entry.function == EXTENDED_FEATURES {
+            entry.ecx &= !SVM;
+        }
+        if entry.function == SVM_FEATURES {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        if EXTENDED_TOPOLOGY.contains(&entry.function) {
+            entry.edx = index;
+        }
+    }
+    Ok(cpuid)
+}
+
+fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|error| CpuidError(format!("KVM_GET_SUPPORTED_CPUID: {error}")))
+}
+
+/// A register of a leaf.
+type Register = fn(&kvm_cpuid_entry2) -> u32;
+
+/// Leaves, sub-leaves and registers that are nothing but feature bits.
+const FEATURE_REGISTERS: [(u32, u32, Register, &str); 9] = [
+    (
+        1,
+        0,
+        |e| e.ecx & !(HYPERVISOR_PRESENT | TSC_DEADLINE | OSXSAVE),
+        "leaf 1 ecx",
+    ),
+    (1, 0, |e| e.edx, "leaf 1 edx"),
+    (7, 0, |e| e.ebx, "leaf 7 ebx"),
+    (7, 0, |e| e.ecx & !OSPKE, "leaf 7 ecx"),
+    (7, 0, |e| e.edx, "leaf 7 edx"),
+    (0xd, 0, |e| e.eax, "leaf 0xd eax"),
+    (0xd, 1, |e| e.eax & 0xf, "leaf 0xd.1 eax"),
+    (0x8000_0001, 0, |e| e.ecx, "leaf 0x80000001 ecx"),
+    (0x8000_0001, 0, |e| e.edx, "leaf 0x80000001 edx"),
+];
+
+/// The features in `wanted` that this host cannot give, each as register and bits: empty if a guest that
+/// saw `wanted` can go on here.
+///
+/// # Errors
+/// KVM's.
+pub fn missing_features(kvm: &Kvm, wanted: &[kvm_cpuid_entry2]) -> Result<Vec<String>, CpuidError> {
+    let offered = supported(kvm)?;
+    Ok(missing(offered.as_slice(), wanted))
+}
+
+fn missing(offered: &[kvm_cpuid_entry2], wanted: &[kvm_cpuid_entry2]) -> Vec<String> {
+    let bits = |entries: &[kvm_cpuid_entry2], leaf, sub, register: Register| {
+        entries
+            .iter()
+            .find(|e| e.function == leaf && e.index == sub)
+            .map_or(0, register)
+    };
+    FEATURE_REGISTERS
+        .iter()
+        .filter_map(|(leaf, sub, register, name)| {
+            let lacking =
+                bits(wanted, *leaf, *sub, *register) & !bits(offered, *leaf, *sub, *register);
+            (lacking != 0).then(|| format!("{name} bits {lacking:#x}"))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_feature_that_the_host_lacks_is_named() {
+        let offered = [kvm_cpuid_entry2 {
+            function: 7,
+            ebx: 0b0101,
+            ..Default::default()
+        }];
+        let wanted = [kvm_cpuid_entry2 {
+            function: 7,
+            ebx: 0b0111,
+            ..Default::default()
+        }];
+        assert_eq!(missing(&offered, &wanted), ["leaf 7 ebx bits 0x2"]);
+        assert!(missing(&wanted, &offered).is_empty());
+        assert!(missing(&wanted, &wanted).is_empty());
+    }
+}

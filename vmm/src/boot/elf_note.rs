@@ -1,0 +1,131 @@
+//! The "direct start" note of a kernel image.
+//!
+//! An ELF note with owner `Ferry`, type 1, whose descriptor is a 32-bit physical address, asks that every
+//! vCPU but the first be started there directly, in the PVH start state, with its index in eax. It exists
+//! for guests on hosts where INIT and SIPI do not work: where ring 0 is emulated.
+//!
+//! Sources: ELF-64 Object File Format, "Program header" and "Note section".
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::GuestAddress;
+
+const OWNER: &[u8] = b"Ferry\0";
+const DIRECT_START: u32 = 1;
+const PT_NOTE: u32 = 4;
+const PROGRAM_HEADER_BYTES: u64 = 56;
+/// No sensible image has more bytes of notes than this.
+const NOTES_LIMIT: u64 = 64 * 1024;
+
+/// The address in the image's direct-start note, if it is an ELF image and has one.
+pub(super) fn direct_start(file: &mut File) -> io::Result<Option<GuestAddress>> {
+    let mut header = [0; 64];
+    if !read_fully(file, &mut header, 0)? || !header.starts_with(b"\x7fELF") {
+        return Ok(None);
+    }
+    let first = u64::from_le_bytes(field(&header, 32));
+    let count = u16::from_le_bytes(field(&header, 56));
+    for index in 0..u64::from(count) {
+        let mut program = [0; 56];
+        let Some(at) = first.checked_add(index * PROGRAM_HEADER_BYTES) else {
+            break;
+        };
+        if !read_fully(file, &mut program, at)? {
+            break;
+        }
+        if u32::from_le_bytes(field(&program, 0)) == PT_NOTE
+            && let Some(found) = search(file, &program)?
+        {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// Looks through the notes of one program header.
+fn search(file: &File, program: &[u8; 56]) -> io::Result<Option<GuestAddress>> {
+    let offset = u64::from_le_bytes(field(program, 8));
+    let size = u64::from_le_bytes(field(program, 32)).min(NOTES_LIMIT);
+    let mut notes = vec![0; usize::try_from(size).map_err(io::Error::other)?];
+    if !read_fully(file, &mut notes, offset)? {
+        return Ok(None);
+    }
+    Ok(in_notes(&notes))
+}
+
+/// Notes follow each other: name size, descriptor size, type, name, descriptor; both padded to 4.
+fn in_notes(mut notes: &[u8]) -> Option<GuestAddress> {
+    loop {
+        let (head, rest) = notes.split_at_checked(12)?;
+        let name_size = usize::try_from(u32::from_le_bytes(field(head, 0))).ok()?;
+        let size = usize::try_from(u32::from_le_bytes(field(head, 4))).ok()?;
+        let (name, rest) = rest.split_at_checked(name_size.checked_next_multiple_of(4)?)?;
+        let (descriptor, rest) = rest.split_at_checked(size.checked_next_multiple_of(4)?)?;
+        let ours = name.get(..name_size) == Some(OWNER);
+        if ours && u32::from_le_bytes(field(head, 8)) == DIRECT_START && size == 4 {
+            return Some(GuestAddress(u64::from(u32::from_le_bytes(field(
+                descriptor, 0,
+            )))));
+        }
+        notes = rest;
+    }
+}
+
+/// False where the file ends before `bytes` are full, or has no such offset.
+fn read_fully(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
+    match file.read_exact_at(bytes, offset) {
+        Ok(()) => Ok(true),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&bytes[at..at + N]);
+    field
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(owner: &[u8], kind: u32, descriptor: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(u32::try_from(owner.len()).unwrap().to_le_bytes());
+        bytes.extend(u32::try_from(descriptor.len()).unwrap().to_le_bytes());
+        bytes.extend(kind.to_le_bytes());
+        for part in [owner, descriptor] {
+            bytes.extend(part);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        bytes
+    }
+
+    #[test]
+    fn the_note_is_found_among_others() {
+        let mut notes = note(b"Xen\0", 18, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        notes.extend(note(b"Ferry\0", 2, &[9; 4]));
+        notes.extend(note(b"Ferry\0", DIRECT_START, &0x10_2030_u32.to_le_bytes()));
+        assert_eq!(in_notes(&notes), Some(GuestAddress(0x10_2030)));
+    }
+
+    #[test]
+    fn broken_notes_are_no_note() {
+        let whole = note(b"Ferry\0", DIRECT_START, &[1; 4]);
+        for cut in 0..whole.len() {
+            assert_eq!(in_notes(&whole[..cut]), None, "cut at {cut}");
+        }
+        assert_eq!(in_notes(&[0xff; 64]), None);
+        assert_eq!(in_notes(&note(b"Ferry\0", DIRECT_START, &[1; 8])), None);
+    }
+}

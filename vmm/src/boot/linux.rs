@@ -1,0 +1,68 @@
+//! Linux's 64-bit boot protocol: the boot_params page ("zero page").
+//!
+//! Source: Linux Documentation/arch/x86/boot.rst, "64-bit BOOT PROTOCOL".
+
+use linux_loader::bootparam::{boot_params, setup_header};
+use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::KernelLoaderResult;
+use vm_memory::{Address, GuestAddress};
+
+use super::{BootError, Initramfs, usable_ram};
+use crate::memory::GuestMemory;
+
+/// Where boot_params is; its address is what the kernel finds in rsi.
+pub(super) const BOOT_PARAMS: GuestAddress = GuestAddress(0x7000);
+
+/// In a bzImage the 64-bit entry is this far behind the start of the protected-mode code (boot.rst).
+const BZIMAGE_ENTRY_64: u64 = 0x200;
+/// `type_of_loader`: no assigned loader (boot.rst).
+const LOADER_UNDEFINED: u8 = 0xff;
+const E820_RAM: u32 = 1;
+/// What boot.rst demands of a loader that makes up the setup header itself, as for a vmlinux.
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+
+/// Where vCPU 0 begins.
+pub(super) fn entry(kernel: &KernelLoaderResult) -> GuestAddress {
+    match kernel.setup_header {
+        Some(_) => GuestAddress(kernel.kernel_load.raw_value() + BZIMAGE_ENTRY_64),
+        None => kernel.kernel_load,
+    }
+}
+
+/// Writes boot_params. `header` is the bzImage's own.
+pub(super) fn write_boot_params(
+    memory: &GuestMemory,
+    header: Option<setup_header>,
+    command_line: GuestAddress,
+    initramfs: Option<Initramfs>,
+) -> Result<(), BootError> {
+    let mut params = boot_params {
+        hdr: header.unwrap_or(setup_header {
+            boot_flag: BOOT_FLAG,
+            header: HEADER_MAGIC,
+            kernel_alignment: 0x20_0000,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.cmd_line_ptr = low(command_line.raw_value())?;
+    if let Some(initramfs) = initramfs {
+        params.hdr.ramdisk_image = low(initramfs.start.raw_value())?;
+        params.hdr.ramdisk_size = low(initramfs.bytes)?;
+    }
+    for (slot, (addr, size)) in params.e820_table.iter_mut().zip(usable_ram(memory)) {
+        slot.addr = addr;
+        slot.size = size;
+        slot.r#type = E820_RAM;
+        params.e820_entries += 1;
+    }
+    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, BOOT_PARAMS), memory)
+        .map_err(|error| BootError::Memory(error.to_string()))
+}
+
+fn low(value: u64) -> Result<u32, BootError> {
+    u32::try_from(value).map_err(|_| BootError::Memory(format!("{value:#x} is beyond 4 GiB")))
+}

@@ -1,0 +1,315 @@
+//! Loading a kernel and starting it: PVH for ELF images that have its note, Linux's 64-bit protocol for
+//! bzImages and for ELF images that have not.
+//!
+//! ```text
+//! 0x0_0500  GDT                          0x0_9000  page tables (64-bit protocol only)
+//! 0x0_6000  hvm_start_info, modules,     0x2_0000  command line
+//!           memory map (PVH only)        0x9_fc00  hole up to 1 MiB, as on a PC
+//! 0x0_7000  boot_params (64-bit only)    1 MiB     kernel; initramfs at the end of low RAM
+//! ```
+
+mod cpuid;
+mod elf_note;
+mod linux;
+mod pvh;
+mod registers;
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use kvm_ioctls::VcpuFd;
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::{
+    BzImage, Elf, KernelLoader, KernelLoaderResult, elf::PvhBootCapability, load_cmdline,
+};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::memory::{GuestMemory, LOW_RAM_END};
+
+pub use cpuid::{CpuidError, for_vcpu as cpuid_for_vcpu, missing_features};
+
+const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
+/// Room for the command line, its closing zero included: what x86 Linux takes at most (COMMAND_LINE_SIZE
+/// in arch/x86/include/asm/setup.h).
+const COMMAND_LINE_CAPACITY: usize = 2048;
+/// Usable RAM ends here below 1 MiB: above are, on a PC, the EBDA, video memory and the BIOS.
+const EBDA_START: u64 = 0x9_fc00;
+/// Kernels are loaded from here on.
+const KERNEL_MIN: u64 = 0x10_0000;
+
+/// Why a guest could not be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file that cannot be read.
+    #[error("{what} {}: {source}", path.display())]
+    File {
+        /// "kernel" or "initramfs".
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kernel file is neither ELF nor bzImage.
+    #[error(
+        "kernel {}: neither an ELF image nor a bzImage (it begins with {begins:02x?})", path.display()
+    )]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// Its first bytes.
+        begins: [u8; 4],
+    },
+    /// The kernel file is broken or does not fit.
+    #[error("kernel {}: {why}", path.display())]
+    Kernel {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The initramfs does not fit behind the kernel.
+    #[error(
+        "initramfs {}: its {bytes} bytes do not fit the guest's memory behind the kernel, which ends \
+         at {kernel_end:#x}; give the guest more memory", path.display()
+    )]
+    InitramfsSize {
+        /// Which file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// Where the kernel ends.
+        kernel_end: u64,
+    },
+    /// The command line is too long or not ASCII.
+    #[error("command line: {0}")]
+    CommandLine(String),
+    /// Guest memory that should be there is not.
+    #[error("boot structures: {0}")]
+    Memory(String),
+    /// KVM refused the first registers.
+    #[error("vcpu{index}: {call}: {source}")]
+    Registers {
+        /// Which vCPU.
+        index: u32,
+        /// The call's name in the kernel's documentation.
+        call: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct Payload {
+    /// An ELF image or a bzImage.
+    pub kernel: PathBuf,
+    /// A file for the kernel to unpack as its first root.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+}
+
+/// How the loaded kernel wants to be entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// By the PVH protocol at this address.
+    Pvh(GuestAddress),
+    /// By Linux's 64-bit protocol at this address.
+    Linux64(GuestAddress),
+}
+
+/// A kernel in memory with its boot structures: what the first registers depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded {
+    /// Where and how vCPU 0 begins.
+    pub entry: Entry,
+    /// Where the other vCPUs begin, if the kernel wants them started directly; otherwise they wait for
+    /// INIT and SIPI.
+    pub direct_start: Option<GuestAddress>,
+}
+
+/// An initramfs in memory.
+#[derive(Clone, Copy, Debug)]
+struct Initramfs {
+    start: GuestAddress,
+    bytes: u64,
+}
+
+/// Loads `payload` into `memory` and writes the boot structures.
+///
+/// # Errors
+/// A file that cannot be read, is no kernel or does not fit; the file is named.
+pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<Loaded, BootError> {
+    let mut file = open("kernel", &payload.kernel)?;
+    let kernel = load_kernel(memory, &payload.kernel, &mut file)?;
+    let initramfs = match &payload.initramfs {
+        Some(path) => Some(load_initramfs(memory, path, &kernel)?),
+        None => None,
+    };
+    write_command_line(memory, &payload.command_line)?;
+    let direct_start = elf_note::direct_start(&mut file)
+        .map_err(|source| file_error("kernel", &payload.kernel, source))?;
+    let entry = match (kernel.pvh_boot_cap, kernel.setup_header) {
+        (PvhBootCapability::PvhEntryPresent(entry), _) => {
+            pvh::write_start_info(memory, COMMAND_LINE, initramfs)?;
+            Entry::Pvh(entry)
+        }
+        (_, header) => {
+            linux::write_boot_params(memory, header, COMMAND_LINE, initramfs)?;
+            Entry::Linux64(linux::entry(&kernel))
+        }
+    };
+    Ok(Loaded {
+        entry,
+        direct_start,
+    })
+}
+
+/// Sets the registers with which vCPU `index` of a loaded kernel begins. CPUID is set already.
+///
+/// # Errors
+/// KVM's, by the name of the call.
+pub fn start_registers(
+    memory: &GuestMemory,
+    vcpu: &VcpuFd,
+    index: u32,
+    loaded: &Loaded,
+) -> Result<(), BootError> {
+    let registers = registers::FirstRegisters::new(vcpu, index);
+    match (index, loaded.entry, loaded.direct_start) {
+        (0, Entry::Pvh(entry), _) => registers.pvh(entry, pvh::START_INFO),
+        (0, Entry::Linux64(entry), _) => {
+            registers::write_page_tables(memory)?;
+            registers.linux64(entry, linux::BOOT_PARAMS)
+        }
+        (_, Entry::Pvh(_), Some(entry)) => registers.pvh(entry, pvh::START_INFO),
+        // It waits for INIT and SIPI, as KVM made it.
+        _ => Ok(()),
+    }
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
+    let file = File::open(path).map_err(|source| file_error(what, path, source))?;
+    let kind = file
+        .metadata()
+        .map_err(|source| file_error(what, path, source))?;
+    if !kind.is_file() {
+        return Err(file_error(
+            what,
+            path,
+            io::Error::other("not a regular file"),
+        ));
+    }
+    Ok(file)
+}
+
+fn file_error(what: &'static str, path: &Path, source: io::Error) -> BootError {
+    BootError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn load_kernel(
+    memory: &GuestMemory,
+    path: &Path,
+    file: &mut File,
+) -> Result<KernelLoaderResult, BootError> {
+    let mut begins = [0; 4];
+    let read = file
+        .read(&mut begins)
+        .map_err(|source| file_error("kernel", path, source))?;
+    let elf = read == 4 && &begins == b"\x7fELF";
+    if !elf && !is_bzimage(file).map_err(|source| file_error("kernel", path, source))? {
+        return Err(BootError::Format {
+            path: path.to_owned(),
+            begins,
+        });
+    }
+    let loaded = if elf {
+        Elf::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
+    } else {
+        BzImage::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
+    };
+    loaded.map_err(|error| BootError::Kernel {
+        path: path.to_owned(),
+        why: error.to_string(),
+    })
+}
+
+/// The setup header's magic: Linux Documentation/arch/x86/boot.rst.
+fn is_bzimage(file: &mut File) -> io::Result<bool> {
+    let mut magic = [0; 4];
+    file.seek(SeekFrom::Start(0x202))?;
+    match file.read_exact(&mut magic) {
+        Ok(()) => Ok(&magic == b"HdrS"),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Puts the initramfs at the end of low RAM, as far from the kernel as it goes.
+fn load_initramfs(
+    memory: &GuestMemory,
+    path: &Path,
+    kernel: &KernelLoaderResult,
+) -> Result<Initramfs, BootError> {
+    let mut file = open("initramfs", path)?;
+    let bytes = file
+        .metadata()
+        .map_err(|source| file_error("initramfs", path, source))?
+        .len();
+    let too_large = || BootError::InitramfsSize {
+        path: path.to_owned(),
+        bytes,
+        kernel_end: kernel.kernel_end,
+    };
+    let mut end = memory
+        .last_addr()
+        .raw_value()
+        .saturating_add(1)
+        .min(LOW_RAM_END);
+    if let Some(header) = kernel.setup_header {
+        end = end.min(u64::from(header.initrd_addr_max) + 1);
+    }
+    let start = end.checked_sub(bytes).ok_or_else(too_large)? & !0xfff;
+    if start < kernel.kernel_end.max(KERNEL_MIN) {
+        return Err(too_large());
+    }
+    let count = usize::try_from(bytes).map_err(|_| too_large())?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), &mut file, count)
+        .map_err(|error| file_error("initramfs", path, io::Error::other(error)))?;
+    Ok(Initramfs {
+        start: GuestAddress(start),
+        bytes,
+    })
+}
+
+fn write_command_line(memory: &GuestMemory, text: &str) -> Result<(), BootError> {
+    let error = |error: &dyn std::fmt::Display| BootError::CommandLine(error.to_string());
+    let mut line = Cmdline::new(COMMAND_LINE_CAPACITY).map_err(|e| error(&e))?;
+    line.insert_str(text).map_err(|_| {
+        BootError::CommandLine(format!(
+            "its {} bytes are too many, or not all ASCII: at most {} are possible",
+            text.len(),
+            COMMAND_LINE_CAPACITY - 1
+        ))
+    })?;
+    load_cmdline(memory, COMMAND_LINE, &line).map_err(|e| error(&e))
+}
+
+/// RAM as the guest is told of it: start and size in bytes, without the hole below 1 MiB.
+fn usable_ram(memory: &GuestMemory) -> Vec<(u64, u64)> {
+    use vm_memory::GuestMemoryRegion;
+    let mut usable = vec![(0, EBDA_START)];
+    for region in memory.iter() {
+        let end = region.start_addr().raw_value() + region.len();
+        let start = region.start_addr().raw_value().max(KERNEL_MIN);
+        usable.push((start, end - start));
+    }
+    usable
+}

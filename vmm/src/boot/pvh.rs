@@ -1,0 +1,65 @@
+//! The PVH boot protocol's structures.
+//!
+//! Source: Xen public/arch-x86/hvm/start_info.h.
+
+use linux_loader::configurator::pvh::PvhBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::elf::start_info::{
+    XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry,
+    hvm_start_info,
+};
+use vm_memory::{Address, GuestAddress};
+
+use super::{BootError, Initramfs, usable_ram};
+use crate::memory::GuestMemory;
+
+/// Where the start info is; its address is what the guest finds in ebx.
+pub(super) const START_INFO: GuestAddress = GuestAddress(0x6000);
+const MODULES: GuestAddress = GuestAddress(0x6040);
+const MEMORY_MAP: GuestAddress = GuestAddress(0x6080);
+
+/// Writes start info, memory map and, with an initramfs, the module list.
+pub(super) fn write_start_info(
+    memory: &GuestMemory,
+    command_line: GuestAddress,
+    initramfs: Option<Initramfs>,
+) -> Result<(), BootError> {
+    let map: Vec<hvm_memmap_table_entry> = usable_ram(memory)
+        .into_iter()
+        .map(|(addr, size)| hvm_memmap_table_entry {
+            addr,
+            size,
+            type_: XEN_HVM_MEMMAP_TYPE_RAM,
+            reserved: 0,
+        })
+        .collect();
+    let modules: Vec<hvm_modlist_entry> = initramfs
+        .iter()
+        .map(|initramfs| hvm_modlist_entry {
+            paddr: initramfs.start.raw_value(),
+            size: initramfs.bytes,
+            ..Default::default()
+        })
+        .collect();
+    let info = hvm_start_info {
+        magic: XEN_HVM_START_MAGIC_VALUE,
+        version: 1,
+        nr_modules: u32::from(initramfs.is_some()),
+        modlist_paddr: if modules.is_empty() {
+            0
+        } else {
+            MODULES.raw_value()
+        },
+        cmdline_paddr: command_line.raw_value(),
+        memmap_paddr: MEMORY_MAP.raw_value(),
+        memmap_entries: u32::try_from(map.len()).unwrap_or(0),
+        ..Default::default()
+    };
+    let mut params = BootParams::new(&info, START_INFO);
+    params.set_sections(&map, MEMORY_MAP);
+    if !modules.is_empty() {
+        params.set_modules(&modules, MODULES);
+    }
+    PvhBootConfigurator::write_bootparams(&params, memory)
+        .map_err(|error| BootError::Memory(error.to_string()))
+}

@@ -1,0 +1,301 @@
+//! This monitor's side of a migration: a [`Machine`] as the engine's source, an [`EmptyMachine`] that a
+//! guest is restored into as its destination.
+
+use std::fs;
+use std::sync::Arc;
+
+use ept::{Gpa, GpaRange, Tracker};
+use kvm_bindings::kvm_cpuid_entry2;
+
+use crate::boot;
+use crate::kvm::host::Host;
+use crate::machine::{EmptyMachine, Machine, MachineError, Shape, Wiring, unreadable_sections};
+use crate::memory::{self, Backing, GuestMemory, byte_len};
+use crate::migration::guest::{DestinationGuest, GuestError, Section, SourceGuest};
+use crate::migration::header::{Description, MemoryRange};
+use crate::vcpu::Throttle;
+
+/// A machine whose guest is sent.
+pub struct Outgoing {
+    machine: Arc<Machine>,
+    /// Whether the guest ran when the migration began; otherwise it stays paused on both sides.
+    running: bool,
+    throttle: Option<Throttle>,
+}
+
+impl Outgoing {
+    /// The guest of `machine`.
+    #[must_use]
+    pub fn new(machine: Arc<Machine>) -> Self {
+        let running = machine.is_running();
+        Self {
+            machine,
+            running,
+            throttle: None,
+        }
+    }
+}
+
+impl SourceGuest for Outgoing {
+    type Memory = GuestMemory;
+
+    fn describe(&self) -> Result<Description, GuestError> {
+        let populated = self.populated()?;
+        Ok(Description {
+            writer: format!("ferry {}", env!("CARGO_PKG_VERSION")),
+            architecture: std::env::consts::ARCH.into(),
+            page_size: ept::PAGE_SIZE,
+            memory: self
+                .machine
+                .ram()
+                .ranges()
+                .map(|range| MemoryRange {
+                    start: range.start().0,
+                    bytes: byte_len(&range),
+                })
+                .collect(),
+            populated_bytes: populated.iter().map(byte_len).sum(),
+            cpus: u32::try_from(self.machine.vcpus().len())?,
+            cpuid: self.machine.cpuid().to_vec(),
+            sections: self.machine.section_kinds(),
+            running: self.running,
+        })
+    }
+
+    fn memory(&self) -> &GuestMemory {
+        self.machine.ram().memory()
+    }
+
+    fn tracker(&self) -> &Arc<Tracker> {
+        self.machine.ram().tracker()
+    }
+
+    fn populated(&self) -> Result<Vec<GpaRange>, GuestError> {
+        Ok(self.machine.ram().populated()?)
+    }
+
+    fn start_log(&mut self) -> Result<(), GuestError> {
+        Ok(self
+            .machine
+            .with_log(|log, slots, notifier| log.start(slots, notifier))?)
+    }
+
+    fn sync_log(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.with_log(|log, slots, _| log.sync(slots))?)
+    }
+
+    fn clear_log(&mut self, range: GpaRange, dirty: &[u64]) -> Result<(), GuestError> {
+        Ok(self
+            .machine
+            .with_log(|log, slots, _| log.clear(slots, range, dirty))?)
+    }
+
+    fn throttle(&mut self, percent: u32) -> Result<(), GuestError> {
+        match &self.throttle {
+            Some(throttle) => throttle.set(percent),
+            None => {
+                let gates = self
+                    .machine
+                    .vcpus()
+                    .iter()
+                    .map(|vcpu| Arc::clone(vcpu.gate()));
+                self.throttle = Some(Throttle::start(gates.collect(), percent)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_log(&mut self) -> Result<(), GuestError> {
+        self.throttle = None;
+        Ok(self.machine.with_log(|log, slots, _| log.stop(slots))?)
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.machine.pause()?;
+        self.throttle = None;
+        if self.machine.has_ended() {
+            return Err(MachineError::Ended.into());
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        if self.running {
+            self.machine.resume();
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Vec<Section>, GuestError> {
+        Ok(self.machine.save()?)
+    }
+}
+
+/// What a destination lets in.
+#[derive(Clone, Copy, Debug)]
+pub struct Admission {
+    /// The most guest memory, in bytes. In any case what is populated at the beginning must be free here.
+    pub memory_limit: Option<u64>,
+    /// What guest RAM is made of here.
+    pub backing: Backing,
+}
+
+/// A place for a guest that arrives.
+pub struct Incoming {
+    host: Arc<Host>,
+    admission: Admission,
+    wiring: Option<Wiring>,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    state: Arrival,
+}
+
+enum Arrival {
+    Nothing,
+    Memory(Box<EmptyMachine>),
+    Guest(Arc<Machine>),
+}
+
+impl Incoming {
+    /// A place on `host`; the guest will be wired as `wiring` says.
+    #[must_use]
+    pub fn new(host: Arc<Host>, admission: Admission, wiring: Wiring) -> Self {
+        Self {
+            host,
+            admission,
+            wiring: Some(wiring),
+            cpuid: Vec::new(),
+            state: Arrival::Nothing,
+        }
+    }
+
+    /// The guest, once it was restored.
+    #[must_use]
+    pub fn machine(&self) -> Option<&Arc<Machine>> {
+        match &self.state {
+            Arrival::Guest(machine) => Some(machine),
+            Arrival::Nothing | Arrival::Memory(_) => None,
+        }
+    }
+
+    fn ram(&self) -> Option<&Arc<memory::GuestRam>> {
+        match &self.state {
+            Arrival::Nothing => None,
+            Arrival::Memory(empty) => Some(empty.ram()),
+            Arrival::Guest(machine) => Some(machine.ram()),
+        }
+    }
+
+    fn check_memory(&self, description: &Description) -> Result<(), String> {
+        let bytes = description.memory_bytes();
+        let here = memory::layout(bytes, self.admission.backing).map_err(|e| e.to_string())?;
+        if here != description.ranges()? {
+            return Err(format!(
+                "its memory is laid out as {:x?}; this monitor lays {bytes} bytes out as {here:?}",
+                description.memory
+            ));
+        }
+        if let Some(limit) = self.admission.memory_limit.filter(|limit| bytes > *limit) {
+            return Err(format!(
+                "its {bytes} bytes of memory are more than the {limit} allowed here"
+            ));
+        }
+        if self.admission.backing == Backing::Hugetlb {
+            // Huge pages are reserved when the memory is made: there may be too few, and that says so.
+            return Ok(());
+        }
+        let free = available_bytes().map_err(|error| format!("/proc/meminfo: {error}"))?;
+        if description.populated_bytes > free {
+            return Err(format!(
+                "{} bytes of its memory are populated, this host has {free} available",
+                description.populated_bytes
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl DestinationGuest for Incoming {
+    type Memory = GuestMemory;
+
+    fn prepare(&mut self, description: &Description) -> Result<(), GuestError> {
+        self.check_memory(description)?;
+        let missing = boot::missing_features(self.host.kvm(), &description.cpuid)?;
+        if !missing.is_empty() {
+            return Err(format!("this host's processor lacks: {}", missing.join(", ")).into());
+        }
+        let shape = Shape {
+            cpus: description.cpus,
+            memory_bytes: description.memory_bytes(),
+            backing: self.admission.backing,
+            dirty_log: None,
+        };
+        let unreadable = unreadable_sections(&description.sections, description.cpus);
+        if !unreadable.is_empty() {
+            return Err(format!("state: {}", unreadable.join("; ")).into());
+        }
+        self.cpuid.clone_from(&description.cpuid);
+        self.state = Arrival::Memory(Box::new(EmptyMachine::new(&self.host, &shape)?));
+        Ok(())
+    }
+
+    fn memory(&self) -> Option<&GuestMemory> {
+        self.ram().map(|ram| ram.memory())
+    }
+
+    fn tracker(&self) -> Option<&Arc<Tracker>> {
+        self.ram().map(|ram| ram.tracker())
+    }
+
+    fn write_pages(&self, start: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
+        let ram = self.ram().ok_or("there is no guest memory yet")?;
+        Ok(ram.write_pages(start, bytes)?)
+    }
+
+    fn populated(&self) -> Result<Vec<GpaRange>, GuestError> {
+        match self.ram() {
+            Some(ram) => Ok(ram.populated()?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn restore(&mut self, sections: &[Section]) -> Result<(), GuestError> {
+        let (state, wiring) = (
+            std::mem::replace(&mut self.state, Arrival::Nothing),
+            self.wiring.take(),
+        );
+        let (Arrival::Memory(empty), Some(wiring)) = (state, wiring) else {
+            return Err("state before memory, or twice".into());
+        };
+        let (machine, left_out) =
+            empty.restore(sections, std::mem::take(&mut self.cpuid), wiring)?;
+        if !left_out.is_empty() {
+            eprintln!(
+                "ferry: not restored, because this host refuses: {}",
+                left_out.join(", ")
+            );
+        }
+        self.state = Arrival::Guest(Arc::new(machine));
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        let machine = self.machine().ok_or("there is no guest to resume")?;
+        machine.resume();
+        Ok(())
+    }
+}
+
+/// `MemAvailable` of /proc/meminfo, in bytes: proc_meminfo(5).
+fn available_bytes() -> std::io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    text.lines()
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .parse()
+                .ok()
+        })
+        .map(|kib: u64| kib.saturating_mul(1024))
+        .ok_or_else(|| std::io::Error::other("it has no MemAvailable"))
+}

@@ -1,0 +1,353 @@
+//! What may be written behind `ferry`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{SerialConfig, SerialMode, parse_size};
+use crate::kvm::dirty_log::DirtyLogMode;
+use crate::memory::Backing;
+use crate::migration::decide::TimeoutStrategy;
+use crate::migration::transport::Url;
+
+/// A small KVM monitor that carries running guests to another process without losing a byte.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ferry",
+    version,
+    propagate_version = true,
+    after_help = "Start with `ferry demo`; `ferry help VERB` shows examples for each verb."
+)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Migrate a guest that dirties its memory, live, and prove that nothing was lost
+    Demo(DemoArguments),
+    /// Launch a guest
+    Run(RunArguments),
+    /// Wait for a guest that another ferry sends
+    Receive(ReceiveArguments),
+    /// Make one call to the API of a running ferry
+    Ctl(CtlArguments),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry demo
+  ferry demo --memory 2G --hot 256M --cpus 4 --transport unix
+  ferry demo --json | tail -n 1
+
+The demo starts two processes of this program, lets a guest write to its memory as fast as it can in the
+first, migrates it live to the second, and lets the guest check every page that it ever wrote. Its exit
+status is 0 only if memory was equal at the switchover and the guest found no write lost.")]
+pub(super) struct DemoArguments {
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub(super) memory: u64,
+    /// How much of it the guest rewrites all the time
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
+    pub(super) hot: u64,
+    /// How much more of it the guest writes once, and finds unchanged at the end
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
+    pub(super) cold: u64,
+    /// vCPUs of the guest
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(super) cpus: u32,
+    /// Aim to stop the guest no longer than this
+    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub(super) downtime_ms: u64,
+    /// How the two processes are connected
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub(super) transport: Transport,
+    /// Print JSON, one object a line, instead of the table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Transport {
+    Tcp,
+    Unix,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry run --kernel vmlinuz --initramfs initrd.cpio --cmdline 'console=ttyS0' --serial stdio
+  ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
+  ferry run --config guest.json --api-socket /run/guest.sock
+
+Kernels: ELF images with a PVH note, vmlinux, bzImage. A guest ends when it resets the machine, or writes a
+status to the debug-exit port 0xf4; that status is then ferry's own. On a terminal, Ctrl-A x ends the guest.
+After the guest was migrated away, ferry ends with status 0.")]
+pub(super) struct RunArguments {
+    /// The kernel to boot
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    pub(super) kernel: Option<PathBuf>,
+    /// An initramfs for the kernel
+    #[arg(long, value_name = "FILE")]
+    pub(super) initramfs: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(super) cmdline: Option<String>,
+    /// vCPUs, 1 to 64 [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(super) cpus: Option<u32>,
+    /// Memory, such as 4G or 1G,hugepages=on or 1G,shared=off [default: 512M]
+    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory)]
+    pub(super) memory: Option<MemoryArgument>,
+    /// Where the serial port leads: stdio, null, or file:PATH [default: null]
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    pub(super) serial: Option<SerialConfig>,
+    /// Answer API calls on this Unix socket
+    #[arg(long, value_name = "PATH", value_parser = parse_socket)]
+    pub(super) api_socket: Option<PathBuf>,
+    /// Read the guest's configuration from this file (the API's VmConfig as JSON)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initramfs", "cmdline", "cpus", "memory", "serial"])]
+    pub(super) config: Option<PathBuf>,
+    /// KVM's dirty log to use in migrations: get, get-clear, initially-set [default: the best there is]
+    #[arg(long, value_name = "KIND")]
+    pub(super) dirty_log: Option<DirtyLogMode>,
+    /// End when the process that started this one ends
+    #[arg(long, hide = true)]
+    pub(super) end_with_parent: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry receive unix:/run/move.sock --serial stdio
+  ferry receive tcp:127.0.0.1:4444 --api-socket /run/guest.sock --memory-limit 4G
+
+Waits until a guest has arrived, then is its monitor. An attempt that fails is reported, and the next one
+waited for. Plain TCP is for loopback only.")]
+pub(super) struct ReceiveArguments {
+    /// Where to wait: unix:PATH or tcp:HOST:PORT (port 0: one that is free, told by migration-progress)
+    #[arg(value_name = "URL")]
+    pub(super) url: Url,
+    /// Where the serial port leads: stdio, null, or file:PATH [default: null]
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    pub(super) serial: Option<SerialConfig>,
+    /// Answer API calls on this Unix socket
+    #[arg(long, value_name = "PATH", value_parser = parse_socket)]
+    pub(super) api_socket: Option<PathBuf>,
+    /// Refuse guests with more memory than this
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) memory_limit: Option<u64>,
+    /// What guest memory is made of here: a memory file, private memory (with transparent huge pages), or
+    /// huge pages of 2 MiB
+    #[arg(long, value_enum, default_value_t = BackingArgument::Memfd)]
+    pub(super) memory_backing: BackingArgument,
+    /// End when the process that started this one ends
+    #[arg(long, hide = true)]
+    pub(super) end_with_parent: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum BackingArgument {
+    Memfd,
+    Anonymous,
+    Hugetlb,
+}
+
+impl From<BackingArgument> for Backing {
+    fn from(argument: BackingArgument) -> Self {
+        match argument {
+            BackingArgument::Memfd => Self::Memfd,
+            BackingArgument::Anonymous => Self::Anonymous,
+            BackingArgument::Hugetlb => Self::Hugetlb,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry ctl --api-socket /run/guest.sock info
+  ferry ctl --api-socket /run/guest.sock send-migration tcp:127.0.0.1:4444 --downtime-ms 100
+  ferry ctl --api-socket /run/guest.sock migration-resolve resume")]
+pub(super) struct CtlArguments {
+    /// The API socket of the ferry to call
+    #[arg(long, value_name = "PATH", value_parser = parse_socket)]
+    pub(super) api_socket: PathBuf,
+    #[command(subcommand)]
+    pub(super) call: Call,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Call {
+    /// Is it there, and which version is it
+    Ping,
+    /// Show the guest's configuration and state
+    Info,
+    /// Stop the guest's vCPUs
+    Pause,
+    /// Let them run again
+    Resume,
+    /// End the guest and its monitor
+    Shutdown,
+    /// Send the guest to another ferry, live
+    SendMigration(SendArguments),
+    /// Show where a migration is
+    MigrationProgress,
+    /// Give up a running migration; the guest stays
+    CancelMigration,
+    /// Say where the guest is after an unconfirmed hand-over
+    MigrationResolve {
+        /// resume: it does not run there, so run it here; discard: it runs there
+        #[arg(value_enum)]
+        action: ResolveArgument,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ResolveArgument {
+    Resume,
+    Discard,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SendArguments {
+    /// Where to: unix:PATH or tcp:HOST:PORT
+    #[arg(value_name = "URL")]
+    pub(super) url: Url,
+    /// Aim to stop the guest no longer than this
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    pub(super) downtime_ms: u64,
+    /// Try no longer than this
+    #[arg(long, value_name = "S", default_value_t = 3600)]
+    pub(super) timeout_s: u64,
+    /// What to do after the timeout: cancel the migration, or ignore the downtime and stop the guest
+    #[arg(long, value_enum, default_value_t = StrategyArgument::Cancel)]
+    pub(super) timeout_strategy: StrategyArgument,
+    /// Hold the vCPUs for up to this percentage of the time if the guest dirties memory too fast; 0: never
+    #[arg(long, value_name = "PERCENT", default_value_t = 80)]
+    pub(super) throttle_max: u32,
+    /// Compare the digest of all memory before the guest is handed over (takes downtime)
+    #[arg(long)]
+    pub(super) verify: bool,
+    /// Print the figures as one JSON object instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum StrategyArgument {
+    Cancel,
+    Ignore,
+}
+
+impl From<StrategyArgument> for TimeoutStrategy {
+    fn from(argument: StrategyArgument) -> Self {
+        match argument {
+            StrategyArgument::Cancel => Self::Cancel,
+            StrategyArgument::Ignore => Self::Ignore,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct MemoryArgument {
+    pub(super) size: u64,
+    pub(super) shared: bool,
+    pub(super) hugepages: bool,
+}
+
+fn parse_memory(text: &str) -> Result<MemoryArgument, String> {
+    let mut parts = text.split(',');
+    let first = parts.next().unwrap_or_default();
+    let mut memory = MemoryArgument {
+        size: parse_size(first.strip_prefix("size=").unwrap_or(first))?,
+        shared: true,
+        hugepages: false,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("shared", value)) => memory.shared = on_off(part, value)?,
+            Some(("hugepages", value)) => memory.hugepages = on_off(part, value)?,
+            _ => return Err(format!("{part:?} is not shared=on|off or hugepages=on|off")),
+        }
+    }
+    Ok(memory)
+}
+
+fn on_off(part: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{part:?}: on or off")),
+    }
+}
+
+fn parse_serial(text: &str) -> Result<SerialConfig, String> {
+    let file = text
+        .strip_prefix("file:")
+        .or_else(|| text.strip_prefix("file="));
+    match (text, file) {
+        ("stdio" | "tty", _) => Ok(SerialConfig {
+            mode: SerialMode::Tty,
+            file: None,
+        }),
+        ("null" | "off", _) => Ok(SerialConfig {
+            mode: SerialMode::Null,
+            file: None,
+        }),
+        (_, Some(path)) if !path.is_empty() => Ok(SerialConfig {
+            mode: SerialMode::File,
+            file: Some(path.into()),
+        }),
+        _ => Err(format!("{text:?} is not stdio, null or file:PATH")),
+    }
+}
+
+fn parse_socket(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("path=").unwrap_or(text) {
+        "" => Err("a socket needs a path".into()),
+        path => Ok(path.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_shows_an_example() {
+        for verb in Arguments::command().get_subcommands() {
+            let help = verb
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(help.contains("Example"), "{}", verb.get_name());
+        }
+    }
+
+    #[test]
+    fn memory_is_read_with_its_options() {
+        let memory = parse_memory("1G,hugepages=on").unwrap();
+        assert_eq!(
+            memory,
+            MemoryArgument {
+                size: 1 << 30,
+                shared: true,
+                hugepages: true
+            }
+        );
+        assert!(!parse_memory("size=64M,shared=off").unwrap().shared);
+        for text in ["", "1G,", "1G,shared", "1G,shared=yes", "1G,zones=on"] {
+            parse_memory(text).unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! The program `ferry`: its command line, one file a verb.
+
+mod arguments;
+mod console;
+mod ctl;
+mod demo;
+mod receive;
+mod report;
+mod run;
+mod service;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use arguments::{Arguments, Verb};
+
+/// Any failure of a verb; its message is what the user reads.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Runs the program. Status 0 only for success.
+#[must_use]
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match arguments.verb {
+        Verb::Demo(arguments) => demo::demo(&arguments),
+        Verb::Run(arguments) => run::run(&arguments),
+        Verb::Receive(arguments) => receive::receive(&arguments),
+        Verb::Ctl(arguments) => ctl::ctl(&arguments),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("ferry: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! `ferry receive`: wait for a guest, then be its monitor.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use super::Failure;
+use super::arguments::ReceiveArguments;
+use super::console;
+use super::service::{Service, Terminal, connect_input, end_with_parent};
+use crate::carrier::{Admission, Incoming};
+use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
+use crate::kvm::host::Host;
+use crate::machine::{Machine, Wiring};
+use crate::memory::Backing;
+use crate::migration::destination;
+use crate::migration::progress::Phase;
+use crate::migration::transport::{Connection, Listener};
+use crate::monitor::Monitor;
+use crate::vcpu::GuestEnd;
+
+pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
+    let host = Arc::new(Host::open()?);
+    if arguments.end_with_parent {
+        end_with_parent()?;
+    }
+    let service = Service::start(arguments.api_socket.as_deref())?;
+    let serial = arguments.serial.clone().unwrap_or_default();
+    // Opened once before anything arrives, so that a path that cannot be is told now.
+    drop(console::output(&serial)?);
+    let listener = Arc::new(arguments.url.listen()?);
+    let reception = Reception {
+        host,
+        monitor: Arc::clone(&service.monitor),
+        listener: Arc::clone(&listener),
+        admission: Admission {
+            memory_limit: arguments.memory_limit,
+            backing: arguments.memory_backing.into(),
+        },
+        serial,
+        on_end: service.on_end(),
+        ender: service.ender(),
+        terminal: service.terminal(),
+    };
+    thread::Builder::new()
+        .name("_migration".into())
+        .spawn(move || reception.serve())?;
+    let status = service.until_end();
+    listener.close();
+    status
+}
+
+/// Everything that is needed to take a guest in.
+struct Reception {
+    host: Arc<Host>,
+    monitor: Arc<Monitor>,
+    listener: Arc<Listener>,
+    admission: Admission,
+    serial: SerialConfig,
+    on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    ender: Sender<GuestEnd>,
+    terminal: Terminal,
+}
+
+impl Reception {
+    /// Waits until a guest has arrived; attempts that fail are reported.
+    fn serve(self) {
+        loop {
+            let connection = match self.listen() {
+                Ok(connection) => connection,
+                Err(error) => {
+                    let why = format!("waiting for a guest: {error}");
+                    // Nobody listens only when the monitor is ending already.
+                    let _ending = self.ender.send(GuestEnd::Failed(why));
+                    return;
+                }
+            };
+            match self.receive(&connection) {
+                Ok(()) => return,
+                Err(error) => {
+                    eprintln!("ferry: no guest was received: {error}");
+                    self.monitor
+                        .progress()
+                        .end(Phase::Failed, Some(error.to_string()));
+                }
+            }
+        }
+    }
+
+    fn listen(&self) -> io::Result<Connection> {
+        let url = self.listener.url()?.to_string();
+        self.monitor.progress().listen(url);
+        self.listener.accept()
+    }
+
+    fn receive(&self, connection: &Connection) -> Result<(), Failure> {
+        let wiring = Wiring {
+            serial_output: console::output(&self.serial)?,
+            on_end: Arc::clone(&self.on_end),
+        };
+        let mut incoming = Incoming::new(Arc::clone(&self.host), self.admission, wiring);
+        let progress = self.monitor.progress();
+        let received = destination::receive(&mut incoming, connection, progress)?;
+        let machine = incoming
+            .machine()
+            .ok_or("the engine returned without a guest")?;
+        self.monitor
+            .adopt(Arc::clone(machine), configuration(machine, &self.serial));
+        let message = received
+            .unconfirmed
+            .map(|error| format!("the guest runs here, but the source could not be told: {error}"));
+        if let Some(message) = &message {
+            eprintln!("ferry: {message}");
+        }
+        progress.end(Phase::Completed, message);
+        self.listener.close();
+        // The guest is here now, whatever becomes of its input.
+        if let Err(error) = self.connect(machine) {
+            eprintln!("ferry: the guest's input cannot be connected: {error}");
+        }
+        Ok(())
+    }
+
+    fn connect(&self, machine: &Machine) -> Result<(), Failure> {
+        self.terminal.take(&self.serial)?;
+        connect_input(machine, &self.serial, self.ender.clone())
+    }
+}
+
+/// The configuration of a guest that arrived: what can be told of it.
+fn configuration(machine: &Machine, serial: &SerialConfig) -> VmConfig {
+    let ram = machine.ram();
+    VmConfig {
+        cpus: CpusConfig::of(u32::try_from(machine.vcpus().len()).unwrap_or(u32::MAX)),
+        memory: MemoryConfig {
+            size: ram.bytes(),
+            shared: ram.backing() != Backing::Anonymous,
+            hugepages: ram.backing() == Backing::Hugetlb,
+        },
+        payload: PayloadConfig::default(),
+        serial: serial.clone(),
+    }
+}

@@ -1,0 +1,155 @@
+//! What `ferry run` and `ferry receive` share: a monitor with its API, its devices' events and the signals
+//! that end it, until its guest is over.
+
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use devices::SerialInput;
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::Failure;
+use super::console::{self, Input, RawTerminal};
+use crate::api::ApiServer;
+use crate::config::{SerialConfig, SerialMode};
+use crate::machine::Machine;
+use crate::monitor::Monitor;
+use crate::vcpu::{GuestEnd, install_kick_signal};
+
+/// A monitor that serves.
+pub(super) struct Service {
+    pub(super) monitor: Arc<Monitor>,
+    ends: Receiver<GuestEnd>,
+    ender: Sender<GuestEnd>,
+    // Removes its socket's file when it is dropped.
+    _api: Option<ApiServer>,
+    terminal: Terminal,
+}
+
+impl Service {
+    /// A monitor without a guest yet, that answers on `api_socket`.
+    pub(super) fn start(api_socket: Option<&Path>) -> Result<Self, Failure> {
+        install_kick_signal()?;
+        let (ender, ends) = channel();
+        let monitor = Monitor::new(ender.clone());
+        end_on_signals(ender.clone())?;
+        let api = match api_socket {
+            Some(path) => Some(ApiServer::start(path, Arc::clone(&monitor))?),
+            None => None,
+        };
+        Ok(Self {
+            monitor,
+            ends,
+            ender,
+            _api: api,
+            terminal: Terminal::default(),
+        })
+    }
+
+    /// What a machine's vCPUs tell when they come to the guest's end.
+    pub(super) fn on_end(&self) -> Arc<dyn Fn(GuestEnd) + Send + Sync> {
+        let ender = self.ender.clone();
+        Arc::new(move |end| {
+            // Nobody listens only when the monitor is ending already.
+            let _ending = ender.send(end);
+        })
+    }
+
+    /// For whoever ends the guest in another way.
+    pub(super) fn ender(&self) -> Sender<GuestEnd> {
+        self.ender.clone()
+    }
+
+    /// The terminal that the guest may take.
+    pub(super) fn terminal(&self) -> Terminal {
+        self.terminal.clone()
+    }
+
+    /// Serves until the guest is over. Returns the program's exit status.
+    pub(super) fn until_end(self) -> Result<u8, Failure> {
+        let end = self.ends.recv()?;
+        self.terminal.give_back();
+        self.monitor.release();
+        console::flush();
+        match &end {
+            GuestEnd::Failed(why) => Err(format!("the guest failed: {why}").into()),
+            end => Ok(end.status()),
+        }
+    }
+}
+
+/// The terminal of this process: the user's until a guest takes it, and again when the guest is over.
+#[derive(Clone, Default)]
+pub(super) struct Terminal(Arc<Mutex<Option<RawTerminal>>>);
+
+impl Terminal {
+    /// Puts the terminal, if there is one, at the disposal of a guest whose serial port leads there.
+    pub(super) fn take(&self, serial: &SerialConfig) -> io::Result<()> {
+        if serial.mode == SerialMode::Tty {
+            *self.lock() = RawTerminal::enter()?;
+        }
+        Ok(())
+    }
+
+    fn give_back(&self) {
+        drop(self.lock().take());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<RawTerminal>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Feeds the machine's serial port from standard input, if that is where it leads.
+pub(super) fn connect_input(
+    machine: &Machine,
+    serial: &SerialConfig,
+    ender: Sender<GuestEnd>,
+) -> Result<(), Failure> {
+    if serial.mode != SerialMode::Tty {
+        return Ok(());
+    }
+    let input = SerialInput::new(Input::new(ender)?, machine.serial().clone());
+    Ok(run_events(Box::new(input))?)
+}
+
+/// A thread in which `subscriber` gets its events, for as long as the process lives.
+fn run_events(subscriber: Box<dyn MutEventSubscriber + Send>) -> io::Result<()> {
+    let mut manager = EventManager::new().map_err(io::Error::other)?;
+    manager.add_subscriber(subscriber);
+    thread::Builder::new()
+        .name("_events".into())
+        .spawn(move || {
+            loop {
+                if let Err(error) = manager.run() {
+                    // Epoll itself failed: there will be no more events, and the guest runs on without.
+                    eprintln!("ferry: device events: {error}");
+                    return;
+                }
+            }
+        })?;
+    Ok(())
+}
+
+/// Ends this process as by SIGTERM when the one that started it ends, however that happens.
+pub(super) fn end_with_parent() -> io::Result<()> {
+    Ok(set_parent_process_death_signal(Some(Signal::TERM))?)
+}
+
+fn end_on_signals(ender: Sender<GuestEnd>) -> io::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    thread::Builder::new()
+        .name("_signals".into())
+        .spawn(move || {
+            for _signal in signals.forever() {
+                // Nobody listens only when the monitor is ending already.
+                let _ending = ender.send(GuestEnd::Stopped);
+            }
+        })?;
+    Ok(())
+}

@@ -1,0 +1,297 @@
+//! The configuration of a guest, in the JSON of the Cloud Hypervisor API v1.
+//!
+//! Only what Ferry has is here. A field that is not is refused with its path, never ignored: a guest that
+//! silently lacks a disk is worse than one that does not start.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::boot::Payload;
+use crate::kvm::dirty_log::DirtyLogMode;
+use crate::machine::Shape;
+use crate::memory::Backing;
+
+/// A guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Its processors.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// Its memory.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What it boots.
+    pub payload: PayloadConfig,
+    /// Its serial port.
+    #[serde(default)]
+    pub serial: SerialConfig,
+}
+
+/// Processors of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// vCPUs that it starts with.
+    pub boot_vcpus: u32,
+    /// vCPUs that it may have: the same, there is no hotplug.
+    pub max_vcpus: u32,
+}
+
+impl CpusConfig {
+    /// `count` vCPUs.
+    #[must_use]
+    pub fn of(count: u32) -> Self {
+        Self {
+            boot_vcpus: count,
+            max_vcpus: count,
+        }
+    }
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self::of(1)
+    }
+}
+
+/// Memory of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Bytes.
+    pub size: u64,
+    /// Backed by a memory file that another process could map.
+    #[serde(default = "yes")]
+    pub shared: bool,
+    /// Backed by huge pages of 2 MiB.
+    #[serde(default)]
+    pub hugepages: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            shared: true,
+            hugepages: false,
+        }
+    }
+}
+
+/// What a guest boots.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PayloadConfig {
+    /// An ELF image with a PVH note, a vmlinux or a bzImage.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kernel: Option<PathBuf>,
+    /// The kernel's command line.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cmdline: Option<String>,
+    /// The first root of the kernel.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub initramfs: Option<PathBuf>,
+}
+
+/// Where a serial port's output goes and its input comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// The other end.
+    pub mode: SerialMode,
+    /// The file, for `File`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub file: Option<PathBuf>,
+}
+
+/// The other end of a serial port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SerialMode {
+    /// Output is dropped, there is no input.
+    #[default]
+    Null,
+    /// Standard output and standard input.
+    Tty,
+    /// Output goes to a file, there is no input.
+    File,
+}
+
+/// A configuration that cannot be.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {why}")]
+pub struct ConfigError {
+    /// The field's path in the JSON, such as `memory.size`.
+    pub path: String,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+impl VmConfig {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    /// Not JSON, a field that Ferry does not have, a value that cannot be; with the field's path.
+    pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
+        from_json(json)
+    }
+
+    /// What to boot.
+    ///
+    /// # Errors
+    /// There is no kernel.
+    pub fn boot_payload(&self) -> Result<Payload, ConfigError> {
+        let kernel = self.payload.kernel.clone().ok_or_else(|| ConfigError {
+            path: "payload.kernel".into(),
+            why: "a guest needs a kernel: an ELF image with a PVH note, a vmlinux or a bzImage"
+                .into(),
+        })?;
+        Ok(Payload {
+            kernel,
+            initramfs: self.payload.initramfs.clone(),
+            command_line: self.payload.cmdline.clone().unwrap_or_default(),
+        })
+    }
+
+    /// The machine to make.
+    ///
+    /// # Errors
+    /// Values that contradict each other.
+    pub fn shape(&self, dirty_log: Option<DirtyLogMode>) -> Result<Shape, ConfigError> {
+        if self.cpus.max_vcpus != self.cpus.boot_vcpus {
+            return Err(ConfigError {
+                path: "cpus.max_vcpus".into(),
+                why: format!(
+                    "{} is not {}, the number of boot_vcpus: there is no hotplug",
+                    self.cpus.max_vcpus, self.cpus.boot_vcpus
+                ),
+            });
+        }
+        Ok(Shape {
+            cpus: self.cpus.boot_vcpus,
+            memory_bytes: self.memory.size,
+            backing: self.memory.backing()?,
+            dirty_log,
+        })
+    }
+}
+
+impl MemoryConfig {
+    fn backing(self) -> Result<Backing, ConfigError> {
+        match (self.shared, self.hugepages) {
+            (true, false) => Ok(Backing::Memfd),
+            (false, false) => Ok(Backing::Anonymous),
+            (true, true) => Ok(Backing::Hugetlb),
+            (false, true) => Err(ConfigError {
+                path: "memory.shared".into(),
+                why: "huge pages are always a shared memory file: leave it on".into(),
+            }),
+        }
+    }
+}
+
+/// Reads any of the API's JSON.
+///
+/// # Errors
+/// Not JSON, an unknown field, a wrong value; with the field's path.
+pub fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, ConfigError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let value =
+        serde_path_to_error::deserialize(&mut deserializer).map_err(|error| ConfigError {
+            path: error.path().to_string(),
+            why: error.inner().to_string(),
+        })?;
+    deserializer.end().map_err(|error| ConfigError {
+        path: ".".into(),
+        why: error.to_string(),
+    })?;
+    Ok(value)
+}
+
+/// Reads a size: bytes, or with one of the suffixes K, M, G, T (powers of 1024).
+///
+/// # Errors
+/// In words.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{text:?} is no size: write a number, with K, M, G or T behind it"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text:?} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minimal_configuration_gets_the_defaults() {
+        let config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
+        assert_eq!(config.cpus, CpusConfig::of(1));
+        assert_eq!(config.memory.size, 512 << 20);
+        assert_eq!(config.boot_payload().unwrap().kernel, PathBuf::from("/k"));
+    }
+
+    #[test]
+    fn what_ferry_does_not_have_is_refused_by_path() {
+        for (json, path) in [
+            (r#"{"payload":{"kernel":"/k"},"disks":[]}"#, "disks"),
+            (r#"{"payload":{"firmware":"/f"}}"#, "payload.firmware"),
+            (
+                r#"{"payload":{"kernel":"/k"},"memory":{"size":1,"zones":[]}}"#,
+                "memory.zones",
+            ),
+            (
+                r#"{"payload":{"kernel":"/k"},"memory":{"size":-1}}"#,
+                "memory.size",
+            ),
+            (
+                r#"{"payload":{"kernel":"/k"},"serial":{"mode":"Pty"}}"#,
+                "serial.mode",
+            ),
+        ] {
+            assert_eq!(VmConfig::from_json(json.as_bytes()).unwrap_err().path, path);
+        }
+        VmConfig::from_json(b"{").unwrap_err();
+        VmConfig::from_json(br#"{"payload":{}} trailing"#).unwrap_err();
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let mut config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
+        config.cpus.max_vcpus = 4;
+        assert_eq!(config.shape(None).unwrap_err().path, "cpus.max_vcpus");
+        config.cpus.max_vcpus = 1;
+        config.memory = MemoryConfig {
+            size: 1 << 30,
+            shared: false,
+            hugepages: true,
+        };
+        assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
+        config.payload.kernel = None;
+        assert_eq!(config.boot_payload().unwrap_err().path, "payload.kernel");
+    }
+
+    #[test]
+    fn sizes_are_read_with_their_suffix() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("2g"), Ok(2 << 30));
+        for text in ["", "M", "-1", "1.5G", "12 M", "99999999T", "64MiB"] {
+            parse_size(text).unwrap_err();
+        }
+    }
+}

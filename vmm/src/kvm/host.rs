@@ -1,0 +1,191 @@
+//! What this host's KVM offers, asked once and named in full when something is missing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+};
+use kvm_ioctls::{Cap, Kvm};
+
+use super::dirty_log::DirtyLogMode;
+
+/// Where the kernel puts KVM.
+pub const KVM_DEVICE: &str = "/dev/kvm";
+
+/// Why guests cannot run on this host. Each message says what would mend it.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// There is no device node.
+    #[error(
+        "{} does not exist: this kernel has no KVM, or its module is not loaded; load kvm_intel or \
+         kvm_amd and enable virtualisation in the firmware (or nested virtualisation, in a guest)",
+        .0.display()
+    )]
+    NoDevice(PathBuf),
+    /// The node may not be opened by this user.
+    #[error(
+        "{} may not be opened by this user: add the user to the group that owns it (usually kvm) or \
+         run as root",
+        .0.display()
+    )]
+    NoPermission(PathBuf),
+    /// The node is something else, or the driver refuses.
+    #[error("{} cannot be used: {source}; is it the KVM device?", path.display())]
+    Unusable {
+        /// The node.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The node is something else.
+    #[error(
+        "{} is not the KVM device: remove what is there and let the kernel make it (load kvm_intel or \
+         kvm_amd)",
+        .0.display()
+    )]
+    NotKvm(PathBuf),
+    /// The node answers, but not as the KVM that all monitors know.
+    #[error("KVM speaks API version {0}, version {KVM_API_VERSION} is needed: use another kernel")]
+    ApiVersion(i32),
+    /// A capability that Ferry cannot do without.
+    #[error("this KVM lacks {name}, which Ferry needs {why}; a newer kernel has it")]
+    Capability {
+        /// The capability's name in the kernel's documentation.
+        name: &'static str,
+        /// What for.
+        why: &'static str,
+    },
+    /// The dirty log that was asked for is not there.
+    #[error("this KVM has no dirty log of the kind {0}; leave the choice to Ferry with `auto`")]
+    DirtyLog(DirtyLogMode),
+}
+
+/// The KVM of this host, with every capability that Ferry needs.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+}
+
+const NEEDED: [(Cap, &str, &str); 5] = [
+    (
+        Cap::UserMemory,
+        "KVM_CAP_USER_MEMORY",
+        "to give a guest its memory",
+    ),
+    (
+        Cap::ImmediateExit,
+        "KVM_CAP_IMMEDIATE_EXIT",
+        "to stop a vCPU without a race",
+    ),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "for interrupt controllers"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD", "for device interrupts"),
+    (
+        Cap::ExtCpuid,
+        "KVM_CAP_EXT_CPUID",
+        "to give a guest its CPU features",
+    ),
+];
+
+impl Host {
+    /// Opens [`KVM_DEVICE`] and checks what Ferry needs.
+    ///
+    /// # Errors
+    /// Any cause for which no guest can run, with its remedy.
+    pub fn open() -> Result<Self, HostError> {
+        Self::open_at(Path::new(KVM_DEVICE))
+    }
+
+    fn open_at(path: &Path) -> Result<Self, HostError> {
+        let kvm = Kvm::new_with_path(c_path(path)?).map_err(|error| open_error(path, error))?;
+        match kvm.get_api_version() {
+            -1 => return Err(HostError::NotKvm(path.to_owned())),
+            version if u32::try_from(version) == Ok(KVM_API_VERSION) => {}
+            version => return Err(HostError::ApiVersion(version)),
+        }
+        for (capability, name, why) in NEEDED {
+            if !kvm.check_extension(capability) {
+                return Err(HostError::Capability { name, why });
+            }
+        }
+        Ok(Self { kvm })
+    }
+
+    /// The open device.
+    #[must_use]
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// The most vCPUs that one guest may have here.
+    #[must_use]
+    pub fn max_vcpus(&self) -> usize {
+        self.kvm.get_max_vcpus()
+    }
+
+    /// The dirty log to use: `wanted`, or the best that there is.
+    ///
+    /// # Errors
+    /// The one that was asked for is not there.
+    pub fn dirty_log(&self, wanted: Option<DirtyLogMode>) -> Result<DirtyLogMode, HostError> {
+        let flags = self.kvm.check_extension_raw(libc::c_ulong::from(
+            kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        ));
+        let flags = u32::try_from(flags).unwrap_or(0);
+        let offered = |mode| match mode {
+            DirtyLogMode::Get => true,
+            DirtyLogMode::GetClear => flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0,
+            DirtyLogMode::InitiallySet => flags & KVM_DIRTY_LOG_INITIALLY_SET != 0,
+        };
+        match wanted {
+            Some(mode) if offered(mode) => Ok(mode),
+            Some(mode) => Err(HostError::DirtyLog(mode)),
+            None => Ok(DirtyLogMode::BEST_FIRST
+                .into_iter()
+                .find(|mode| offered(*mode))
+                .unwrap_or(DirtyLogMode::Get)),
+        }
+    }
+}
+
+fn c_path(path: &Path) -> Result<std::ffi::CString, HostError> {
+    std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).map_err(|source| {
+        HostError::Unusable {
+            path: path.to_owned(),
+            source: source.into(),
+        }
+    })
+}
+
+fn open_error(path: &Path, error: kvm_ioctls::Error) -> HostError {
+    let source = io::Error::from(error);
+    match source.kind() {
+        io::ErrorKind::NotFound => HostError::NoDevice(path.to_owned()),
+        io::ErrorKind::PermissionDenied => HostError::NoPermission(path.to_owned()),
+        _ => HostError::Unusable {
+            path: path.to_owned(),
+            source,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_kvm_is_told_what_is_missing() {
+        let error = Host::open_at(Path::new("/nonexistent/kvm")).unwrap_err();
+        assert!(matches!(error, HostError::NoDevice(_)));
+        assert!(
+            error.to_string().contains("load kvm_intel or kvm_amd"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn another_device_is_not_taken_for_kvm() {
+        let error = Host::open_at(Path::new("/dev/null")).unwrap_err();
+        assert!(matches!(error, HostError::NotKvm(_)), "{error}");
+    }
+}

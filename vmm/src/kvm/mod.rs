@@ -1,0 +1,8 @@
+//! Everything that talks to KVM about a whole machine: what the host has, memory slots, the dirty log,
+//! and the state that travels.
+
+pub mod dirty_log;
+pub mod host;
+pub mod logging;
+pub mod slots;
+pub mod state;

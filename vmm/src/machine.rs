@@ -1,0 +1,567 @@
+//! A machine: memory, vCPUs, interrupt controllers and devices, put together in one place.
+//!
+//! It comes in two steps, because a guest that arrives brings its state last: an [`EmptyMachine`] has
+//! memory and vCPUs and nothing in them; booting it or restoring a guest into it makes a [`Machine`], whose
+//! vCPUs wait until it is resumed.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::{
+    COM1_INTERRUPT, COM1_PORT, COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, I8042_PORT, I8042_PORTS,
+    PortBus, PortRange, PortsError, ResetController, Serial, SerialError, SerialOutput,
+    SerialSnapshot,
+};
+use ept::{Notifier, OpenError, Subscription};
+use kvm_bindings::{kvm_cpuid_entry2, kvm_pit_config};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::boot::{self, BootError, CpuidError, Payload};
+use crate::kvm::dirty_log::{self, DirtyLogMode};
+use crate::kvm::host::{Host, HostError};
+use crate::kvm::logging::{DirtyLog, LogError};
+use crate::kvm::slots::{SlotError, Slots};
+use crate::kvm::state::{self, MachineState, StateError, VcpuState};
+use crate::memory::{Backing, GuestRam, MemoryError};
+use crate::migration::guest::Section;
+use crate::migration::header::SectionKind;
+use crate::vcpu::{Gate, GuestEnd, KickError, Vcpu, VcpuContext};
+
+/// The most vCPUs of a guest.
+pub const MAX_CPUS: u32 = 64;
+/// Where KVM keeps three pages of its own on Intel hosts, in the hole below 4 GiB.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// The version of every section of state that this monitor writes and reads.
+const STATE_VERSION: u16 = 1;
+
+/// The shape of a machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory_bytes: u64,
+    /// What the RAM is made of.
+    pub backing: Backing,
+    /// The dirty log to use; none leaves the choice to Ferry.
+    pub dirty_log: Option<DirtyLogMode>,
+}
+
+/// Why a machine could not be made, started or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// More vCPUs than can be, or none.
+    #[error("{0} vCPUs cannot be: from 1 to {1}")]
+    Cpus(u32, u32),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM refused to make a part of the machine.
+    #[error("{call}: {source}")]
+    Kvm {
+        /// The call's name in the kernel's documentation.
+        call: &'static str,
+        /// What KVM said.
+        source: io::Error,
+    },
+    /// A memory slot.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// The CPU features of the guest.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// The kernel and what comes with it.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// State to save or restore.
+    #[error("{section}: {source}")]
+    State {
+        /// Which section.
+        section: String,
+        /// What is wrong.
+        source: StateError,
+    },
+    /// A section of state that is missing, unknown, or not to be understood.
+    #[error("section {section}: {why}")]
+    Section {
+        /// Which section.
+        section: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The serial port.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// Two devices at one place.
+    #[error(transparent)]
+    Ports(#[from] PortsError),
+    /// A thread, or what it needs.
+    #[error("vcpu{0}: {1}")]
+    Thread(u32, #[source] io::Error),
+    /// A vCPU that does not stop.
+    #[error(transparent)]
+    Kick(#[from] KickError),
+    /// A vCPU could not be subscribed to changes of memory.
+    #[error(transparent)]
+    Notifier(#[from] OpenError),
+    /// The dirty log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The guest has come to its end.
+    #[error("the guest has ended")]
+    Ended,
+}
+
+type Result<T> = std::result::Result<T, MachineError>;
+
+fn kvm_error(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm {
+        call,
+        source: source.into(),
+    }
+}
+
+/// What a machine tells and shows the outside.
+pub struct Wiring {
+    /// Where the guest's serial output goes.
+    pub serial_output: SerialOutput,
+    /// Told when the guest comes to its end, from any thread, possibly more than once.
+    pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+}
+
+/// A machine with nothing in it.
+pub struct EmptyMachine {
+    host: Arc<Host>,
+    vm: Arc<VmFd>,
+    slots: Slots,
+    vcpus: Vec<VcpuFd>,
+    dirty_log: DirtyLogMode,
+}
+
+impl EmptyMachine {
+    /// Makes a machine of this shape.
+    ///
+    /// # Errors
+    /// A shape that cannot be, and what the host will not give.
+    pub fn new(host: &Arc<Host>, shape: &Shape) -> Result<Self> {
+        let most = MAX_CPUS.min(u32::try_from(host.max_vcpus()).unwrap_or(MAX_CPUS));
+        if !(1..=most).contains(&shape.cpus) {
+            return Err(MachineError::Cpus(shape.cpus, most));
+        }
+        let dirty_log = host.dirty_log(shape.dirty_log)?;
+        let ram = Arc::new(GuestRam::new(shape.memory_bytes, shape.backing)?);
+        let vm = Arc::new(create_vm(host)?);
+        dirty_log::configure(&vm, dirty_log).map_err(|source| MachineError::Kvm {
+            call: "KVM_ENABLE_CAP dirty log",
+            source,
+        })?;
+        let slots = Slots::new(Arc::clone(&vm), ram)?;
+        let vcpus = (0..shape.cpus)
+            .map(|index| {
+                vm.create_vcpu(u64::from(index))
+                    .map_err(kvm_error("KVM_CREATE_VCPU"))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            host: Arc::clone(host),
+            vm,
+            slots,
+            vcpus,
+            dirty_log,
+        })
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        self.slots.ram()
+    }
+
+    /// Loads a kernel. The machine's vCPUs wait at its entry.
+    ///
+    /// # Errors
+    /// The kernel's, and KVM's.
+    pub fn boot(self, payload: &Payload, wiring: Wiring) -> Result<Machine> {
+        let memory = self.ram().memory();
+        let loaded = boot::load(memory, payload)?;
+        let count = u32::try_from(self.vcpus.len()).unwrap_or(MAX_CPUS);
+        let seen = boot::cpuid_for_vcpu(self.host.kvm(), 0, count)?;
+        for (index, vcpu) in (0..).zip(&self.vcpus) {
+            let cpuid = boot::cpuid_for_vcpu(self.host.kvm(), index, count)?;
+            vcpu.set_cpuid2(&cpuid)
+                .map_err(kvm_error("KVM_SET_CPUID2"))?;
+            boot::start_registers(memory, vcpu, index, &loaded)?;
+        }
+        let interrupt = self.interrupt(COM1_INTERRUPT)?;
+        let serial = Serial::new(interrupt, wiring.serial_output);
+        self.assemble(serial, seen.as_slice().to_vec(), wiring.on_end)
+    }
+
+    /// Restores a guest: vCPUs, controllers and devices as [`Machine::save`] wrote them. `cpuid` is what its
+    /// source says that vCPU 0 was given; hosts that do not intercept CPUID report other values than that.
+    ///
+    /// # Errors
+    /// Sections that are missing or make no sense, and KVM's.
+    pub fn restore(
+        self,
+        sections: &[Section],
+        cpuid: Vec<kvm_cpuid_entry2>,
+        wiring: Wiring,
+    ) -> Result<(Machine, Vec<String>)> {
+        let mut left_out = Vec::new();
+        let machine: MachineState = decode(sections, "machine")?;
+        machine
+            .restore(&self.vm)
+            .map_err(|source| MachineError::State {
+                section: "machine".into(),
+                source,
+            })?;
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let section = vcpu_section(index);
+            let state: VcpuState = decode(sections, &section)?;
+            let restored = state.restore(vcpu).map_err(|source| MachineError::State {
+                section: section.clone(),
+                source,
+            })?;
+            left_out.extend(
+                restored
+                    .refused_msrs
+                    .iter()
+                    .map(|msr| format!("{section} MSR {msr:#x}")),
+            );
+        }
+        let saved: SerialSnapshot = decode(sections, "serial")?;
+        let interrupt = self.interrupt(COM1_INTERRUPT)?;
+        let serial = Serial::restore(&saved, interrupt, wiring.serial_output)?;
+        Ok((self.assemble(serial, cpuid, wiring.on_end)?, left_out))
+    }
+
+    fn interrupt(&self, line: u32) -> Result<EventFd> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(|source| MachineError::Kvm {
+            call: "eventfd",
+            source,
+        })?;
+        self.vm
+            .register_irqfd(&event, line)
+            .map_err(kvm_error("KVM_IRQFD"))?;
+        Ok(event)
+    }
+
+    fn assemble(
+        self,
+        serial: Serial,
+        cpuid: Vec<kvm_cpuid_entry2>,
+        on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    ) -> Result<Machine> {
+        let ended = Arc::new(AtomicBool::new(false));
+        let on_end: Arc<dyn Fn(GuestEnd) + Send + Sync> = {
+            let ended = Arc::clone(&ended);
+            Arc::new(move |end| {
+                ended.store(true, Ordering::SeqCst);
+                on_end(end);
+            })
+        };
+        let ports = Arc::new(port_bus(&serial, &on_end)?);
+        let context = VcpuContext {
+            ports: Arc::clone(&ports),
+            on_end,
+        };
+        let notifier = Notifier::new();
+        let mut vcpus = Vec::new();
+        let mut subscriptions = Vec::new();
+        for (index, fd) in (0..).zip(self.vcpus) {
+            let vcpu = Vcpu::spawn(index, fd, context.clone())
+                .map_err(|source| MachineError::Thread(index, source))?;
+            subscriptions.push(notifier.subscribe(Arc::clone(vcpu.gate()) as _)?);
+            vcpus.push(vcpu);
+        }
+        Ok(Machine {
+            _subscriptions: subscriptions,
+            vcpus,
+            notifier,
+            running: Mutex::new(false),
+            ended,
+            log: Mutex::new(DirtyLog::new(self.dirty_log)),
+            serial,
+            cpuid,
+            ports,
+            slots: self.slots,
+            vm: self.vm,
+            host: self.host,
+        })
+    }
+}
+
+fn create_vm(host: &Host) -> Result<VmFd> {
+    let vm = host.kvm().create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip()
+        .map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
+    vm.create_pit2(kvm_pit_config::default())
+        .map_err(kvm_error("KVM_CREATE_PIT2"))?;
+    state::check_xsave(&vm).map_err(|source| MachineError::State {
+        section: "vcpu".into(),
+        source,
+    })?;
+    Ok(vm)
+}
+
+fn port_bus(serial: &Serial, on_end: &Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Result<PortBus> {
+    let mut ports = PortBus::new();
+    let com1 = PortRange {
+        first: COM1_PORT,
+        count: COM1_PORTS,
+    };
+    ports.insert(com1, Arc::new(Mutex::new(serial.clone())))?;
+    let exit = Arc::clone(on_end);
+    let debug_exit = DebugExit::new(move |status| exit(GuestEnd::DebugExit(status)));
+    let debug_exit_port = PortRange {
+        first: DEBUG_EXIT_PORT,
+        count: 1,
+    };
+    ports.insert(debug_exit_port, Arc::new(Mutex::new(debug_exit)))?;
+    let reset = Arc::clone(on_end);
+    let controller = ResetController::new(move || reset(GuestEnd::Reset));
+    let i8042 = PortRange {
+        first: I8042_PORT,
+        count: I8042_PORTS,
+    };
+    ports.insert(i8042, Arc::new(Mutex::new(controller)))?;
+    Ok(ports)
+}
+
+/// A machine with a guest in it.
+pub struct Machine {
+    // Dropped from the top: nobody holds vCPUs any more, then they end, then what they run on goes.
+    _subscriptions: Vec<Subscription>,
+    vcpus: Vec<Vcpu>,
+    notifier: Notifier,
+    running: Mutex<bool>,
+    ended: Arc<AtomicBool>,
+    log: Mutex<DirtyLog>,
+    serial: Serial,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    ports: Arc<PortBus>,
+    slots: Slots,
+    vm: Arc<VmFd>,
+    host: Arc<Host>,
+}
+
+impl Machine {
+    /// Its memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        self.slots.ram()
+    }
+
+    /// Its host.
+    #[must_use]
+    pub fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    /// Its serial port.
+    #[must_use]
+    pub fn serial(&self) -> &Serial {
+        &self.serial
+    }
+
+    /// Its vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+
+    /// Port accesses that no device claimed.
+    #[must_use]
+    pub fn unclaimed_ports(&self) -> u64 {
+        self.ports.unclaimed()
+    }
+
+    /// True while the guest is neither paused nor over.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        *self.running_state() && !self.has_ended()
+    }
+
+    /// True once the guest came to its end by itself.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Stops every vCPU: all are told, then all are waited for. Idempotent.
+    ///
+    /// # Errors
+    /// A vCPU that does not stop, by name; the others run on.
+    pub fn pause(&self) -> Result<()> {
+        let mut running = self.running_state();
+        if !*running {
+            return Ok(());
+        }
+        self.gates().for_each(|gate| gate.hold());
+        let stopped: std::result::Result<Vec<()>, _> =
+            self.gates().map(|g| g.wait_parked()).collect();
+        if let Err(error) = stopped {
+            self.gates().for_each(|gate| gate.release());
+            return Err(error.into());
+        }
+        *running = false;
+        Ok(())
+    }
+
+    /// Lets every vCPU run. Idempotent.
+    pub fn resume(&self) {
+        let mut running = self.running_state();
+        if !*running {
+            self.gates().for_each(|gate| gate.release());
+            *running = true;
+        }
+    }
+
+    /// The dirty log of its slots, for whoever begins to use it.
+    pub fn with_log<T>(
+        &self,
+        use_log: impl FnOnce(&mut DirtyLog, &Slots, &Notifier) -> std::result::Result<T, LogError>,
+    ) -> Result<T> {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(use_log(&mut log, &self.slots, &self.notifier)?)
+    }
+
+    /// The sections that [`Self::save`] writes.
+    #[must_use]
+    pub fn section_kinds(&self) -> Vec<SectionKind> {
+        section_names(self.vcpus.len()).map(section_kind).collect()
+    }
+
+    /// The state of all but memory. The machine is paused.
+    ///
+    /// # Errors
+    /// KVM's, and a machine that runs.
+    pub fn save(&self) -> Result<Vec<Section>> {
+        let running = self.running_state();
+        if *running || self.has_ended() {
+            return Err(MachineError::Ended);
+        }
+        let msr_indices =
+            state::msr_indices(self.host.kvm()).map_err(|source| MachineError::State {
+                section: "machine".into(),
+                source,
+            })?;
+        let mut sections = Vec::new();
+        for (index, gate) in self.gates().enumerate() {
+            let section = vcpu_section(index);
+            let state = VcpuState::save(&gate.fd(), &msr_indices).map_err(|source| {
+                MachineError::State {
+                    section: section.clone(),
+                    source,
+                }
+            })?;
+            sections.push(encode(&section, &state)?);
+        }
+        let machine = MachineState::save(&self.vm).map_err(|source| MachineError::State {
+            section: "machine".into(),
+            source,
+        })?;
+        sections.push(encode("machine", &machine)?);
+        sections.push(encode("serial", &self.serial.save())?);
+        Ok(sections)
+    }
+
+    /// What vCPU 0 sees of its processor.
+    #[must_use]
+    pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
+    fn gates(&self) -> impl Iterator<Item = &Arc<Gate>> {
+        self.vcpus.iter().map(Vcpu::gate)
+    }
+
+    fn running_state(&self) -> MutexGuard<'_, bool> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn vcpu_section(index: usize) -> String {
+    format!("vcpu{index}")
+}
+
+fn section_names(cpus: usize) -> impl Iterator<Item = String> {
+    (0..cpus)
+        .map(vcpu_section)
+        .chain(["machine".into(), "serial".into()])
+}
+
+fn section_kind(name: String) -> SectionKind {
+    SectionKind {
+        name,
+        version: STATE_VERSION,
+    }
+}
+
+/// Which of the announced sections a machine with `cpus` vCPUs cannot do without, or cannot read.
+#[must_use]
+pub fn unreadable_sections(announced: &[SectionKind], cpus: u32) -> Vec<String> {
+    let cpus = usize::try_from(cpus)
+        .unwrap_or(usize::MAX)
+        .min(MAX_CPUS as usize);
+    let needed: Vec<SectionKind> = section_names(cpus).map(section_kind).collect();
+    let missing = needed
+        .iter()
+        .filter(|kind| !announced.contains(kind))
+        .map(|kind| {
+            format!(
+                "{} version {} is needed and not announced",
+                kind.name, kind.version
+            )
+        });
+    let unknown = announced
+        .iter()
+        .filter(|kind| !needed.contains(kind))
+        .map(|kind| {
+            format!(
+                "{} version {} is announced and not known here",
+                kind.name, kind.version
+            )
+        });
+    missing.chain(unknown).collect()
+}
+
+fn encode<T: serde::Serialize>(name: &str, state: &T) -> Result<Section> {
+    let data = postcard::to_stdvec(state).map_err(|error| MachineError::Section {
+        section: name.into(),
+        why: error.to_string(),
+    })?;
+    Ok(Section {
+        kind: section_kind(name.into()),
+        data,
+    })
+}
+
+fn decode<T: serde::de::DeserializeOwned>(sections: &[Section], name: &str) -> Result<T> {
+    let error = |why: String| MachineError::Section {
+        section: name.into(),
+        why,
+    };
+    let kind = section_kind(name.into());
+    let mut found = sections.iter().filter(|section| section.kind == kind);
+    let section = found
+        .next()
+        .ok_or_else(|| error(format!("version {STATE_VERSION} of it is missing")))?;
+    if found.next().is_some() {
+        return Err(error("it is there twice".into()));
+    }
+    let (state, rest) =
+        postcard::take_from_bytes(&section.data).map_err(|source| error(source.to_string()))?;
+    match rest.len() {
+        0 => Ok(state),
+        bytes => Err(error(format!("{bytes} bytes too many"))),
+    }
+}

@@ -1,0 +1,7 @@
+//! The program `ferry`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}

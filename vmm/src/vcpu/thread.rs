@@ -1,0 +1,219 @@
+//! The loop of a vCPU thread: enter the guest, serve its exits, stop at the gate.
+//!
+//! It has `unsafe` in one place: kvm_run, which the kernel fills, is a union.
+
+use std::io;
+use std::os::raw::{c_int, c_void};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use devices::PortBus;
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::gate::{Gate, Pass};
+
+/// How a guest came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// It wrote this status to the debug-exit port.
+    DebugExit(u8),
+    /// It asked for a reset, which ends a guest here.
+    Reset,
+    /// It asked to be switched off.
+    PowerOff,
+    /// The monitor was asked to end it.
+    Stopped,
+    /// Another process runs it now.
+    HandedOver,
+    /// A vCPU could not go on; the text says which, why and where.
+    Failed(String),
+}
+
+impl GuestEnd {
+    /// The exit status of a program that ran this guest: 0 only for an end that the guest or the user
+    /// wanted.
+    #[must_use]
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::DebugExit(status) => *status,
+            Self::Reset | Self::PowerOff | Self::Stopped | Self::HandedOver => 0,
+            Self::Failed(_) => 1,
+        }
+    }
+}
+
+/// What a vCPU thread needs of the machine it belongs to.
+#[derive(Clone)]
+pub struct VcpuContext {
+    /// The devices in I/O port space.
+    pub ports: Arc<PortBus>,
+    /// Told once for each vCPU that brings the guest to its end.
+    pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+}
+
+/// The signal that kicks a vCPU out of the guest: the first real-time signal, which nothing else uses.
+pub(super) fn kick_signal() -> c_int {
+    SIGRTMIN()
+}
+
+/// Lets the kick signal interrupt system calls instead of ending the process. Once, at start.
+///
+/// # Errors
+/// The kernel's.
+pub fn install_kick_signal() -> io::Result<()> {
+    extern "C" fn ignore(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
+    Ok(register_signal_handler(kick_signal(), ignore)?)
+}
+
+/// One vCPU and its thread.
+pub struct Vcpu {
+    index: u32,
+    gate: Arc<Gate>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the thread of vCPU `index`, parked behind one hold; [`Gate::release`] lets it run.
+    ///
+    /// # Errors
+    /// A thread that cannot be had.
+    pub fn spawn(index: u32, fd: VcpuFd, context: VcpuContext) -> io::Result<Self> {
+        let gate = Arc::new(Gate::new(index, fd));
+        let thread = {
+            let gate = Arc::clone(&gate);
+            Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                if let Some(end) = run(index, &gate, &context.ports) {
+                    (context.on_end)(end);
+                }
+                gate.leave();
+            })?
+        };
+        gate.attach(&thread);
+        Ok(Self {
+            index,
+            gate,
+            thread: Some(thread),
+        })
+    }
+
+    /// Its number, from 0.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Its gate.
+    #[must_use]
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.gate.finish();
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so on standard error; there is nobody else to tell.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// Runs the vCPU until the guest ends by itself (and how) or is finished by others.
+fn run(index: u32, gate: &Gate, ports: &PortBus) -> Option<GuestEnd> {
+    while gate.pass() == Pass::Enter {
+        if let Some(end) = run_until_kicked(index, &mut gate.fd(), ports) {
+            return Some(end);
+        }
+    }
+    None
+}
+
+/// Runs until KVM_RUN is interrupted.
+///
+/// The loop ends nowhere else, and that is what makes the state of a parked vCPU whole: a port or MMIO
+/// access is complete only after KVM_RUN was entered again (api.rst, KVM_RUN), and with `immediate_exit`
+/// set that entry completes it and returns as interrupted.
+fn run_until_kicked(index: u32, fd: &mut VcpuFd, ports: &PortBus) -> Option<GuestEnd> {
+    loop {
+        let end = match fd.run() {
+            Ok(exit) => serve(exit, ports),
+            Err(error) if error.errno() == libc::EINTR => return None,
+            Err(error) if error.errno() == libc::EAGAIN => None,
+            Err(error) => Some(Outcome::Failed(format!("KVM_RUN: {error}"))),
+        };
+        match end {
+            None => {}
+            Some(Outcome::End(end)) => return Some(end),
+            Some(Outcome::Failed(why)) => {
+                return Some(GuestEnd::Failed(format!("vcpu{index}{}: {why}", place(fd))));
+            }
+            Some(Outcome::InternalError) => {
+                let why = internal_error(fd);
+                return Some(GuestEnd::Failed(format!("vcpu{index}{}: {why}", place(fd))));
+            }
+        }
+    }
+}
+
+enum Outcome {
+    End(GuestEnd),
+    Failed(String),
+    InternalError,
+}
+
+fn serve(exit: VcpuExit<'_>, ports: &PortBus) -> Option<Outcome> {
+    match exit {
+        VcpuExit::IoOut(port, data) => ports.write(port, data),
+        VcpuExit::IoIn(port, data) => ports.read(port, data),
+        // There is no device in memory space yet: all ones, and nowhere (F11).
+        VcpuExit::MmioRead(_, data) => data.fill(0xff),
+        VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+        VcpuExit::Shutdown => {
+            return Some(Outcome::Failed(
+                "triple fault: the guest shut the processor down".into(),
+            ));
+        }
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
+            return Some(Outcome::End(GuestEnd::Reset));
+        }
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
+            return Some(Outcome::End(GuestEnd::PowerOff));
+        }
+        VcpuExit::InternalError => return Some(Outcome::InternalError),
+        VcpuExit::FailEntry(reason, cpu) => {
+            return Some(Outcome::Failed(format!(
+                "the processor refused to enter the guest: reason {reason:#x} on cpu {cpu}"
+            )));
+        }
+        other => return Some(Outcome::Failed(format!("unexpected exit: {other:?}"))),
+    }
+    None
+}
+
+fn place(fd: &VcpuFd) -> String {
+    match fd.get_regs() {
+        Ok(regs) => format!(" at rip {:#x}", regs.rip),
+        Err(_) => String::new(),
+    }
+}
+
+/// What KVM says of KVM_EXIT_INTERNAL_ERROR: kvm_run.internal, in include/uapi/linux/kvm.h.
+fn internal_error(fd: &mut VcpuFd) -> String {
+    let run = fd.get_kvm_run();
+    debug_assert_eq!(run.exit_reason, KVM_EXIT_INTERNAL_ERROR);
+    let suberror = internal_suberror(run);
+    match suberror {
+        1 => "KVM cannot emulate this instruction (suberror 1)".into(),
+        other => format!("KVM internal error, suberror {other}"),
+    }
+}
+
+/// The kernel filled the `internal` variant of the union for this exit reason.
+#[allow(unsafe_code)]
+fn internal_suberror(run: &kvm_bindings::kvm_run) -> u32 {
+    // SAFETY: every variant of the union is plain integers, valid for any bytes.
+    unsafe { run.__bindgen_anon_1.internal.suberror }
+}
