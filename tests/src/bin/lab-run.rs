@@ -24,9 +24,6 @@ struct Arguments {
     /// The lab host's memory in MiB.
     #[arg(long, default_value_t = 3072)]
     memory_mib: u32,
-    /// The lab host's CPUs.
-    #[arg(long, default_value_t = 2)]
-    cpus: u32,
     /// Seconds after which the run is ended as a failure.
     #[arg(long, default_value_t = 120)]
     limit_s: u64,
@@ -58,7 +55,6 @@ fn main() -> ExitCode {
 fn prepared(arguments: Arguments) -> Lab {
     let mut lab = Lab::new(arguments.kernel)
         .memory_mib(arguments.memory_mib)
-        .cpus(arguments.cpus)
         .limit(Duration::from_secs(arguments.limit_s));
     for (here, there) in arguments.program {
         lab = lab.program(here, there);
