@@ -13,6 +13,9 @@ use crate::paths;
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest that must not run is listened to, once the other has answered.
 const SILENCE: Duration = Duration::from_millis(400);
+/// Options of a migration that is to come to its end on any host: the digests are compared, and the downtime
+/// is one that the lab keeps, too.
+pub const PATIENT: [&str; 3] = ["--verify", "--downtime-ms", "5000"];
 const READY: &str = "dirtier: ready";
 
 /// What the guests of the whole-system tests do: 4 MiB rewritten at full speed, 44 MiB constant.

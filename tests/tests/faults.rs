@@ -4,7 +4,8 @@
 //! try succeeds. Names of states are those of the progress report.
 
 use ferry_tests::dirtier::{
-    self, LIMIT, assert_ends, assert_none_runs, assert_only_runs, assert_runs, audit, refusal,
+    self, LIMIT, PATIENT, assert_ends, assert_none_runs, assert_only_runs, assert_runs, audit,
+    refusal,
 };
 use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::Ferry;
@@ -53,7 +54,8 @@ fn held_in_the_rounds() -> Fault {
 
 fn try_to_send(source: &Ferry, proxy: &Proxy) -> Ended {
     let target = proxy.endpoint().to_string();
-    source.try_ctl(&["send-migration", &target], LIMIT).unwrap()
+    let call = [&["send-migration", &target][..], &PATIENT[1..]].concat();
+    source.try_ctl(&call, LIMIT).unwrap()
 }
 
 /// The call failed with these words, and the guest is the source's as before.
@@ -76,7 +78,7 @@ fn second_try_succeeds(source: Ferry) {
 
 /// The guest goes to `destination` and is whole there; neither process leaves anything behind.
 fn arrives(mut source: Ferry, mut destination: Ferry, endpoint: &Endpoint) {
-    source.send_migration(endpoint, &["--verify"]).unwrap();
+    source.send_migration(endpoint, &PATIENT).unwrap();
     assert_ends(&mut source);
     assert_eq!(destination.phase().unwrap(), "completed");
     assert_only_runs(&mut destination, &mut source);

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ferry_tests::dirtier::{self, LIMIT, assert_ends, assert_only_runs, audit};
+use ferry_tests::dirtier::{self, LIMIT, PATIENT, assert_ends, assert_only_runs, audit};
 use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::paths;
@@ -126,7 +126,7 @@ fn the_monitor_needs_little_beyond_guest_memory() {
 fn migrate(endpoint: &Endpoint, cpus: u32) {
     let mut source = dirtier::start(cpus);
     let mut destination = Ferry::receive(endpoint).unwrap();
-    source.send_migration(endpoint, &["--verify"]).unwrap();
+    source.send_migration(endpoint, &PATIENT).unwrap();
     // The source, its guest handed over.
     assert_ends(&mut source);
     assert_only_runs(&mut destination, &mut source);
@@ -151,7 +151,7 @@ fn a_paused_guest_stays_paused_at_the_destination() {
     source.ctl(&["pause"]).unwrap();
     let endpoint = Endpoint::free_tcp().unwrap();
     let mut destination = Ferry::receive(&endpoint).unwrap();
-    source.send_migration(&endpoint, &["--verify"]).unwrap();
+    source.send_migration(&endpoint, &PATIENT).unwrap();
     assert_ends(&mut source);
     let info = destination.ctl_json(&["info"]).unwrap();
     assert_eq!(info["state"], "Paused", "{info}");
@@ -164,7 +164,7 @@ fn a_paused_guest_stays_paused_at_the_destination() {
 fn small_demo(folder: &Path) -> Command {
     let mut command = Command::new(paths::ferry().unwrap());
     let shape = ["--memory", "64M", "--hot", "8M", "--cold", "8M"];
-    command.args(["demo", "--json", "--downtime-ms", "1000"]);
+    command.args(["demo", "--json", "--downtime-ms", "5000"]);
     command.args(shape).env("TMPDIR", folder);
     command
 }
