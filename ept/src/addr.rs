@@ -205,6 +205,10 @@ impl GpaRange {
         self.first <= gpa.page() && gpa.page() < self.end
     }
 
+    pub(crate) const fn contains_page(&self, page: u64) -> bool {
+        self.first <= page && page < self.end
+    }
+
     /// Whether every page of `other` lies inside.
     pub const fn covers(&self, other: &Self) -> bool {
         self.first <= other.first && other.end <= self.end
@@ -259,6 +263,10 @@ pub struct Level(u8);
 impl Level {
     /// 4 KiB entries.
     pub const PAGE: Self = Self(0);
+    /// 2 MiB entries.
+    pub const MIB2: Self = Self(1);
+    /// 1 GiB entries.
+    pub const GIB: Self = Self(2);
 
     /// The level numbered `number`; `None` above 5, whose entries would exceed the space.
     pub const fn new(number: u8) -> Option<Self> {
@@ -296,6 +304,11 @@ impl Level {
 
     pub(crate) const fn index(self) -> usize {
         self.0 as usize
+    }
+
+    /// The level numbered `number`, which is at most 5.
+    pub(crate) const fn known(number: u8) -> Self {
+        Self(number)
     }
 
     pub(crate) const fn up(self) -> Self {

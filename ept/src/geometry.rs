@@ -22,6 +22,8 @@ pub enum GeometryError {
     RootTooLow(Level),
     /// A root with no entries, or with entries beyond the 64-bit space.
     RootEntries(usize),
+    /// Addresses of so many bits, which the format does not have.
+    AddressBits(u32),
 }
 
 impl fmt::Display for GeometryError {
@@ -29,6 +31,7 @@ impl fmt::Display for GeometryError {
         match self {
             Self::RootTooLow(level) => write!(f, "{level} cannot be the root's"),
             Self::RootEntries(count) => write!(f, "a root of {count} entries is not possible"),
+            Self::AddressBits(bits) => write!(f, "addresses of {bits} bits are not possible"),
         }
     }
 }
@@ -53,6 +56,14 @@ impl Geometry {
             root_level,
             root_entries,
         })
+    }
+
+    /// A shape that is known to be possible.
+    pub(crate) const fn with_root(level: u8, root_entries: usize) -> Self {
+        Self {
+            root_level: Level::known(level),
+            root_entries,
+        }
     }
 
     /// The lowest tree with a root of at most [`TABLE_ENTRIES`] entries that reaches `end_page`,

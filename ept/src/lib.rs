@@ -58,6 +58,7 @@ mod geometry;
 mod harvest;
 mod notify;
 mod region;
+pub mod stage2;
 mod sync;
 mod tracker;
 mod tracking;

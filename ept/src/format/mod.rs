@@ -1,9 +1,26 @@
 //! What a raw 64-bit entry means, which depends on its level.
+//!
+//! [`Format`] is all that the walker knows. The formats that hardware walks, one file each, are
+//! [`HardwareFormat`]s: their leaves are [`Leaf`] values. The tracker's own format is private to it.
+
+mod amd;
+mod arm;
+mod hardware;
+mod intel;
+mod leaf;
+mod riscv;
 
 use core::sync::atomic::AtomicU64;
 
 use crate::addr::Level;
 use crate::geometry::Geometry;
+
+pub use amd::Npt;
+pub use arm::{ArmFlags, ArmStage2};
+pub use hardware::HardwareFormat;
+pub use intel::{Ept, EptFeatures, EptLevels};
+pub use leaf::{Leaf, MemoryType, Permissions, Unsupported};
+pub use riscv::{GStage, GStageMemory, GStageMode};
 
 /// Names a table inside its store: an index, or a table's physical address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

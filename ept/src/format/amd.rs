@@ -1,0 +1,179 @@
+//! AMD's nested page tables (NPT): the long-mode format of the host.
+//!
+//! ```text
+//!  63  62     52 51              12 11  9  8  7   6  5   4    3   2   1  0
+//! │NX │ ignored │     address      │ ign. │G│PAT│D  A │PCD│PWT│U/S│R/W│P│   leaf of level 0
+//! │NX │ ignored │  address   │PAT│ ign. │G│ 1 │D  A │PCD│PWT│U/S│R/W│P│   leaf of level 1 or 2
+//! │NX │ ignored │     address      │ ign. │0│ 0 │i  A │PCD│PWT│U/S│R/W│P│   table
+//! ```
+//!
+//! Sources: AMD APM volume 2, 15.25 "Nested paging" and 5.3 "Long-mode page translation". A nested walk is a
+//! user's: without U/S in every entry nothing is allowed (15.25.5). NX counts while the host's EFER.NXE is
+//! set, which this format takes for granted.
+
+use super::hardware::{address, bits};
+use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
+use crate::addr::{Level, TABLE_ENTRIES};
+use crate::geometry::Geometry;
+
+const PRESENT: u64 = 1 << 0;
+const WRITE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const PWT: u64 = 1 << 3;
+const PCD: u64 = 1 << 4;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+/// Leaf, at levels 1 and 2; in an entry of level 0 it is [`PAT_PAGE`].
+const LARGE: u64 = 1 << 7;
+const PAT_PAGE: u64 = 1 << 7;
+const PAT_LARGE: u64 = 1 << 12;
+const NO_EXECUTE: u64 = 1 << 63;
+const ADDRESS_END: u32 = 52;
+
+/// Indexes into the host's PAT as it is at reset (APM 7.8.2): write-back, UC-, uncached. Index 2 is made
+/// write-combining by hosts that want it.
+const WRITE_BACK: u8 = 0;
+const WRITE_COMBINING: u8 = 2;
+const UNCACHED: u8 = 3;
+
+/// AMD's nested page tables: how many levels the host's own paging has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Npt {
+    /// Four: 48 bits of guest-physical address.
+    FourLevels,
+    /// Five: 57 bits, with CR4.LA57 set in the host.
+    FiveLevels,
+}
+
+impl Npt {
+    const fn is_leaf(raw: u64, level: Level) -> bool {
+        match level.number() {
+            0 => true,
+            1 | 2 => raw & LARGE != 0,
+            _ => false,
+        }
+    }
+}
+
+impl Format for Npt {
+    type Leaf = Leaf;
+
+    #[inline]
+    fn decode(&self, raw: u64, level: Level) -> Entry<Leaf> {
+        if raw & PRESENT == 0 {
+            return Entry::Absent;
+        }
+        if !Self::is_leaf(raw, level) {
+            return Entry::Table(TableId(raw & bits(12, ADDRESS_END)));
+        }
+        let user = raw & USER != 0;
+        let granted = if user {
+            Permissions::READ
+                .union(Permissions::if_set(raw, WRITE, Permissions::WRITE))
+                .union(Permissions::if_set(!raw, NO_EXECUTE, Permissions::EXECUTE))
+        } else {
+            Permissions::NONE
+        };
+        Entry::Leaf(Leaf {
+            hpa: address(raw, level, ADDRESS_END),
+            permissions: granted,
+            memory: memory_type(raw, level),
+            accessed: raw & ACCESSED != 0,
+            dirty: raw & DIRTY != 0,
+        })
+    }
+
+    #[inline]
+    fn encode(&self, entry: Entry<Leaf>, level: Level) -> u64 {
+        match entry {
+            Entry::Absent => 0,
+            Entry::Table(TableId(table)) => table | PRESENT | WRITE | USER,
+            Entry::Leaf(leaf) => {
+                let large = if level == Level::PAGE { 0 } else { LARGE };
+                leaf.hpa.0
+                    | PRESENT
+                    | large
+                    | leaf.permissions.bits(Permissions::READ, USER)
+                    | leaf.permissions.bits(Permissions::WRITE, WRITE)
+                    | (NO_EXECUTE ^ leaf.permissions.bits(Permissions::EXECUTE, NO_EXECUTE))
+                    | memory_bits(leaf.memory, level)
+                    | if leaf.accessed { ACCESSED } else { 0 }
+                    | if leaf.dirty { DIRTY } else { 0 }
+            }
+        }
+    }
+}
+
+const fn pat(level: Level) -> u64 {
+    if level.number() == 0 {
+        PAT_PAGE
+    } else {
+        PAT_LARGE
+    }
+}
+
+fn memory_type(raw: u64, level: Level) -> MemoryType {
+    let index = [(PWT, 1), (PCD, 2), (pat(level), 4)]
+        .iter()
+        .filter(|(bit, _)| raw & bit != 0)
+        .map(|(_, value)| value)
+        .sum();
+    match index {
+        WRITE_BACK => MemoryType::WriteBack,
+        WRITE_COMBINING => MemoryType::WriteCombining,
+        UNCACHED => MemoryType::Uncached,
+        other => MemoryType::Other(other),
+    }
+}
+
+fn memory_bits(memory: MemoryType, level: Level) -> u64 {
+    let index = match memory {
+        MemoryType::WriteBack => WRITE_BACK,
+        MemoryType::WriteCombining => WRITE_COMBINING,
+        MemoryType::Uncached => UNCACHED,
+        MemoryType::Other(other) => other,
+    };
+    [(PWT, 1), (PCD, 2), (pat(level), 4)]
+        .iter()
+        .filter(|(_, value)| index & value != 0)
+        .map(|(bit, _)| bit)
+        .sum()
+}
+
+impl HardwareFormat for Npt {
+    fn geometry(&self) -> Geometry {
+        let root = match self {
+            Self::FourLevels => 3,
+            Self::FiveLevels => 4,
+        };
+        Geometry::with_root(root, TABLE_ENTRIES)
+    }
+
+    fn largest_leaf(&self) -> Level {
+        Level::GIB
+    }
+
+    fn hpa_bits(&self) -> u32 {
+        ADDRESS_END
+    }
+
+    /// What is present can be read; U/S apart, which takes everything.
+    fn admits(&self, permissions: Permissions) -> bool {
+        permissions.allows(Permissions::READ) || permissions == Permissions::NONE
+    }
+
+    fn caches(&self, memory: MemoryType) -> bool {
+        match memory {
+            MemoryType::Other(index) => index < 8,
+            _ => true,
+        }
+    }
+
+    fn dirty_bits(&self, _: u64) -> u64 {
+        DIRTY
+    }
+
+    fn accessed_bits(&self, _: u64) -> u64 {
+        ACCESSED
+    }
+}

@@ -1,0 +1,252 @@
+//! Arm's stage 2 of VMSAv8-64, 4 KiB granule.
+//!
+//! ```text
+//! 63   56 55 54 53 52  51  50 48 47            12 11  10 9  8 7    6 5     2  1 0
+//! │ ignored │SD│XN   │ C │DBM│ 0 │    address     │ 0 │AF│ SH │ S2AP │MemAttr│ 0 1 │  block: levels 1 and 2 here
+//! │                                                                            1 1 │  page: level 0 here
+//! │ ignored                    │ 0 │    address     │ ignored                 │ 1 1 │  table
+//! ```
+//!
+//! Arm counts its levels downwards: level 3 of the manual is this crate's level 0.
+//!
+//! Source: Arm Architecture Reference Manual (DDI 0487), chapter D8, "The AArch64 Virtual Memory System
+//! Architecture": descriptor formats, "Stage 2 permissions", "Hardware management of the Access flag and dirty
+//! state". An entry that is valid still faults while its access flag is clear and hardware does not set it.
+//!
+//! Where hardware manages the dirty state, a page that may be written has DBM set, and S2AP\[1\] is its dirty
+//! bit. A page that may not be written has nowhere for the hardware to say so: bit 55 (SD), which is left to
+//! software, keeps that it was dirty when the right was taken.
+
+use super::hardware::{address, bits};
+use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
+use crate::addr::{Level, TABLE_ENTRIES};
+use crate::geometry::{Geometry, GeometryError};
+
+const VALID: u64 = 1 << 0;
+/// A table above level 0, a page at level 0.
+const TABLE_OR_PAGE: u64 = 1 << 1;
+const MEMORY_SHIFT: u32 = 2;
+const MEMORY: u64 = bits(2, 6);
+const S2AP_READ: u64 = 1 << 6;
+const S2AP_WRITE: u64 = 1 << 7;
+const INNER_SHAREABLE: u64 = 0b11 << 8;
+const ACCESS_FLAG: u64 = 1 << 10;
+const DBM: u64 = 1 << 51;
+/// XN\[1:0\] = 0b10: nobody executes.
+const EXECUTE_NEVER: u64 = 1 << 54;
+const SOFTWARE_DIRTY: u64 = 1 << 55;
+/// 48-bit addresses: FEAT_LPA2 is not used.
+const ADDRESS_END: u32 = 48;
+
+/// Stage 2 MemAttr\[3:0\], without FEAT_S2FWB: normal write-back, normal non-cacheable, Device-nGnRE.
+const WRITE_BACK: u8 = 0b1111;
+const WRITE_COMBINING: u8 = 0b0101;
+const UNCACHED: u8 = 0b0001;
+
+/// The most tables that are concatenated into one root, as index bits.
+const CONCATENATED_BITS: u32 = 4;
+/// Index bits of one table.
+const INDEX_BITS: u32 = TABLE_ENTRIES.trailing_zeros();
+
+/// Arm's stage 2, as one guest is given it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmStage2 {
+    geometry: Geometry,
+    ipa_bits: u32,
+    flags: ArmFlags,
+}
+
+/// Who keeps the access flag and the dirty state: VTCR_EL2.HA and HD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ArmFlags {
+    /// Software. Every leaf is made with its access flag set; those that may be written count as dirty.
+    Software,
+    /// Hardware sets the access flag.
+    Accessed,
+    /// Hardware sets the access flag and the dirty state.
+    AccessedDirty,
+}
+
+impl ArmStage2 {
+    /// A stage 2 for guest-physical addresses (IPAs) of so many bits, 31 to 48; its root is as small as
+    /// concatenation makes it.
+    ///
+    /// # Errors
+    /// Fewer bits, or more.
+    pub fn new(ipa_bits: u32, flags: ArmFlags) -> Result<Self, GeometryError> {
+        if !(31..=ADDRESS_END).contains(&ipa_bits) {
+            return Err(GeometryError::AddressBits(ipa_bits));
+        }
+        let mut root = Level::PAGE.up();
+        while ipa_bits - root.span().trailing_zeros() > INDEX_BITS + CONCATENATED_BITS {
+            root = root.up();
+        }
+        let entries = 1 << (ipa_bits - root.span().trailing_zeros());
+        Ok(Self {
+            geometry: Geometry::new(root, entries)?,
+            ipa_bits,
+            flags,
+        })
+    }
+
+    /// The part of VTCR_EL2 that this format decides: T0SZ, SL0, TG0 (4 KiB), HA and HD.
+    pub fn vtcr(&self) -> u64 {
+        const HARDWARE_ACCESSED: u64 = 1 << 21;
+        const HARDWARE_DIRTY: u64 = 1 << 22;
+        let t0sz = u64::from(64 - self.ipa_bits);
+        // SL0 counts upwards from Arm's level 2.
+        let sl0 = u64::from(self.geometry.root_level().number() - 1);
+        let flags = match self.flags {
+            ArmFlags::Software => 0,
+            ArmFlags::Accessed => HARDWARE_ACCESSED,
+            ArmFlags::AccessedDirty => HARDWARE_ACCESSED | HARDWARE_DIRTY,
+        };
+        t0sz | sl0 << 6 | flags
+    }
+
+    fn is_leaf(raw: u64, level: Level) -> bool {
+        match level.number() {
+            0 => raw & TABLE_OR_PAGE != 0,
+            1 | 2 => raw & TABLE_OR_PAGE == 0,
+            _ => false,
+        }
+    }
+
+    fn is_table(raw: u64, level: Level) -> bool {
+        level > Level::PAGE && raw & TABLE_OR_PAGE != 0
+    }
+
+    /// S2AP\[1\], DBM and the software's dirty bit of a leaf.
+    fn write_bits(self, leaf: &Leaf) -> u64 {
+        let writable = leaf.permissions.allows(Permissions::WRITE);
+        match (self.flags, writable, leaf.dirty) {
+            (ArmFlags::AccessedDirty, true, true) => DBM | S2AP_WRITE,
+            (ArmFlags::AccessedDirty, true, false) => DBM,
+            (_, true, _) => S2AP_WRITE,
+            (_, false, true) => SOFTWARE_DIRTY,
+            (_, false, false) => 0,
+        }
+    }
+}
+
+impl Format for ArmStage2 {
+    type Leaf = Leaf;
+
+    #[inline]
+    fn decode(&self, raw: u64, level: Level) -> Entry<Leaf> {
+        if raw & VALID == 0 {
+            return Entry::Absent;
+        }
+        if Self::is_table(raw, level) {
+            return Entry::Table(TableId(raw & bits(12, ADDRESS_END)));
+        }
+        if !Self::is_leaf(raw, level) {
+            // A reserved descriptor: the hardware treats it as invalid.
+            return Entry::Absent;
+        }
+        Entry::Leaf(Leaf {
+            hpa: address(raw, level, ADDRESS_END),
+            permissions: Permissions::if_set(raw, S2AP_READ, Permissions::READ)
+                .union(Permissions::if_set(
+                    raw,
+                    S2AP_WRITE | DBM,
+                    Permissions::WRITE,
+                ))
+                .union(Permissions::if_set(
+                    !raw,
+                    EXECUTE_NEVER,
+                    Permissions::EXECUTE,
+                )),
+            memory: memory_type(raw),
+            accessed: raw & ACCESS_FLAG != 0,
+            dirty: raw & (S2AP_WRITE | SOFTWARE_DIRTY) != 0,
+        })
+    }
+
+    #[inline]
+    fn encode(&self, entry: Entry<Leaf>, level: Level) -> u64 {
+        match entry {
+            Entry::Absent => 0,
+            Entry::Table(TableId(table)) => table | VALID | TABLE_OR_PAGE,
+            Entry::Leaf(leaf) => {
+                let page = if level == Level::PAGE {
+                    TABLE_OR_PAGE
+                } else {
+                    0
+                };
+                let accessed = leaf.accessed || self.flags == ArmFlags::Software;
+                leaf.hpa.0
+                    | VALID
+                    | page
+                    | memory_bits(leaf.memory)
+                    | INNER_SHAREABLE
+                    | leaf.permissions.bits(Permissions::READ, S2AP_READ)
+                    | self.write_bits(&leaf)
+                    | (EXECUTE_NEVER ^ leaf.permissions.bits(Permissions::EXECUTE, EXECUTE_NEVER))
+                    | if accessed { ACCESS_FLAG } else { 0 }
+            }
+        }
+    }
+}
+
+fn memory_type(raw: u64) -> MemoryType {
+    // Four bits.
+    match u8::try_from((raw & MEMORY) >> MEMORY_SHIFT).unwrap_or_default() {
+        WRITE_BACK => MemoryType::WriteBack,
+        WRITE_COMBINING => MemoryType::WriteCombining,
+        UNCACHED => MemoryType::Uncached,
+        other => MemoryType::Other(other),
+    }
+}
+
+fn memory_bits(memory: MemoryType) -> u64 {
+    let attributes = match memory {
+        MemoryType::WriteBack => WRITE_BACK,
+        MemoryType::WriteCombining => WRITE_COMBINING,
+        MemoryType::Uncached => UNCACHED,
+        MemoryType::Other(other) => other,
+    };
+    u64::from(attributes) << MEMORY_SHIFT & MEMORY
+}
+
+impl HardwareFormat for ArmStage2 {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Blocks of 512 GiB exist only with FEAT_LPA2.
+    fn largest_leaf(&self) -> Level {
+        Level::GIB.min(self.geometry.root_level())
+    }
+
+    fn hpa_bits(&self) -> u32 {
+        ADDRESS_END
+    }
+
+    fn admits(&self, _: Permissions) -> bool {
+        true
+    }
+
+    fn caches(&self, memory: MemoryType) -> bool {
+        match memory {
+            MemoryType::Other(attributes) => attributes < 16,
+            _ => true,
+        }
+    }
+
+    /// S2AP\[1\] is the right itself where DBM is clear.
+    fn dirty_bits(&self, raw: u64) -> u64 {
+        if raw & DBM != 0 {
+            S2AP_WRITE | SOFTWARE_DIRTY
+        } else {
+            SOFTWARE_DIRTY
+        }
+    }
+
+    fn accessed_bits(&self, _: u64) -> u64 {
+        match self.flags {
+            ArmFlags::Software => 0,
+            ArmFlags::Accessed | ArmFlags::AccessedDirty => ACCESS_FLAG,
+        }
+    }
+}

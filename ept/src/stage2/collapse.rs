@@ -1,0 +1,127 @@
+//! Making huge leaves of tables again.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::addr::{GpaRange, Level};
+use crate::format::{Entry, HardwareFormat, Leaf, TableId, Tables};
+use crate::notify::OpenRange;
+use crate::stage2::flush::Flush;
+use crate::stage2::map::replace;
+use crate::stage2::{ChangeError, Never, Stage2, settled};
+use crate::walk::{Action, Change, Place, Run, Visitor, Walk};
+
+impl<'m, F: HardwareFormat> Stage2<'m, F> {
+    /// Replaces tables that lie wholly in `range` and say what one leaf of level `to` can say. The leaf is
+    /// accessed or dirty if any of its parts was.
+    ///
+    /// The open range says that no vCPU uses the tables meanwhile. Whatever else walks them and sets flags (an
+    /// IOMMU) must be stopped, too.
+    ///
+    /// # Errors
+    /// [`ChangeError`], with the [`Flush`] of what was done before it.
+    pub fn collapse<'t>(
+        &'t self,
+        range: GpaRange,
+        to: Level,
+        open: &OpenRange,
+    ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
+        let mut collapsing = Collapsing {
+            stage2: self,
+            to: to.min(self.format.largest_leaf()),
+            flush: Flush::nothing(self),
+        };
+        let result = self.checked(range).and_then(|range| {
+            let walk = Walk::change(self, range, open)?;
+            settled(Ok(walk.run(&mut collapsing)))
+        });
+        (collapsing.flush, result)
+    }
+
+    /// The leaf of `level` that says what the entries of `table`, one level lower, say together.
+    fn together(&self, table: TableId, level: Level) -> Option<Leaf> {
+        let below = level.down();
+        let decode = |slot: &AtomicU64| {
+            let raw = slot.load(Ordering::SeqCst);
+            match self.format.decode(raw, below) {
+                Entry::Leaf(leaf) => Some(leaf),
+                Entry::Absent | Entry::Table(_) => None,
+            }
+        };
+        let slots = self.upper(table);
+        let first = decode(slots.first()?)?;
+        let mut all = first;
+        for (index, slot) in slots.iter().enumerate() {
+            let leaf = decode(slot)?;
+            let Leaf {
+                accessed, dirty, ..
+            } = leaf;
+            let expected = Leaf {
+                accessed,
+                dirty,
+                ..first.part(index, below)
+            };
+            if leaf != expected {
+                return None;
+            }
+            all.accessed |= accessed;
+            all.dirty |= dirty;
+        }
+        self.format.check(&all, level).ok().map(|()| all)
+    }
+}
+
+struct Collapsing<'t, 'm, F> {
+    stage2: &'t Stage2<'m, F>,
+    to: Level,
+    flush: Flush<'t, 'm, F>,
+}
+
+impl<'t, 'm, F: HardwareFormat> Collapsing<'t, 'm, F> {
+    fn collapse(&mut self, slot: &AtomicU64, raw: u64, span: GpaRange, level: Level) -> bool {
+        let format = &self.stage2.format;
+        let Entry::Table(table) = format.decode(raw, level) else {
+            return false;
+        };
+        let Some(leaf) = self.stage2.together(table, level) else {
+            return false;
+        };
+        let new = format.encode(Entry::Leaf(leaf), level);
+        if replace(slot, raw, new).is_err() {
+            return false;
+        }
+        self.stage2.pool.push(self.flush.detached(), table);
+        self.flush.changed(span);
+        true
+    }
+}
+
+impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
+    for Collapsing<'t, 'm, F>
+{
+    type Stop = Never;
+
+    fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Never> {
+        let (level, span) = (place.level(), place.span());
+        if level > self.to || place.part() != span {
+            return Action::Continue;
+        }
+        // From the lowest level up: what is below may collapse to leaves first.
+        if let Entry::Table(table) = place.entry()
+            && level > Level::MIB2
+        {
+            let below = level.down();
+            for (index, slot) in (0..).zip(self.stage2.upper(table)) {
+                let first = span.first_page() + index * below.pages();
+                let raw = slot.load(Ordering::SeqCst);
+                let part = GpaRange::of(first, first + below.pages());
+                self.collapse(slot, raw, part, below);
+            }
+        }
+        self.collapse(place.slot(), place.raw(), span, level);
+        Action::Skip
+    }
+
+    fn run(&mut self, _: &Run<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Never> {
+        Action::Continue
+    }
+}

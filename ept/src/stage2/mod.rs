@@ -1,0 +1,325 @@
+//! Tables that hardware walks: a [`Stage2`] of any [`HardwareFormat`], in memory lent by its embedder.
+//!
+//! Every operation is a walk of the one range walker:
+//!
+//! | operation | entries | needs | afterwards |
+//! |---|---|---|---|
+//! | [`Stage2::map`] | absent → leaf | tables | nothing: no translation was there |
+//! | [`Stage2::unmap`] | leaf → absent | an open notifier range; tables for a split | [`Flush`] |
+//! | [`Stage2::protect`] | permissions | an open notifier range; tables for a split | [`Flush`] |
+//! | [`Stage2::clean`] | dirty → clean, and recorded | an open notifier range | [`Flush`] |
+//! | [`Stage2::age`] | accessed → not, and recorded | an open notifier range | [`Flush`] |
+//! | [`Stage2::split`] | huge leaf → table | an open notifier range, tables | [`Flush`] |
+//! | [`Stage2::collapse`] | table → huge leaf | an open notifier range | [`Flush`] |
+//!
+//! Order (S14): open → change → flush what [`Flush::interval`] names → [`Flush::done`] → close. Tables that went
+//! out of use travel in the `Flush`, and are used again only after it is done.
+//!
+//! A split inside a range that is open already needs no notification of its own: the notification says that
+//! nobody uses the translations of the range, and a split changes none of them.
+//!
+//! Every change of an entry is one atomic read-modify-write, so that the accessed and dirty flags which hardware
+//! sets meanwhile are never lost. Threads may change disjoint ranges at once; changes of overlapping ranges are
+//! the caller's to order.
+
+mod collapse;
+mod dump;
+mod flush;
+mod harvest;
+mod map;
+mod pool;
+mod protect;
+mod unmap;
+
+use alloc::collections::TryReserveError;
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::addr::{Gpa, GpaRange, Hpa, Level, PAGE_SIZE, TABLE_ENTRIES};
+use crate::format::{
+    Allocate, Entry, HardwareFormat, Leaf, OutOfTables, TableId, Tables, Unsupported,
+};
+use crate::geometry::Geometry;
+use crate::walk::{Exhausted, NotOpen, Outcome, Run, Writes};
+
+pub use dump::Dump;
+pub use flush::Flush;
+pub use map::{Attributes, MapError};
+
+use pool::{Chain, Pool};
+
+/// A stage-2 table of a hardware format.
+pub struct Stage2<'m, F> {
+    format: F,
+    geometry: Geometry,
+    pool: Pool<'m>,
+}
+
+/// Why memory is no place for tables.
+#[derive(Debug)]
+pub enum PoolError {
+    /// It is not aligned to this many bytes, as the root must be.
+    Misaligned(u64),
+    /// It has fewer 64-bit words than the root needs.
+    TooSmall(usize),
+    /// There is no memory for the list of free tables.
+    OutOfMemory(TryReserveError),
+}
+
+impl fmt::Display for PoolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Misaligned(bytes) => write!(f, "the tables are not aligned to {bytes} bytes"),
+            Self::TooSmall(words) => write!(f, "the root alone takes {words} words"),
+            Self::OutOfMemory(_) => f.write_str("no memory for the list of free tables"),
+        }
+    }
+}
+
+impl core::error::Error for PoolError {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::OutOfMemory(source) => Some(source),
+            Self::Misaligned(_) | Self::TooSmall(_) => None,
+        }
+    }
+}
+
+/// Why entries could not be changed. Everything before what it names is done, nothing from there on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeError {
+    /// The notifier range that is open does not cover the range.
+    NotOpen(NotOpen),
+    /// The range is not inside what the tables can describe.
+    Beyond {
+        /// The range.
+        range: GpaRange,
+        /// What can be described.
+        span: GpaRange,
+    },
+    /// A huge leaf lies across an edge of the range, and there is no table to split it with.
+    Exhausted {
+        /// The first page that was not changed.
+        reached: Gpa,
+    },
+    /// No entry of this format allows just these permissions.
+    Unsupported(Unsupported),
+    /// Others kept changing an entry.
+    Contended {
+        /// The first page that was not changed.
+        reached: Gpa,
+    },
+}
+
+impl From<NotOpen> for ChangeError {
+    fn from(error: NotOpen) -> Self {
+        Self::NotOpen(error)
+    }
+}
+
+impl fmt::Display for ChangeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotOpen(error) => error.fmt(f),
+            Self::Beyond { range, span } => write!(f, "{range} is not inside {span}"),
+            Self::Exhausted { reached } => write!(f, "no table is left to split at {reached}"),
+            Self::Unsupported(error) => error.fmt(f),
+            Self::Contended { reached } => write!(f, "the entry at {reached} keeps changing"),
+        }
+    }
+}
+
+impl core::error::Error for ChangeError {}
+
+/// What a change really changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Entries; a huge leaf is one.
+    pub entries: u64,
+    /// Huge leaves that were split for it.
+    pub splits: u64,
+}
+
+impl<'m, F: HardwareFormat> Stage2<'m, F> {
+    /// An empty table. `words` is the memory that hardware finds at `base`, all zero: the root, then room for
+    /// tables of 4 KiB each; it is used by nobody else while the hardware may walk it.
+    ///
+    /// # Errors
+    /// Memory that cannot hold the root.
+    pub fn new(format: F, words: &'m [AtomicU64], base: Hpa) -> Result<Self, PoolError> {
+        let stage2 = Self::over(format, words, base)?;
+        for word in stage2.root() {
+            word.store(0, Ordering::Relaxed);
+        }
+        Ok(stage2)
+    }
+
+    fn over(format: F, words: &'m [AtomicU64], base: Hpa) -> Result<Self, PoolError> {
+        let geometry = format.geometry();
+        let entries = geometry.root_entries();
+        let root_tables = entries.div_ceil(TABLE_ENTRIES);
+        // Roots of several tables are aligned to their size.
+        let alignment = root_tables.next_power_of_two() as u64 * PAGE_SIZE;
+        if !base.0.is_multiple_of(alignment) {
+            return Err(PoolError::Misaligned(alignment));
+        }
+        if words.len() < root_tables * TABLE_ENTRIES {
+            return Err(PoolError::TooSmall(root_tables * TABLE_ENTRIES));
+        }
+        let pool = Pool::try_new(words, base, root_tables).map_err(PoolError::OutOfMemory)?;
+        Ok(Self {
+            format,
+            geometry,
+            pool,
+        })
+    }
+
+    /// The root, for the register that points to it: [`Ept::pointer`](crate::format::Ept::pointer), VTTBR_EL2,
+    /// [`GStage::hgatp`](crate::format::GStage::hgatp), N_CR3.
+    pub fn root_id(&self) -> TableId {
+        self.pool.root_id()
+    }
+
+    /// Tables that are still free.
+    pub fn available(&self) -> usize {
+        self.pool.available()
+    }
+
+    /// The most tables that mapping, unmapping or protecting `range` can need.
+    pub fn worst_case(&self, range: GpaRange) -> usize {
+        (0..self.geometry.root_level().number())
+            .filter_map(Level::new)
+            .map(|level| {
+                let shift = level.up().shift();
+                ((range.end_page() - 1) >> shift) - (range.first_page() >> shift) + 1
+            })
+            .sum::<u64>()
+            .try_into()
+            .unwrap_or(usize::MAX)
+    }
+
+    /// What the entry that covers `page` says, and its level; a hole is as large as the entry.
+    pub fn lookup(&self, page: u64) -> (Level, Entry<Leaf>) {
+        let mut level = self.geometry.root_level();
+        if !self.geometry.span().contains_page(page) {
+            return (level, Entry::Absent);
+        }
+        let mut table: &[AtomicU64] = self.root();
+        loop {
+            let raw = table[self.geometry.index(page, level)].load(Ordering::Acquire);
+            match self.format.decode(raw, level) {
+                Entry::Table(below) => {
+                    level = level.down();
+                    table = self.pool.table(below);
+                }
+                entry => return (level, entry),
+            }
+        }
+    }
+
+    fn checked(&self, range: GpaRange) -> Result<GpaRange, ChangeError> {
+        let span = self.geometry.span();
+        if span.covers(&range) {
+            Ok(range)
+        } else {
+            Err(ChangeError::Beyond { range, span })
+        }
+    }
+}
+
+impl<F: HardwareFormat> Tables for Stage2<'_, F> {
+    type Format = F;
+    type Upper = [AtomicU64];
+    type Leaf<'t>
+        = &'t [AtomicU64]
+    where
+        Self: 't;
+
+    fn format(&self) -> &F {
+        &self.format
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    #[inline]
+    fn root(&self) -> &[AtomicU64] {
+        self.pool.root(self.geometry.root_entries())
+    }
+
+    #[inline]
+    fn upper(&self, table: TableId) -> &[AtomicU64] {
+        self.pool.table(table)
+    }
+
+    #[inline]
+    fn leaf(&self, table: TableId) -> &[AtomicU64] {
+        self.pool.table(table)
+    }
+
+    #[inline]
+    fn peek(leaf: &[AtomicU64], index: usize) -> u64 {
+        leaf[index].load(Ordering::Acquire)
+    }
+}
+
+impl<F: HardwareFormat> Allocate for Stage2<'_, F> {
+    fn grow(&self, level: Level, _: u64, entry: Entry<Leaf>) -> Result<TableId, OutOfTables> {
+        let table = self.pool.allocate()?;
+        for (index, word) in self.pool.table(table).iter().enumerate() {
+            let raw = match entry {
+                Entry::Leaf(leaf) => {
+                    let part = Entry::Leaf(leaf.part(index, level));
+                    self.format.encode(part, level)
+                }
+                Entry::Absent | Entry::Table(_) => 0,
+            };
+            // Nobody has the table yet; the exchange that links it publishes it.
+            word.store(raw, Ordering::Relaxed);
+        }
+        Ok(table)
+    }
+
+    fn give_back(&self, _: Level, table: TableId) {
+        let mut chain = Chain::EMPTY;
+        self.pool.push(&mut chain, table);
+        self.pool.give_back(chain);
+    }
+}
+
+impl<F> fmt::Debug for Stage2<'_, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stage2")
+            .field("geometry", &self.geometry)
+            .field("available", &self.pool.available())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The stop of a walk that never stops.
+enum Never {}
+
+/// How a changing walk ended.
+fn settled(ended: Result<Outcome<Never>, Exhausted>) -> Result<(), ChangeError> {
+    match ended {
+        Ok(Outcome::Completed) => Ok(()),
+        Ok(Outcome::Stopped { value, .. }) => match value {},
+        Ok(Outcome::Contended { at }) => Err(ChangeError::Contended { reached: at }),
+        Err(Exhausted { reached }) => Err(ChangeError::Exhausted { reached }),
+    }
+}
+
+/// The entries of a run, each with the number of its page.
+fn entries_of<'t, 'm, F: HardwareFormat, A: Writes>(
+    run: &Run<'_, 't, Stage2<'m, F>, A>,
+) -> impl Iterator<Item = (u64, &'t AtomicU64)>
+where
+    'm: 't,
+{
+    let part = run.part();
+    let base = run.span().first_page();
+    let index = |page: u64| usize::try_from(page - base).unwrap_or(usize::MAX);
+    let slots = &run.table()[index(part.first_page())..index(part.end_page())];
+    (part.first_page()..).zip(slots)
+}

@@ -1,0 +1,99 @@
+//! Unmapping.
+
+use core::sync::atomic::Ordering;
+
+use crate::addr::{GpaRange, Level};
+use crate::format::{Entry, HardwareFormat, TableId, Tables};
+use crate::notify::OpenRange;
+use crate::stage2::flush::Flush;
+use crate::stage2::map::replace;
+use crate::stage2::pool::Chain;
+use crate::stage2::{ChangeError, Stage2, entries_of, settled};
+use crate::walk::{Action, Change, Place, Run, Visitor, Walk};
+
+impl<'m, F: HardwareFormat> Stage2<'m, F> {
+    /// Takes the pages of `range` away from the guest. A table that lies wholly in the range is taken out with
+    /// all below it, and counts as one entry; a huge leaf across an edge is split.
+    ///
+    /// What was dirty is forgotten: [`Stage2::clean`] the range first, under the same open range, where it
+    /// matters.
+    ///
+    /// # Errors
+    /// [`ChangeError`], with the [`Flush`] of what was done before it.
+    pub fn unmap<'t>(
+        &'t self,
+        range: GpaRange,
+        open: &OpenRange,
+    ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
+        let mut unmapping = Unmapping {
+            stage2: self,
+            flush: Flush::nothing(self),
+        };
+        let result = self.checked(range).and_then(|range| {
+            let walk = Walk::change(self, range, open)?;
+            settled(walk.run_allocating(&mut unmapping))
+        });
+        if matches!(result, Err(ChangeError::Exhausted { .. })) {
+            unmapping.flush.not_split();
+        }
+        (unmapping.flush, result)
+    }
+
+    /// Puts `table`, whose entries are of `level`, and every table below it into `chain`. It goes at most as
+    /// deep as there are levels.
+    fn detach(&self, chain: &mut Chain, table: TableId, level: Level) {
+        if level > Level::PAGE {
+            for slot in self.upper(table) {
+                let raw = slot.load(Ordering::Acquire);
+                if let Entry::Table(below) = self.format.decode(raw, level) {
+                    self.detach(chain, below, level.down());
+                }
+            }
+        }
+        self.pool.push(chain, table);
+    }
+}
+
+struct Unmapping<'t, 'm, F> {
+    stage2: &'t Stage2<'m, F>,
+    flush: Flush<'t, 'm, F>,
+}
+
+impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
+    for Unmapping<'t, 'm, F>
+{
+    type Stop = super::Never;
+
+    fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<super::Never> {
+        let whole = place.part() == place.span();
+        match place.entry() {
+            Entry::Absent => Action::Skip,
+            Entry::Leaf(_) if !whole => {
+                self.flush.split(place.span());
+                Action::Split
+            }
+            Entry::Table(_) if !whole => Action::Continue,
+            entry => {
+                if replace(place.slot(), place.raw(), 0).is_err() {
+                    return Action::Again;
+                }
+                if let Entry::Table(table) = entry {
+                    let below = place.level().down();
+                    self.stage2.detach(self.flush.detached(), table, below);
+                }
+                self.flush.changed(place.span());
+                Action::Skip
+            }
+        }
+    }
+
+    fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<super::Never> {
+        for (page, slot) in entries_of(run) {
+            // A locked operation only where there is something.
+            if slot.load(Ordering::Relaxed) != 0 && slot.swap(0, Ordering::SeqCst) != 0 {
+                self.flush.changed(GpaRange::of(page, page + 1));
+            }
+        }
+        Action::Continue
+    }
+}
