@@ -17,6 +17,8 @@
 //! - [`Notifier`] brackets every change of entries; [`OpenRange`] is the proof, which
 //!   [`Tracker::protect`] and [`walk::Walk::change`] ask for.
 //! - [`walk::Walk`] is the one range walker, over any [`format::Format`].
+//! - [`stage2::Stage2`] is a table that hardware walks: Intel EPT, AMD NPT, Arm stage 2, RISC-V G-stage.
+//! - [`apply`] has the walker's ancestors by name.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -48,6 +50,7 @@ extern crate alloc;
 extern crate std;
 
 mod addr;
+pub mod apply;
 mod arena;
 #[cfg(feature = "vm-memory")]
 mod bitmap;

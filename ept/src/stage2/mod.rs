@@ -311,7 +311,7 @@ fn settled(ended: Result<Outcome<Never>, Exhausted>) -> Result<(), ChangeError> 
 }
 
 /// The entries of a run, each with the number of its page.
-fn entries_of<'t, 'm, F: HardwareFormat, A: Writes>(
+pub(crate) fn entries_of<'t, 'm, F: HardwareFormat, A: Writes>(
     run: &Run<'_, 't, Stage2<'m, F>, A>,
 ) -> impl Iterator<Item = (u64, &'t AtomicU64)>
 where
