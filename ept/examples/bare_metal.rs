@@ -17,12 +17,11 @@ use ept::format::{Ept, EptFeatures, EptLevels, MemoryType, Permissions};
 use ept::stage2::{Attributes, Stage2};
 use ept::{Gpa, GpaRange, Hpa, Level};
 
-const HEAP_BYTES: usize = 64 << 10;
 /// Gives memory and never takes it back: all that is ever asked for is one list of free tables.
-struct Heap(UnsafeCell<[u8; HEAP_BYTES]>, AtomicUsize);
+struct Heap(UnsafeCell<[u8; 65536]>, AtomicUsize);
 
 #[global_allocator]
-static HEAP: Heap = Heap(UnsafeCell::new([0; HEAP_BYTES]), AtomicUsize::new(0));
+static HEAP: Heap = Heap(UnsafeCell::new([0; 65536]), AtomicUsize::new(0));
 // SAFETY: each byte is given out once, by the counter.
 unsafe impl Sync for Heap {}
 // SAFETY: the pointer is into the array, aligned, and nobody else's; null where there is no room.
@@ -30,7 +29,7 @@ unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let room = layout.size() + layout.align();
         let at = self.1.fetch_add(room, Ordering::Relaxed);
-        if at.saturating_add(room) > HEAP_BYTES {
+        if at.saturating_add(room) > 65536 {
             return core::ptr::null_mut();
         }
         let start = self.0.get().cast::<u8>().wrapping_add(at);
@@ -40,9 +39,12 @@ unsafe impl GlobalAlloc for Heap {
     unsafe fn dealloc(&self, _: *mut u8, _: Layout) {}
 }
 
+#[cfg(not(feature = "std"))]
 #[panic_handler]
 fn halt(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// Maps the guest's first `bytes` to the memory at `hpa`, in leaves as large as it can be. Returns the EPTP, or 0.
