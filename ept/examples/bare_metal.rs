@@ -1,9 +1,7 @@
 //! An EPT for a hypervisor that runs on the bare machine: no operating system, no standard library.
-//!
 //! The hypervisor calls [`ferry_bare_metal`] once with memory for tables, and writes what it returns into the VMCS.
 //! Built as the library that it links: `cargo rustc -p ferry-ept --example bare_metal --crate-type staticlib
 //! --no-default-features --release -- -C panic=abort`.
-//!
 //! `unsafe` for what only a program without an operating system does: it is the global allocator, and takes
 //! memory from its caller by address.
 #![no_std]

@@ -1,5 +1,7 @@
 //! A walker of raw words, as hardware would be: written from the manuals, with nothing of the crate.
 
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ept::format::Permissions;
