@@ -93,15 +93,19 @@ impl Format for Npt {
                 leaf.hpa.0
                     | PRESENT
                     | large
-                    | leaf.permissions.bits(Permissions::READ, USER)
-                    | leaf.permissions.bits(Permissions::WRITE, WRITE)
-                    | (NO_EXECUTE ^ leaf.permissions.bits(Permissions::EXECUTE, NO_EXECUTE))
+                    | permission_bits(leaf.permissions)
                     | memory_bits(leaf.memory, level)
                     | if leaf.accessed { ACCESSED } else { 0 }
                     | if leaf.dirty { DIRTY } else { 0 }
             }
         }
     }
+}
+
+const fn permission_bits(permissions: Permissions) -> u64 {
+    permissions.bits(Permissions::READ, USER)
+        | permissions.bits(Permissions::WRITE, WRITE)
+        | (NO_EXECUTE ^ permissions.bits(Permissions::EXECUTE, NO_EXECUTE))
 }
 
 const fn pat(level: Level) -> u64 {
@@ -167,6 +171,11 @@ impl HardwareFormat for Npt {
             MemoryType::Other(index) => index < 8,
             _ => true,
         }
+    }
+
+    #[inline]
+    fn with_permissions(&self, raw: u64, _: Level, permissions: Permissions) -> u64 {
+        raw & !(USER | WRITE | NO_EXECUTE) | permission_bits(permissions)
     }
 
     fn dirty_bits(&self, _: u64) -> u64 {

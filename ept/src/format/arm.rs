@@ -116,16 +116,18 @@ impl ArmStage2 {
         level > Level::PAGE && raw & TABLE_OR_PAGE != 0
     }
 
-    /// S2AP\[1\], DBM and the software's dirty bit of a leaf.
-    fn write_bits(self, leaf: &Leaf) -> u64 {
-        let writable = leaf.permissions.allows(Permissions::WRITE);
-        match (self.flags, writable, leaf.dirty) {
+    /// S2AP, XN, DBM and the software's dirty bit of a leaf.
+    fn permission_bits(&self, permissions: Permissions, dirty: bool) -> u64 {
+        let write = match (self.flags, permissions.allows(Permissions::WRITE), dirty) {
             (ArmFlags::AccessedDirty, true, true) => DBM | S2AP_WRITE,
             (ArmFlags::AccessedDirty, true, false) => DBM,
             (_, true, _) => S2AP_WRITE,
             (_, false, true) => SOFTWARE_DIRTY,
             (_, false, false) => 0,
-        }
+        };
+        write
+            | permissions.bits(Permissions::READ, S2AP_READ)
+            | (EXECUTE_NEVER ^ permissions.bits(Permissions::EXECUTE, EXECUTE_NEVER))
     }
 }
 
@@ -180,9 +182,7 @@ impl Format for ArmStage2 {
                     | page
                     | memory_bits(leaf.memory)
                     | INNER_SHAREABLE
-                    | leaf.permissions.bits(Permissions::READ, S2AP_READ)
-                    | self.write_bits(&leaf)
-                    | (EXECUTE_NEVER ^ leaf.permissions.bits(Permissions::EXECUTE, EXECUTE_NEVER))
+                    | self.permission_bits(leaf.permissions, leaf.dirty)
                     | if accessed { ACCESS_FLAG } else { 0 }
             }
         }
@@ -232,6 +232,13 @@ impl HardwareFormat for ArmStage2 {
             MemoryType::Other(attributes) => attributes < 16,
             _ => true,
         }
+    }
+
+    #[inline]
+    fn with_permissions(&self, raw: u64, _: Level, permissions: Permissions) -> u64 {
+        const CHANGED: u64 = S2AP_READ | S2AP_WRITE | DBM | EXECUTE_NEVER | SOFTWARE_DIRTY;
+        let dirty = raw & (S2AP_WRITE | SOFTWARE_DIRTY) != 0;
+        raw & !CHANGED | self.permission_bits(permissions, dirty)
     }
 
     /// S2AP\[1\] is the right itself where DBM is clear.

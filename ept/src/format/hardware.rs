@@ -21,6 +21,10 @@ pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
     /// Whether there is an entry with this memory type.
     fn caches(&self, memory: MemoryType) -> bool;
 
+    /// The leaf `raw` of `level` with just `permissions`, which the format admits; all else that it says stays,
+    /// what was dirty stays dirty, and bits that the format does not know stay as they are.
+    fn with_permissions(&self, raw: u64, level: Level, permissions: Permissions) -> u64;
+
     /// The bit that hardware sets when the guest writes through a leaf; cleared with one atomic and, the
     /// leaf is clean and its translation as before.
     ///

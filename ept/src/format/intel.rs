@@ -128,15 +128,19 @@ impl Format for Ept {
                 let large = if level == Level::PAGE { 0 } else { LARGE };
                 leaf.hpa.0
                     | large
-                    | leaf.permissions.bits(Permissions::READ, READ)
-                    | leaf.permissions.bits(Permissions::WRITE, WRITE)
-                    | leaf.permissions.bits(Permissions::EXECUTE, EXECUTE)
+                    | permission_bits(leaf.permissions)
                     | memory_bits(leaf.memory)
                     | if leaf.accessed { ACCESSED } else { 0 }
                     | if leaf.dirty { DIRTY } else { 0 }
             }
         }
     }
+}
+
+const fn permission_bits(permissions: Permissions) -> u64 {
+    permissions.bits(Permissions::READ, READ)
+        | permissions.bits(Permissions::WRITE, WRITE)
+        | permissions.bits(Permissions::EXECUTE, EXECUTE)
 }
 
 fn memory_type(raw: u64) -> MemoryType {
@@ -187,6 +191,11 @@ impl HardwareFormat for Ept {
             MemoryType::Other(kind) => MEMORY_TYPES.contains(&kind),
             _ => true,
         }
+    }
+
+    #[inline]
+    fn with_permissions(&self, raw: u64, _: Level, permissions: Permissions) -> u64 {
+        raw & !ANY | permission_bits(permissions)
     }
 
     fn dirty_bits(&self, _: u64) -> u64 {

@@ -118,15 +118,19 @@ impl Format for GStage {
                 leaf.hpa.0 >> PAGE_NUMBER_SHIFT
                     | VALID
                     | USER
-                    | leaf.permissions.bits(Permissions::READ, READ)
-                    | leaf.permissions.bits(Permissions::WRITE, WRITE)
-                    | leaf.permissions.bits(Permissions::EXECUTE, EXECUTE)
+                    | permission_bits(leaf.permissions)
                     | memory_bits(leaf.memory)
                     | if leaf.accessed { ACCESSED } else { 0 }
                     | if leaf.dirty { DIRTY } else { 0 }
             }
         }
     }
+}
+
+const fn permission_bits(permissions: Permissions) -> u64 {
+    permissions.bits(Permissions::READ, READ)
+        | permissions.bits(Permissions::WRITE, WRITE)
+        | permissions.bits(Permissions::EXECUTE, EXECUTE)
 }
 
 fn memory_type(raw: u64) -> MemoryType {
@@ -181,6 +185,11 @@ impl HardwareFormat for GStage {
             }
             MemoryType::Other(_) => false,
         }
+    }
+
+    #[inline]
+    fn with_permissions(&self, raw: u64, _: Level, permissions: Permissions) -> u64 {
+        raw & !ANY | USER | permission_bits(permissions)
     }
 
     fn dirty_bits(&self, _: u64) -> u64 {

@@ -4,7 +4,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{Gpa, GpaRange, Hpa, Level, PAGE_SHIFT};
-use crate::format::{Entry, HardwareFormat, Leaf, MemoryType, Permissions, Unsupported};
+use crate::format::{Allocate, Entry, HardwareFormat, Leaf, MemoryType, Permissions, Unsupported};
 use crate::stage2::{Stage2, entries_of};
 use crate::walk::{Action, Exhausted, Outcome, Place, Record, Run, Visitor, Walk};
 
@@ -75,7 +75,7 @@ impl<F: HardwareFormat> Stage2<'_, F> {
         }
         self.check_ends(range, hpa, attributes)?;
         let mut mapping = Mapping {
-            format: &self.format,
+            stage2: self,
             first_page: range.first_page(),
             hpa,
             largest: attributes.largest.min(self.format.largest_leaf()),
@@ -111,8 +111,8 @@ impl<F: HardwareFormat> Stage2<'_, F> {
     }
 }
 
-struct Mapping<'t, F> {
-    format: &'t F,
+struct Mapping<'t, 'm, F> {
+    stage2: &'t Stage2<'m, F>,
     first_page: u64,
     hpa: Hpa,
     largest: Level,
@@ -123,7 +123,7 @@ struct Mapping<'t, F> {
 /// Something is mapped already.
 struct Occupied;
 
-impl<F: HardwareFormat> Mapping<'_, F> {
+impl<F: HardwareFormat> Mapping<'_, '_, F> {
     fn hpa_of(&self, page: u64) -> Hpa {
         Hpa(self.hpa.0 + ((page - self.first_page) << PAGE_SHIFT))
     }
@@ -135,7 +135,28 @@ impl<F: HardwareFormat> Mapping<'_, F> {
             ..
         } = self.attributes;
         let leaf = Leaf::new(self.hpa_of(page), permissions, memory);
-        self.format.encode(Entry::Leaf(leaf), level)
+        self.stage2.format.encode(Entry::Leaf(leaf), level)
+    }
+
+    /// Links a leaf table for all of `place`, which is absent: filled before anybody has it, with plain stores.
+    /// Without a table to be had it descends, which says so.
+    fn link_full_table<'t, 'm>(
+        &self,
+        place: &Place<'_, 't, Stage2<'m, F>, Record>,
+    ) -> Action<Occupied> {
+        let Ok(table) = self.stage2.pool.allocate() else {
+            return Action::Descend;
+        };
+        for (page, word) in (place.span().first_page()..).zip(self.stage2.pool.table(table)) {
+            word.store(self.raw(page, Level::PAGE), Ordering::Relaxed);
+        }
+        let entry = Entry::Table(table);
+        let new = self.stage2.format.encode(entry, place.level());
+        if replace(place.slot(), place.raw(), new).is_ok() {
+            return Action::Skip;
+        }
+        self.stage2.give_back(Level::PAGE, table);
+        Action::Again
     }
 
     fn fits(&self, span: GpaRange, level: Level) -> bool {
@@ -147,7 +168,7 @@ impl<F: HardwareFormat> Mapping<'_, F> {
     }
 }
 
-impl<'t, 'm, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Record> for Mapping<'_, F>
+impl<'t, 'm, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Record> for Mapping<'t, 'm, F>
 where
     'm: 't,
 {
@@ -166,6 +187,9 @@ where
                     Err(_) => Action::Again,
                 }
             }
+            Entry::Absent if place.part() == place.span() && place.level() == Level::MIB2 => {
+                self.link_full_table(place)
+            }
             Entry::Absent => Action::Descend,
         }
     }
@@ -174,7 +198,7 @@ where
         for (page, slot) in entries_of(run) {
             let mut old = slot.load(Ordering::Relaxed);
             loop {
-                if self.format.decode(old, Level::PAGE) != Entry::Absent {
+                if self.stage2.format.decode(old, Level::PAGE) != Entry::Absent {
                     self.occupied = Gpa::from_page(page);
                     return Action::Stop(Occupied);
                 }

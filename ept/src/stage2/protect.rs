@@ -77,29 +77,25 @@ struct Protecting<'t, 'm, F> {
 }
 
 impl<F: HardwareFormat> Protecting<'_, '_, F> {
-    /// The raw value that says the same but for the permissions; bits that the format does not know stay.
-    fn changed(&self, raw: u64, leaf: Leaf, level: Level) -> u64 {
-        let encode = |leaf| self.format.encode(Entry::Leaf(leaf), level);
-        let unknown = raw & !encode(leaf);
-        unknown
-            | encode(Leaf {
-                permissions: self.permissions,
-                ..leaf
-            })
-    }
-
     /// Changes the entry under `slot` if it is a leaf; hardware may set its flags meanwhile.
+    #[inline]
     fn change(&mut self, slot: &AtomicU64, page: u64) {
         let mut raw = slot.load(Ordering::Relaxed);
-        while let Entry::Leaf(leaf) = self.format.decode(raw, Level::PAGE) {
-            if leaf.permissions == self.permissions {
+        while let Entry::Leaf(_) = self.format.decode(raw, Level::PAGE) {
+            let new = self.changed(raw, Level::PAGE);
+            if new == raw {
                 return;
             }
-            match replace(slot, raw, self.changed(raw, leaf, Level::PAGE)) {
+            match replace(slot, raw, new) {
                 Ok(()) => return self.flush.changed(GpaRange::of(page, page + 1)),
                 Err(found) => raw = found,
             }
         }
+    }
+
+    #[inline]
+    fn changed(&self, raw: u64, level: Level) -> u64 {
+        self.format.with_permissions(raw, level, self.permissions)
     }
 }
 
@@ -112,9 +108,11 @@ impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
         match place.entry() {
             Entry::Table(_) => Action::Continue,
             Entry::Absent => Action::Skip,
-            Entry::Leaf(leaf) if leaf.permissions == self.permissions => Action::Skip,
-            Entry::Leaf(leaf) if place.part() == place.span() => {
-                let new = self.changed(place.raw(), leaf, place.level());
+            Entry::Leaf(_) if self.changed(place.raw(), place.level()) == place.raw() => {
+                Action::Skip
+            }
+            Entry::Leaf(_) if place.part() == place.span() => {
+                let new = self.changed(place.raw(), place.level());
                 if replace(place.slot(), place.raw(), new).is_err() {
                     return Action::Again;
                 }
