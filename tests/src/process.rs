@@ -56,6 +56,20 @@ pub struct Ended {
     pub stderr: String,
 }
 
+/// Sends SIGTERM to a process that a test started.
+///
+/// # Errors
+/// `kill` cannot be run, or there is no such process.
+pub fn terminate(pid: u32) -> io::Result<()> {
+    let script = format!("kill -TERM {pid}");
+    let status = Command::new("sh").args(["-c", &script]).status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("kill -TERM {pid}: {status}")))
+    }
+}
+
 /// A running process with piped stdin, stdout and stderr; killed and reaped when dropped.
 #[derive(Debug)]
 pub struct Process {

@@ -3,6 +3,7 @@
 //! After each of them exactly one side runs the guest, nothing that it wrote is lost, and a second
 //! try succeeds. Names of states are those of the progress report.
 
+use ferry_tests::api;
 use ferry_tests::dirtier::{
     self, LIMIT, PATIENT, assert_ends, assert_none_runs, assert_only_runs, assert_runs, audit,
     refusal,
@@ -11,7 +12,7 @@ use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::Ferry;
 use ferry_tests::frames::Tag;
 use ferry_tests::header::Change;
-use ferry_tests::process::Ended;
+use ferry_tests::process::{self, Ended};
 use ferry_tests::proxy::{Action, Direction, Fault, Proxy, Trigger};
 use serde_json::json;
 
@@ -307,6 +308,78 @@ fn a_lost_commit_is_resolved_by_resuming_the_source() {
     resume(&source);
     assert_only_runs(&mut source, &mut destination);
     second_try_succeeds(source);
+}
+
+#[test]
+fn a_paused_guest_stays_paused_when_its_lost_commit_is_resolved() {
+    let mut source = dirtier::start(CPUS);
+    source.ctl(&["pause"]).unwrap();
+    let lost = cut_before(Direction::ToDestination, Tag::Commit);
+    let (mut destination, proxy) = broken(Some(lost));
+    let answer = try_to_send(&source, &proxy);
+    assert!(!answer.status.success(), "{answer:?}");
+    resume(&source);
+    assert_eq!(source.ctl_json(&["info"]).unwrap()["state"], "Paused");
+    assert_none_runs([&mut source, &mut destination]);
+    source.ctl(&["resume"]).unwrap();
+    second_try_succeeds(source);
+}
+
+/// From the first round on nobody can run the guest at the source but a failed migration itself: also not between
+/// the destination's confirmation and the end of the source's process.
+#[test]
+fn a_guest_that_leaves_cannot_be_resumed_at_the_source() {
+    let source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(held_in_the_rounds()));
+    let socket = source.api_socket();
+    let accepted = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| try_to_send(&source, &proxy));
+        assert!(proxy.wait_fired(1, LIMIT));
+        let resuming = scope.spawn(move || {
+            let mut accepted = 0;
+            // Until the process has ended.
+            while let Ok(answer) = api::request(&socket, "PUT", "/api/v1/vm.resume", "") {
+                accepted += usize::from(answer.status < 300);
+            }
+            accepted
+        });
+        proxy.resume();
+        let answer = sending.join().unwrap();
+        assert!(answer.status.success(), "{answer:?}");
+        resuming.join().unwrap()
+    });
+    assert_eq!(accepted, 0, "the guest was run again where it had left");
+    let mut source = source;
+    assert_ends(&mut source);
+    assert_only_runs(&mut destination, &mut source);
+    audit(&mut destination);
+}
+
+/// SIGTERM in the rounds ends the guest here; it does not go away meanwhile.
+#[test]
+fn a_signal_in_the_rounds_cancels_and_ends_the_source() {
+    let mut source = dirtier::start(CPUS);
+    let (mut destination, proxy) = broken(Some(held_in_the_rounds()));
+    let answer = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| try_to_send(&source, &proxy));
+        assert!(proxy.wait_fired(1, LIMIT));
+        process::terminate(source.pid()).unwrap();
+        proxy.resume();
+        sending.join().unwrap()
+    });
+    assert!(!answer.status.success(), "{answer:?}");
+    assert_ends(&mut source);
+    assert_none_runs([&mut source, &mut destination]);
+    assert!(destination.is_running());
+}
+
+#[test]
+fn a_signal_in_doubt_is_no_success() {
+    let (mut source, _destination) = in_doubt(cut_before(Direction::ToDestination, Tag::Commit));
+    process::terminate(source.pid()).unwrap();
+    let ended = source.wait(LIMIT).unwrap();
+    assert!(!ended.status.success(), "{ended:?}");
+    assert!(ended.stderr.contains("unconfirmed"), "{ended:?}");
 }
 
 #[test]

@@ -91,17 +91,11 @@ fn a_terminated_monitor_leaves_no_socket() {
     let migration = Endpoint::Unix(folder.path().join("migration"));
     for mut ferry in [dirtier::start(2), Ferry::receive(&migration).unwrap()] {
         assert!(ferry.api_socket().exists());
-        terminate(ferry.pid());
+        process::terminate(ferry.pid()).unwrap();
         ferry.wait(LIMIT).unwrap();
         assert!(!ferry.api_socket().exists());
     }
     assert_empty(folder.path());
-}
-
-fn terminate(pid: u32) {
-    let script = format!("kill -TERM {pid}");
-    let sent = process::run(Command::new("sh").args(["-c", &script]), LIMIT).unwrap();
-    assert!(sent.status.success(), "{sent:?}");
 }
 
 fn assert_empty(folder: &Path) {
@@ -198,7 +192,7 @@ fn a_terminated_demo_leaves_no_process() {
     let mut demo = Process::start(&mut small_demo(folder.path())).unwrap();
     demo.stdout().wait_for("demo/started", LIMIT).unwrap();
     assert!(!processes_in(folder.path()).is_empty());
-    terminate(demo.pid());
+    process::terminate(demo.pid()).unwrap();
     demo.wait(LIMIT).unwrap();
     let deadline = Instant::now() + Duration::from_secs(10);
     while !processes_in(folder.path()).is_empty() && Instant::now() < deadline {
@@ -206,6 +200,8 @@ fn a_terminated_demo_leaves_no_process() {
     }
     let left = processes_in(folder.path());
     // Whatever the verdict: no guest may go on at full speed behind it.
-    left.iter().for_each(|(pid, _)| terminate(*pid));
+    left.iter()
+        .for_each(|(pid, _)| process::terminate(*pid))
+        .unwrap();
     assert_eq!(left, []);
 }

@@ -140,11 +140,15 @@ pub struct Admission {
     pub backing: Backing,
 }
 
+/// Told of a guest once it is this host's.
+pub type OnArrival = Box<dyn Fn(&Arc<Machine>) + Send>;
+
 /// A place for a guest that arrives.
 pub struct Incoming {
     host: Arc<Host>,
     admission: Admission,
     wiring: Option<Wiring>,
+    on_arrival: OnArrival,
     cpuid: Vec<kvm_cpuid_entry2>,
     state: Arrival,
 }
@@ -156,13 +160,19 @@ enum Arrival {
 }
 
 impl Incoming {
-    /// A place on `host`; the guest will be wired as `wiring` says.
+    /// A place on `host`; the guest will be wired as `wiring` says, and `on_arrival` is told of it before it runs.
     #[must_use]
-    pub fn new(host: Arc<Host>, admission: Admission, wiring: Wiring) -> Self {
+    pub fn new(
+        host: Arc<Host>,
+        admission: Admission,
+        wiring: Wiring,
+        on_arrival: OnArrival,
+    ) -> Self {
         Self {
             host,
             admission,
             wiring: Some(wiring),
+            on_arrival,
             cpuid: Vec::new(),
             state: Arrival::Nothing,
         }
@@ -276,6 +286,12 @@ impl DestinationGuest for Incoming {
         }
         self.state = Arrival::Guest(Arc::new(machine));
         Ok(())
+    }
+
+    fn taken_over(&mut self) {
+        if let Some(machine) = self.machine() {
+            (self.on_arrival)(machine);
+        }
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

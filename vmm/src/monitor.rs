@@ -5,7 +5,7 @@
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -118,6 +118,9 @@ const DOWNTIME_MS_MAX: u64 = 3_600_000;
 const THROTTLE_MAX: u32 = 99;
 const TIMEOUT_S_MAX: u64 = 7 * 24 * 3600;
 
+/// How long an interrupted monitor waits for a migration: longer than any silence of the other side lasts.
+const INTERRUPT_LIMIT: Duration = Duration::from_secs(12);
+
 /// How an unconfirmed hand-over is resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -131,6 +134,9 @@ pub enum Resolution {
 /// One monitor.
 pub struct Monitor {
     guest: Mutex<Option<Guest>>,
+    /// A guest that runs elsewhere, until [`Monitor::release`]: no call can reach it any more, and taking its
+    /// machine apart, which takes a while, is not the business of the call that sent it away.
+    departed: Mutex<Option<Guest>>,
     progress: Arc<Progress>,
     ends: Sender<GuestEnd>,
 }
@@ -138,6 +144,8 @@ pub struct Monitor {
 struct Guest {
     machine: Arc<Machine>,
     config: VmConfig,
+    /// Whether it ran when the last migration began: what a failed one, and a resolved one, goes back to.
+    ran: bool,
 }
 
 impl Monitor {
@@ -147,6 +155,7 @@ impl Monitor {
         let progress = Arc::new(Progress::new());
         Arc::new(Self {
             guest: Mutex::new(None),
+            departed: Mutex::new(None),
             progress,
             ends,
         })
@@ -154,13 +163,17 @@ impl Monitor {
 
     /// Takes a guest in.
     pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig) {
-        *self.guest() = Some(Guest { machine, config });
+        *self.guest() = Some(Guest {
+            machine,
+            config,
+            ran: false,
+        });
     }
 
     /// Lets the guest go: its vCPUs end, its memory is freed once nobody uses it any more.
     pub fn release(&self) {
-        let guest = self.guest().take();
-        drop(guest);
+        let guests = (self.guest().take(), self.departed().take());
+        drop(guests);
     }
 
     /// The progress of the migration into or out of this monitor.
@@ -228,14 +241,32 @@ impl Monitor {
         let options = options(wish)?;
         let mut outgoing = self.begin(&url)?;
         let sent = self.send(&mut outgoing, &url, &options);
+        self.settle(&sent);
         let snapshot = self.migration_progress();
-        match sent {
-            Ok(()) => {
-                self.end(GuestEnd::HandedOver);
-                Ok(snapshot)
+        sent.map(|()| {
+            self.end(GuestEnd::HandedOver);
+            snapshot
+        })
+    }
+
+    /// Tells how a migration ended. A guest that was handed over has departed before anybody can read so: no call
+    /// can run it here again.
+    fn settle(&self, sent: &Result<(), MonitorError>) {
+        let mut guest = self.guest();
+        let (phase, message) = match sent {
+            Ok(()) => (Phase::Completed, None),
+            Err(error @ MonitorError::Send(SendError::Cancelled)) => {
+                (Phase::Cancelled, Some(error.to_string()))
             }
-            Err(error) => Err(error),
+            Err(error @ MonitorError::Send(SendError::Unconfirmed(_))) => {
+                (Phase::HandedOverUnconfirmed, Some(error.to_string()))
+            }
+            Err(error) => (Phase::Failed, Some(error.to_string())),
+        };
+        if phase == Phase::Completed {
+            *self.departed() = guest.take();
         }
+        self.progress.end(phase, message);
     }
 
     /// Asks a running migration to stop; the guest then runs here as before.
@@ -256,31 +287,62 @@ impl Monitor {
 
     /// Says on which side an unconfirmed guest lives.
     ///
+    /// The guest is held until all is done: no other call comes between. It runs again if it ran when the
+    /// migration began.
+    ///
     /// # Errors
-    /// The hand-over is not unconfirmed.
+    /// The hand-over is not unconfirmed; the dirty log cannot be switched off, and then it stays unconfirmed.
     pub fn resolve_migration(&self, resolution: Resolution) -> Result<(), MonitorError> {
-        let machine = self.machine()?;
-        let (phase, message) = match resolution {
-            Resolution::Resume => (Phase::Failed, "resolved: the guest runs here"),
-            Resolution::Discard => (Phase::Completed, "resolved: the guest runs there"),
-        };
-        self.progress
-            .resolve(phase, message)
-            .map_err(|phase| MonitorError::NoMigration {
-                call: "migration-resolve",
-                why: format!(
-                    "the migration is in phase {}, there is nothing to resolve",
-                    name(phase)
-                ),
-            })?;
+        let mut guest = self.guest();
+        let phase = self.progress.snapshot().phase;
+        if phase != Phase::HandedOverUnconfirmed {
+            return Err(nothing_to_resolve(phase));
+        }
         match resolution {
             Resolution::Resume => {
-                machine.with_log(|log, slots, _| log.stop(slots))?;
-                machine.resume();
+                let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
+                guest.machine.with_log(|log, slots, _| log.stop(slots))?;
+                self.resolved(Phase::Failed, "resolved: the guest runs here")?;
+                if guest.ran {
+                    guest.machine.resume();
+                }
             }
-            Resolution::Discard => self.end(GuestEnd::HandedOver),
+            Resolution::Discard => {
+                self.resolved(Phase::Completed, "resolved: the guest runs there")?;
+                *self.departed() = guest.take();
+                self.end(GuestEnd::HandedOver);
+            }
         }
         Ok(())
+    }
+
+    fn resolved(&self, phase: Phase, message: &str) -> Result<(), MonitorError> {
+        self.progress
+            .resolve(phase, message)
+            .map_err(nothing_to_resolve)
+    }
+
+    /// Ends the guest and the monitor from outside of the API: on a signal, or from the guest's terminal. A
+    /// migration is cancelled first; one that is past that is waited for, because the guest is not this one's to
+    /// end any more.
+    pub fn interrupt(&self) {
+        // It fails where there is nothing to cancel.
+        let _nothing = self.progress.cancel();
+        let began = Instant::now();
+        let mut phase = self.progress.snapshot().phase;
+        while phase.is_active() && began.elapsed() < INTERRUPT_LIMIT {
+            std::thread::sleep(Duration::from_millis(1));
+            phase = self.progress.snapshot().phase;
+        }
+        if phase == Phase::HandedOverUnconfirmed || phase == Phase::Committed {
+            self.end(GuestEnd::Failed(
+                "ended while the hand-over was unconfirmed: the guest may run at the destination, \
+                 the copy here is gone"
+                    .into(),
+            ));
+        } else if phase != Phase::Completed || self.guest().is_some() {
+            self.end(GuestEnd::Stopped);
+        }
     }
 
     /// Where the migration is.
@@ -291,12 +353,13 @@ impl Monitor {
 
     /// Claims guest and progress in one step: no pause or resume comes between.
     fn begin(&self, url: &Url) -> Result<Outgoing, MonitorError> {
-        let guest = self.guest();
-        let machine = &guest.as_ref().ok_or(MonitorError::NoGuest)?.machine;
+        let mut guest = self.guest();
+        let guest = guest.as_mut().ok_or(MonitorError::NoGuest)?;
         self.progress
             .begin(Phase::Connecting, url.to_string())
             .map_err(|phase| migrating("send-migration", phase))?;
-        Ok(Outgoing::new(Arc::clone(machine)))
+        guest.ran = guest.machine.is_running();
+        Ok(Outgoing::new(Arc::clone(&guest.machine)))
     }
 
     fn send(
@@ -305,35 +368,13 @@ impl Monitor {
         url: &Url,
         options: &SendOptions,
     ) -> Result<(), MonitorError> {
-        let sent = url
-            .connect()
-            .map_err(MonitorError::from)
-            .and_then(|connection| Ok(send(outgoing, connection, options, &self.progress)?));
-        let (phase, message) = match &sent {
-            Ok(()) => (Phase::Completed, None),
-            Err(error @ MonitorError::Send(SendError::Cancelled)) => {
-                (Phase::Cancelled, Some(error.to_string()))
-            }
-            Err(error @ MonitorError::Send(SendError::Unconfirmed(_))) => {
-                (Phase::HandedOverUnconfirmed, Some(error.to_string()))
-            }
-            Err(error) => (Phase::Failed, Some(error.to_string())),
-        };
-        self.progress.end(phase, message);
-        sent
+        let connection = url.connect()?;
+        Ok(send(outgoing, connection, options, &self.progress)?)
     }
 
     fn end(&self, end: GuestEnd) {
         // Nobody listens any more only when the monitor is ending already.
         let _ending = self.ends.send(end);
-    }
-
-    fn machine(&self) -> Result<Arc<Machine>, MonitorError> {
-        let guest = self.guest();
-        guest
-            .as_ref()
-            .map(|guest| Arc::clone(&guest.machine))
-            .ok_or(MonitorError::NoGuest)
     }
 
     /// The machine of `guest`, which is held, so that no migration begins meanwhile.
@@ -353,6 +394,10 @@ impl Monitor {
             return Err(migrating(call, phase));
         }
         Ok(())
+    }
+
+    fn departed(&self) -> MutexGuard<'_, Option<Guest>> {
+        self.departed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn guest(&self) -> MutexGuard<'_, Option<Guest>> {
@@ -392,6 +437,16 @@ fn options(wish: &SendMigrationData) -> Result<SendOptions, MonitorError> {
             DigestCheck::Skip
         },
     })
+}
+
+fn nothing_to_resolve(phase: Phase) -> MonitorError {
+    MonitorError::NoMigration {
+        call: "migration-resolve",
+        why: format!(
+            "the migration is in phase {}, there is nothing to resolve",
+            name(phase)
+        ),
+    }
 }
 
 fn migrating(call: &'static str, phase: Phase) -> MonitorError {

@@ -113,9 +113,9 @@ pub(super) struct RunArguments {
     /// KVM's dirty log to use in migrations: get, get-clear, initially-set [default: the best there is]
     #[arg(long, value_name = "KIND")]
     pub(super) dirty_log: Option<DirtyLogMode>,
-    /// End when the process that started this one ends
-    #[arg(long, hide = true)]
-    pub(super) end_with_parent: bool,
+    /// End when this process, which started this one, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(super) end_with_parent: Option<u32>,
 }
 
 #[derive(Debug, Args)]
@@ -143,9 +143,9 @@ pub(super) struct ReceiveArguments {
     /// huge pages of 2 MiB
     #[arg(long, value_enum, default_value_t = BackingArgument::Memfd)]
     pub(super) memory_backing: BackingArgument,
-    /// End when the process that started this one ends
-    #[arg(long, hide = true)]
-    pub(super) end_with_parent: bool,
+    /// End when this process, which started this one, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(super) end_with_parent: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

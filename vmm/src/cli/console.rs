@@ -3,9 +3,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +15,7 @@ use devices::SerialOutput;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::config::{SerialConfig, SerialMode};
-use crate::vcpu::GuestEnd;
+use crate::monitor::Monitor;
 
 /// A file for serial output that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +35,12 @@ pub(super) fn output(config: &SerialConfig) -> Result<SerialOutput, ConsoleError
         SerialMode::Tty => Ok(Box::new(Queued::start().map_err(ConsoleError::Thread)?)),
         SerialMode::File => {
             let path = config.file.clone().ok_or(ConsoleError::NoFile)?;
-            let file = OpenOptions::new().create(true).append(true).open(&path);
+            // A pipe whose reader stalls must stop no vCPU: what does not fit is lost.
+            let file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&path);
             Ok(Box::new(
                 file.map_err(|source| ConsoleError::File { path, source })?,
             ))
@@ -143,14 +150,14 @@ const QUIT: u8 = b'x';
 /// Standard input for a guest; on a terminal, Ctrl-A x ends the guest and Ctrl-A Ctrl-A is a Ctrl-A.
 pub(super) struct Input {
     stdin: File,
-    quit: Option<Sender<GuestEnd>>,
+    quit: Option<Arc<Monitor>>,
     escaped: bool,
 }
 
 impl Input {
     /// # Errors
     /// The system's.
-    pub(super) fn new(quit: Sender<GuestEnd>) -> io::Result<Self> {
+    pub(super) fn new(quit: Arc<Monitor>) -> io::Result<Self> {
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let quit = stdin.is_terminal().then_some(quit);
         Ok(Self {
@@ -172,8 +179,7 @@ impl Input {
                 (false, ESCAPE) => self.escaped = true,
                 (true, QUIT) => {
                     self.escaped = false;
-                    // Nobody listens only when the guest is ending already.
-                    let _ending = quit.send(GuestEnd::Stopped);
+                    quit.interrupt();
                 }
                 (_, byte) => {
                     self.escaped = false;

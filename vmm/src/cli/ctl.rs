@@ -4,9 +4,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::Failure;
 use super::arguments::{Call, CtlArguments, ResolveArgument, SendArguments};
 use super::report::{send_and_watch, table};
+use super::{Failure, say};
 use crate::api::{Method, USUAL_LIMIT, call};
 use crate::monitor::SendMigrationData;
 
@@ -47,7 +47,7 @@ fn put(socket: &Path, name: &str, body: Option<&Value>) -> Result<u8, Failure> {
 }
 
 fn show(answer: &Value) -> Result<u8, Failure> {
-    println!("{answer:#}");
+    say(&format!("{answer:#}"))?;
     Ok(0)
 }
 
@@ -62,8 +62,8 @@ fn send(socket: &Path, arguments: &SendArguments) -> Result<u8, Failure> {
     };
     let snapshot = send_and_watch(socket, &wish, |_| {})?;
     match arguments.json {
-        true => println!("{}", serde_json::to_string(&snapshot)?),
-        false => print!("{}", table(&snapshot)),
+        true => say(&serde_json::to_string(&snapshot)?)?,
+        false => say(table(&snapshot).trim_end())?,
     }
     Ok(0)
 }

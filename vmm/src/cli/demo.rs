@@ -4,7 +4,8 @@
 //! ferry-guest-images, which checks every page before it writes it anew. The verdict is that of two
 //! witnesses: the digests of memory on both sides at the switchover, and the guest's own audit afterwards.
 
-use std::io::{BufRead, BufReader, Write};
+use std::cell::RefCell;
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -16,9 +17,9 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::Failure;
 use super::arguments::{DemoArguments, Transport};
 use super::report::{progress, send_and_watch, table};
+use super::{Failure, say};
 use crate::kvm::host::Host;
 use crate::migration::decide::TimeoutStrategy;
 use crate::migration::progress::{Phase, Snapshot};
@@ -42,6 +43,7 @@ pub(super) fn demo(arguments: &DemoArguments) -> Result<u8, Failure> {
     clean_up_on_signals(directory.path().to_owned())?;
     let output = Output {
         json: arguments.json,
+        failed: RefCell::new(None),
     };
     let pair = Pair::start(arguments, directory.path(), &command_line)?;
     output.event(
@@ -50,6 +52,9 @@ pub(super) fn demo(arguments: &DemoArguments) -> Result<u8, Failure> {
     );
     let verdict = pair.migrate(arguments, &output)?;
     output.verdict(arguments, &verdict);
+    if let Some(error) = output.failed.take() {
+        return Err(format!("standard output: {error}").into());
+    }
     Ok(u8::from(!verdict.verified()))
 }
 
@@ -144,7 +149,7 @@ impl Pair {
             Transport::Tcp => "tcp:127.0.0.1:0".to_owned(),
             Transport::Unix => format!("unix:{}", directory.join("migration.sock").display()),
         };
-        let destination = Ferry::start(directory, "destination", &["receive", &url])?;
+        let mut destination = Ferry::start(directory, "destination", &["receive", &url])?;
         let destination_url = destination.wait_for_url()?;
         let source = Ferry::start(
             directory,
@@ -215,7 +220,8 @@ impl Ferry {
         let socket = directory.join(format!("{name}.sock"));
         let mut child = Command::new(std::env::current_exe()?)
             .args(arguments)
-            .args(["--end-with-parent", "--serial", "stdio", "--api-socket"])
+            .args(["--end-with-parent", &std::process::id().to_string()])
+            .args(["--serial", "stdio", "--api-socket"])
             .arg(&socket)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -249,9 +255,12 @@ impl Ferry {
     }
 
     /// The address that a destination listens on.
-    fn wait_for_url(&self) -> Result<String, Failure> {
+    fn wait_for_url(&mut self) -> Result<String, Failure> {
         let began = Instant::now();
         while began.elapsed() < START_LIMIT {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("the {} ended too early ({status})", self.name).into());
+            }
             if let Ok(snapshot) = progress(&self.socket)
                 && snapshot.phase == Phase::Listening
                 && let Some(url) = snapshot.url
@@ -336,18 +345,26 @@ impl Drop for Ferry {
 /// Where the demo says what it does.
 struct Output {
     json: bool,
+    /// The first line that could not be written: the demo goes on without its reader, and says so at the end.
+    failed: RefCell<Option<io::Error>>,
 }
 
 impl Output {
+    fn say(&self, line: &str) {
+        if let Err(error) = say(line) {
+            self.failed.borrow_mut().get_or_insert(error);
+        }
+    }
+
     fn event(&self, event: &str, fields: &Value) {
         if self.json {
             let mut object = json!({ "event": event });
             if let (Some(object), Some(fields)) = (object.as_object_mut(), fields.as_object()) {
                 object.extend(fields.clone());
             }
-            println!("{object}");
+            self.say(&object.to_string());
         } else if event == "demo/guest-ready" {
-            println!("The guest has populated its memory and rewrites it; migrating.");
+            self.say("The guest has populated its memory and rewrites it; migrating.");
         }
     }
 
@@ -373,7 +390,7 @@ impl Output {
                     "downtime_ms": migration.downtime_ms,
                     "pause_ms": migration.pause_ms,
                     "digest_ms": migration.digest_ms,
-                "throttle_percent": migration.throttle_percent,
+                    "throttle_percent": migration.throttle_percent,
                     "bytes_sent": migration.bytes_sent,
                     "memory_bytes": arguments.memory,
                     "cpus": arguments.cpus,
@@ -381,20 +398,19 @@ impl Output {
             );
             return;
         }
-        println!("\n{}", table(migration));
-        println!(
-            "digest    {}",
-            migration.digest.as_deref().unwrap_or("differs")
-        );
-        match (&verdict.audit, &verdict.complaint) {
-            (_, Some(complaint)) => println!("guest     {complaint}"),
-            (Some(totals), None) => println!("guest     audit passed: {totals}"),
-            (None, None) => println!("guest     no audit"),
-        }
+        self.say(&format!("\n{}", table(migration)));
+        let digest = migration.digest.as_deref().unwrap_or("differs");
+        self.say(&format!("digest    {digest}"));
+        let audit = match (&verdict.audit, &verdict.complaint) {
+            (_, Some(complaint)) => complaint.clone(),
+            (Some(totals), None) => format!("audit passed: {totals}"),
+            (None, None) => "no audit".into(),
+        };
+        self.say(&format!("guest     {audit}"));
         let text = match verdict.verified() {
             true => "verified: memory was equal at the switchover, and no write was lost",
             false => "NOT verified",
         };
-        println!("\n{text}");
+        self.say(&format!("\n{text}"));
     }
 }

@@ -9,6 +9,7 @@ mod report;
 mod run;
 mod service;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -17,6 +18,13 @@ use arguments::{Arguments, Verb};
 
 /// Any failure of a verb; its message is what the user reads.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Writes a line to standard output, which may be closed, or full.
+fn say(line: &str) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{line}")?;
+    stdout.flush()
+}
 
 /// Runs the program. Status 0 only for success.
 #[must_use]

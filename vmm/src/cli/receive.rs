@@ -22,8 +22,8 @@ use crate::vcpu::GuestEnd;
 
 pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
     let host = Arc::new(Host::open()?);
-    if arguments.end_with_parent {
-        end_with_parent()?;
+    if let Some(parent) = arguments.end_with_parent {
+        end_with_parent(parent)?;
     }
     let service = Service::start(arguments.api_socket.as_deref())?;
     let serial = arguments.serial.clone().unwrap_or_default();
@@ -99,14 +99,16 @@ impl Reception {
             serial_output: console::output(&self.serial)?,
             on_end: Arc::clone(&self.on_end),
         };
-        let mut incoming = Incoming::new(Arc::clone(&self.host), self.admission, wiring);
+        let (monitor, serial) = (Arc::clone(&self.monitor), self.serial.clone());
+        let adopt = Box::new(move |machine: &Arc<Machine>| {
+            monitor.adopt(Arc::clone(machine), configuration(machine, &serial));
+        });
+        let mut incoming = Incoming::new(Arc::clone(&self.host), self.admission, wiring, adopt);
         let progress = self.monitor.progress();
         let received = destination::receive(&mut incoming, connection, progress)?;
         let machine = incoming
             .machine()
             .ok_or("the engine returned without a guest")?;
-        self.monitor
-            .adopt(Arc::clone(machine), configuration(machine, &self.serial));
         let message = received
             .unconfirmed
             .map(|error| format!("the guest runs here, but the source could not be told: {error}"));
@@ -124,7 +126,7 @@ impl Reception {
 
     fn connect(&self, machine: &Machine) -> Result<(), Failure> {
         self.terminal.take(&self.serial)?;
-        connect_input(machine, &self.serial, self.ender.clone())
+        connect_input(machine, &self.serial, &self.monitor)
     }
 }
 

@@ -16,8 +16,8 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     let payload = config.boot_payload()?;
     let shape = config.shape(arguments.dirty_log)?;
     let host = Arc::new(Host::open()?);
-    if arguments.end_with_parent {
-        end_with_parent()?;
+    if let Some(parent) = arguments.end_with_parent {
+        end_with_parent(parent)?;
     }
     let service = Service::start(arguments.api_socket.as_deref())?;
     let serial_output = console::output(&config.serial)?;
@@ -27,7 +27,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     };
     let machine = Arc::new(EmptyMachine::new(&host, &shape)?.boot(&payload, wiring)?);
     service.terminal().take(&config.serial)?;
-    connect_input(&machine, &config.serial, service.ender())?;
+    connect_input(&machine, &config.serial, &service.monitor)?;
     service.monitor.adopt(Arc::clone(&machine), config);
     machine.resume();
     drop(machine);

@@ -37,7 +37,7 @@ impl Service {
         install_kick_signal()?;
         let (ender, ends) = channel();
         let monitor = Monitor::new(ender.clone());
-        end_on_signals(ender.clone())?;
+        end_on_signals(Arc::clone(&monitor))?;
         let api = match api_socket {
             Some(path) => Some(ApiServer::start(path, Arc::clone(&monitor))?),
             None => None,
@@ -109,12 +109,12 @@ impl Terminal {
 pub(super) fn connect_input(
     machine: &Machine,
     serial: &SerialConfig,
-    ender: Sender<GuestEnd>,
+    monitor: &Arc<Monitor>,
 ) -> Result<(), Failure> {
     if serial.mode != SerialMode::Tty {
         return Ok(());
     }
-    let input = SerialInput::new(Input::new(ender)?, machine.serial().clone());
+    let input = SerialInput::new(Input::new(Arc::clone(monitor))?, machine.serial().clone());
     Ok(run_events(Box::new(input))?)
 }
 
@@ -136,19 +136,23 @@ fn run_events(subscriber: Box<dyn MutEventSubscriber + Send>) -> io::Result<()> 
     Ok(())
 }
 
-/// Ends this process as by SIGTERM when the one that started it ends, however that happens.
-pub(super) fn end_with_parent() -> io::Result<()> {
-    Ok(set_parent_process_death_signal(Some(Signal::TERM))?)
+/// Ends this process as by SIGTERM when `parent`, which started it, ends, however that happens.
+pub(super) fn end_with_parent(parent: u32) -> Result<(), Failure> {
+    set_parent_process_death_signal(Some(Signal::TERM))?;
+    // It may have ended before that was asked for.
+    if std::os::unix::process::parent_id() != parent {
+        return Err(format!("process {parent}, which started this one, is gone").into());
+    }
+    Ok(())
 }
 
-fn end_on_signals(ender: Sender<GuestEnd>) -> io::Result<()> {
+fn end_on_signals(monitor: Arc<Monitor>) -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     thread::Builder::new()
         .name("_signals".into())
         .spawn(move || {
             for _signal in signals.forever() {
-                // Nobody listens only when the monitor is ending already.
-                let _ending = ender.send(GuestEnd::Stopped);
+                monitor.interrupt();
             }
         })?;
     Ok(())

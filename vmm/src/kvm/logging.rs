@@ -28,6 +28,9 @@ pub enum LogError {
         /// What KVM said.
         source: io::Error,
     },
+    /// The log was read or cleared while it was off.
+    #[error("the dirty log is off")]
+    Off,
     /// The kernel does not say what is populated.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -93,11 +96,21 @@ impl DirtyLog {
         Ok(slots.stop_logging()?)
     }
 
+    /// What is read from a log that is off would be taken for "nothing is dirty".
+    fn check_on(&self, slots: &Slots) -> Result<(), LogError> {
+        if self.slots.len() == slots.slots().len() {
+            Ok(())
+        } else {
+            Err(LogError::Off)
+        }
+    }
+
     /// Brings every slot's log into the tracker.
     ///
     /// # Errors
     /// KVM's.
     pub fn sync(&mut self, slots: &Slots) -> Result<(), LogError> {
+        self.check_on(slots)?;
         for (slot, log) in slots.slots().iter().zip(&mut self.slots) {
             dirty_log::get(slots.vm(), slot.id, slot.range.pages(), &mut log.dirty)
                 .map_err(|source| kvm_error("KVM_GET_DIRTY_LOG", slot, source))?;
@@ -116,6 +129,7 @@ impl DirtyLog {
     /// # Errors
     /// KVM's.
     pub fn clear(&mut self, slots: &Slots, range: GpaRange, dirty: &[u64]) -> Result<(), LogError> {
+        self.check_on(slots)?;
         if !self.mode.needs_clear() {
             return Ok(());
         }

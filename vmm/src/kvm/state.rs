@@ -161,6 +161,11 @@ impl VcpuState {
             limit: KVM_MAX_CPUID_ENTRIES,
         })?;
         vcpu.set_cpuid2(&cpuid).map_err(named("KVM_SET_CPUID2"))?;
+        // Before the registers that count in it. A host whose own counter is as fast need not scale.
+        if vcpu.get_tsc_khz().map_err(named("KVM_GET_TSC_KHZ"))? != self.tsc_khz {
+            vcpu.set_tsc_khz(self.tsc_khz)
+                .map_err(named("KVM_SET_TSC_KHZ"))?;
+        }
         vcpu.set_mp_state(self.mp_state)
             .map_err(named("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(named("KVM_SET_REGS"))?;

@@ -229,9 +229,13 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    /// The guest is this side's now.
+    /// The guest is this side's now, unless the user has said meanwhile that it is not to be: then nobody has
+    /// run it here, and the source is told so if it can be.
     fn take_over(&mut self) -> Result<Received> {
-        self.enter(Phase::Committed);
+        if !self.progress.commit() {
+            return Err(ReceiveError::Refused("cancelled at the destination".into()));
+        }
+        self.guest.taken_over();
         if self.running {
             self.guest.resume().map_err(|source| ReceiveError::Guest {
                 doing: "resuming the guest",

@@ -133,6 +133,10 @@ pub trait DestinationGuest {
     /// The monitor's, with the section.
     fn restore(&mut self, sections: &[Section]) -> Result<(), GuestError>;
 
+    /// The guest is this one's from now on: called once, after COMMIT, and before [`Self::resume`] if it is to
+    /// run.
+    fn taken_over(&mut self) {}
+
     /// Runs the guest. It is this one's now.
     ///
     /// # Errors

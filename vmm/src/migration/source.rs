@@ -85,7 +85,8 @@ pub enum SendError {
     /// COMMIT was sent, its confirmation was lost: the guest may run there, and is stopped here.
     #[error(
         "COMMIT was sent and its confirmation was lost ({0}): the guest stays stopped here; find out \
-         whether it runs there, then say so with migration-resolve"
+         whether it runs there, then say so with migration-resolve; a destination that does not answer may \
+         still run it: end its process before you resume"
     )]
     Unconfirmed(String),
 }

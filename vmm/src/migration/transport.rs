@@ -7,7 +7,7 @@ use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -154,9 +154,13 @@ fn loopback(address: &str) -> Result<Vec<SocketAddr>, TransportError> {
     Ok(found)
 }
 
-/// A socket's file, removed when its owner goes.
+/// A socket's file, removed when its owner goes, unless another one stands at its path by then.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: Option<(u64, u64)>,
+}
 
 /// Listens on a new socket at `path`. A socket that nobody listens on any more is replaced, anything else
 /// stays and is an error.
@@ -169,7 +173,16 @@ pub fn listen_unix<E: From<TransportError>>(
 ) -> Result<(UnixListener, SocketFile), E> {
     remove_dead_socket(path)?;
     let listener = UnixListener::bind(path).map_err(failed)?;
-    Ok((listener, SocketFile(path.to_owned())))
+    let file = SocketFile {
+        path: path.to_owned(),
+        identity: identity(path),
+    };
+    Ok((listener, file))
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 fn remove_dead_socket(path: &Path) -> Result<(), TransportError> {
@@ -196,8 +209,10 @@ fn remove_dead_socket(path: &Path) -> Result<(), TransportError> {
 
 impl SocketFile {
     fn remove(&self) {
-        // It may be gone already, and there is nobody left to tell.
-        let _gone = std::fs::remove_file(&self.0);
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // It may be gone already, and there is nobody left to tell.
+            let _gone = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -223,7 +238,7 @@ impl Listener {
     /// The system's.
     pub fn url(&self) -> io::Result<Url> {
         match self {
-            Self::Unix(_, SocketFile(path)) => Ok(Url::Unix(path.clone())),
+            Self::Unix(_, file) => Ok(Url::Unix(file.path.clone())),
             Self::Tcp(listener) => Ok(Url::Tcp(listener.local_addr()?.to_string())),
         }
     }
@@ -404,8 +419,14 @@ mod tests {
         let error = url.listen().unwrap_err().to_string();
         assert!(error.contains("in use"), "{error}");
         assert!(url.connect().is_ok(), "the first listener is unharmed");
-        drop(listener);
+        // Closed, its path is free for another one, which it then leaves alone.
+        listener.close();
         assert!(!path.exists(), "a listener leaves no socket behind");
+        let other = url.listen().unwrap();
+        drop(listener);
+        assert!(path.exists(), "the other one's socket");
+        drop(other);
+        assert!(!path.exists());
         // A socket whose process was killed.
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());

@@ -45,7 +45,7 @@ pub(crate) fn attempt(
             memory_limit: None,
             backing,
         };
-        let mut incoming = Incoming::new(host(), admission, wiring);
+        let mut incoming = Incoming::new(host(), admission, wiring, Box::new(|_| {}));
         let received = receive(&mut incoming, &Connection::Unix(far), &Progress::new());
         received.ok()?;
         let machine = Arc::clone(incoming.machine()?);
