@@ -41,6 +41,29 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Promises and their tests
+//!
+//! | | promise | tests (`ept/tests`) |
+//! |---|---|---|
+//! | S1 | ranges are checked when they are made; a huge leaf is visited once, with its true span | `walk`, `stage2::every_format_agrees_with_a_list_of_pages` |
+//! | S2 | without allocation no error for memory; with it, how far it got; the worst case can be reserved | `walk`, `shortage::s2_…`, `stage2::a_map_without_tables_says_how_far_it_got`, `apply` |
+//! | S3 | continue, descend, skip, split, again, stop | `walk::s3_every_answer` |
+//! | S4 | holes with their level; a leaf table is one run | `walk::s2_walks_write_and_read_like_a_map` |
+//! | S5 | splits on demand: complete before they are linked, dirty parts of a dirty whole, a coarse entry where memory is short | `stage2::splits_and_collapses_lose_no_dirty_flag`, `stage2::a_split_without_tables_leaves_the_huge_leaf`, `threads`, `shortage` |
+//! | S6 | a collapse loses no dirty flag | `stage2::splits_and_collapses_lose_no_dirty_flag` |
+//! | S7 | every change of a live entry is one atomic read-modify-write | `stage2_threads`, `threads` |
+//! | S8 | a long walk yields and goes on with progress. That no table is used again while a walker reads it is kept for detached tables until [`stage2::Flush::done`], and not longer | `stage2::a_long_walk_yields_and_goes_on`, `stage2::tables_wait_for_the_flush` |
+//! | S9 | threads on disjoint ranges do not wait for each other; overlapping changes are the caller's to order | `stage2_threads::disjoint_ranges_are_changed_at_once` |
+//! | S10–S13 | notifier ranges, sequence, two passes, subscribers that come and go | `notify` |
+//! | S14 | open, change, flush, close | `protect::s14_…`, `stage2::tables_wait_for_the_flush` |
+//! | S15 | write-protect, and clean-and-record: what really changed | `protect`, `stage2::flags_that_hardware_sets_are_harvested_once` |
+//! | S16 | nothing is cleaned unrecorded | `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest` |
+//! | S17 | harvests are transactions of named consumers | `epoch`, `threads` |
+//! | S18 | one merged dirty set, sources counted | `tracker`, `vm_memory` |
+//! | S19 | ageing loses no dirty state | `stage2::flags_that_hardware_sets_are_harvested_once` |
+//! | S20 | protection by region kind | `protect::s15_protection_matches_a_set_of_pages` |
+//! | S21 | figures of what was done: [`CountersSnapshot`], [`stage2::Tally`]; longest lock hold and re-dirty rate are not kept | `tracker`, `stage2` |
+//!
 //! # Features
 //! `std`: waiting threads yield. `vm-memory`: `TrackerBitmap`, a `vm_memory::bitmap::Bitmap`.
 #![no_std]

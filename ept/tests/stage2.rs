@@ -11,6 +11,7 @@ use ept::format::{
     HardwareFormat, MemoryType, Npt, Permissions, Unsupported,
 };
 use ept::stage2::{Attributes, ChangeError, Flush, MapError, PoolError, Stage2};
+use ept::walk::{Action, Look, Outcome, Place, Run, Visitor, Walk};
 use ept::{Gpa, GpaRange, Hpa, Level, Notifier, OpenRange};
 use mmu::{Mmu, Touch};
 use proptest::prelude::*;
@@ -482,4 +483,53 @@ fn a_dump_folds_equal_neighbours() {
     assert_eq!(lines.len(), 5, "{dump}");
     assert!(lines[0].contains("0x40000000 rwx -- WriteBack"), "{dump}");
     assert!(lines[2].contains("0x40202000 r-- -- WriteBack"), "{dump}");
+}
+
+/// Counts the leaf tables that it is shown, and stops at the first above its budget.
+struct Budget {
+    left: u32,
+    tables: u64,
+}
+
+impl<'t, 'm> Visitor<'t, Stage2<'m, Npt>, Look> for Budget
+where
+    'm: 't,
+{
+    type Stop = ();
+
+    fn entry(&mut self, _: &Place<'_, 't, Stage2<'m, Npt>, Look>) -> Action<()> {
+        Action::Continue
+    }
+
+    fn run(&mut self, _: &Run<'_, 't, Stage2<'m, Npt>, Look>) -> Action<()> {
+        if self.left == 0 {
+            return Action::Stop(());
+        }
+        self.left -= 1;
+        self.tables += 1;
+        Action::Continue
+    }
+}
+
+/// S8: a long walk stops where it likes and goes on from there, and each step gets further.
+#[test]
+fn a_long_walk_yields_and_goes_on() {
+    let words = words(TABLES);
+    let stage2 = Stage2::new(Npt::FourLevels, &words, BASE).unwrap();
+    let small = attributes(Permissions::ALL, Level::PAGE);
+    stage2.map(pages(100, 20 * 512), Hpa(0), small).unwrap();
+    let mut budget = Budget { left: 0, tables: 0 };
+    let (mut left, mut steps) = (Some(pages(0, 1 << 18)), 0);
+    while let Some(range) = left {
+        budget.left = 3;
+        steps += 1;
+        left = match Walk::look(&stage2, range).run(&mut budget) {
+            Outcome::Completed => None,
+            Outcome::Stopped { at, .. } | Outcome::Contended { at } => {
+                assert!(at > range.start(), "it got further");
+                range.from(at)
+            }
+        };
+    }
+    assert_eq!((budget.tables, steps), (21, 7), "each table once");
 }

@@ -201,7 +201,6 @@ fn a_terminated_demo_leaves_no_process() {
     let left = processes_in(folder.path());
     // Whatever the verdict: no guest may go on at full speed behind it.
     left.iter()
-        .for_each(|(pid, _)| process::terminate(*pid))
-        .unwrap();
+        .for_each(|(pid, _)| process::terminate(*pid).unwrap());
     assert_eq!(left, []);
 }
