@@ -9,6 +9,7 @@
 //! - [`qemu`]: the peer that migrations are compared with, over [`qmp`];
 //! - [`proxy`]: stands between the two sides of a migration and breaks it on purpose,
 //!   at frames that [`frames`] finds, or with another [`header`];
+//! - [`oracle`]: emulated memory management units, asked what they make of stage-2 tables;
 //! - [`api`]: the monitor's API without its client;
 //! - [`console`], [`process`], [`status`], [`endpoint`], [`errors`], [`machine`], [`paths`],
 //!   [`figures`]: small tools of all of them.
@@ -28,6 +29,7 @@ pub mod kernels;
 pub mod lab;
 pub mod linux_guest;
 pub mod machine;
+pub mod oracle;
 pub mod paths;
 pub mod process;
 pub mod proxy;

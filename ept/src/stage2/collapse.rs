@@ -77,22 +77,35 @@ struct Collapsing<'t, 'm, F> {
 }
 
 impl<'t, 'm, F: HardwareFormat> Collapsing<'t, 'm, F> {
-    fn collapse(&mut self, slot: &AtomicU64, raw: u64, span: GpaRange, level: Level) -> bool {
+    /// Collapses what is below the entry of `level` under `slot`, which maps `span`, and then the entry itself: from
+    /// the lowest level up, because what is below may become leaves first. It goes as deep as there are levels.
+    fn collapse(&mut self, slot: &AtomicU64, span: GpaRange, level: Level) {
         let format = &self.stage2.format;
+        let raw = slot.load(Ordering::SeqCst);
         let Entry::Table(table) = format.decode(raw, level) else {
-            return false;
+            return;
         };
+        if level > Level::MIB2 {
+            let below = level.down();
+            let firsts = (span.first_page()..).step_by(step(below));
+            for (first, slot) in firsts.zip(self.stage2.upper(table)) {
+                self.collapse(slot, GpaRange::of(first, first + below.pages()), below);
+            }
+        }
         let Some(leaf) = self.stage2.together(table, level) else {
-            return false;
+            return;
         };
         let new = format.encode(Entry::Leaf(leaf), level);
-        if replace(slot, raw, new).is_err() {
-            return false;
+        if replace(slot, raw, new).is_ok() {
+            self.stage2.pool.push(self.flush.detached(), table);
+            self.flush.changed(span);
         }
-        self.stage2.pool.push(self.flush.detached(), table);
-        self.flush.changed(span);
-        true
     }
+}
+
+/// Pages of an entry, as a step.
+fn step(level: Level) -> usize {
+    usize::try_from(level.pages()).unwrap_or(usize::MAX)
 }
 
 impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
@@ -105,19 +118,7 @@ impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
         if level > self.to || place.part() != span {
             return Action::Continue;
         }
-        // From the lowest level up: what is below may collapse to leaves first.
-        if let Entry::Table(table) = place.entry()
-            && level > Level::MIB2
-        {
-            let below = level.down();
-            for (index, slot) in (0..).zip(self.stage2.upper(table)) {
-                let first = span.first_page() + index * below.pages();
-                let raw = slot.load(Ordering::SeqCst);
-                let part = GpaRange::of(first, first + below.pages());
-                self.collapse(slot, raw, part, below);
-            }
-        }
-        self.collapse(place.slot(), place.raw(), span, level);
+        self.collapse(place.slot(), span, level);
         Action::Skip
     }
 

@@ -1,0 +1,273 @@
+//! What is done to the tables of a proof: operations of all kinds, some of which must fail.
+
+use ept::format::Permissions;
+
+use crate::oracle::model::{Attributes, Model, Operation, Pages};
+use crate::oracle::proof::PAGE_SHIFT;
+use crate::oracle::proof::chance::Chance;
+use crate::oracle::proof::ground::{GIB, Ground, MIB2, is_large, small_range};
+
+/// With so few tables left some part of the ground is cleared sometimes, so that not everything fails.
+const SCARCE: u64 = 24;
+
+/// An operation, and the range that is open during it.
+pub(super) struct Attempt {
+    pub(super) operation: Operation,
+    pub(super) open: Pages,
+}
+
+impl Attempt {
+    /// With just the right range open.
+    pub(super) fn new(operation: Operation) -> Self {
+        let open = operation.range().clone();
+        Self { operation, open }
+    }
+}
+
+/// What can be wrong with an operation.
+#[derive(Clone, Copy)]
+enum Flaw {
+    NotOpen,
+    Beyond,
+    Permissions,
+    Memory,
+    Misaligned,
+    TooHigh,
+}
+
+impl Ground {
+    /// What to do next, mostly one thing.
+    pub(super) fn attempts(&self, chance: &mut Chance, model: &Model) -> Vec<Attempt> {
+        let operations = if model.free() < SCARCE && chance.one_in(4) {
+            vec![self.clearing(chance)]
+        } else {
+            self.operations(chance)
+        };
+        let attempt = |operation| self.attempt(chance, operation);
+        operations.into_iter().map(attempt).collect()
+    }
+
+    fn operations(&self, chance: &mut Chance) -> Vec<Operation> {
+        let range = self.range(chance);
+        let one = match chance.below(20) {
+            0..=6 => return self.mapping(chance),
+            7 | 8 => Operation::Unmap { range },
+            9..=12 => Operation::Protect {
+                range,
+                permissions: *chance.pick(self.shape.permissions),
+            },
+            13 | 14 => return self.splitting(chance, range),
+            15 | 16 => self.collapsing(chance, range),
+            17 | 18 => Operation::Clean { range },
+            _ => Operation::Age { range },
+        };
+        vec![one]
+    }
+
+    /// Leaves of 1 GiB and of each level above, some of them put together from their parts. They would be rare,
+    /// as nearly everything that is done to them splits them.
+    pub(super) fn large_leaves(&self, chance: &mut Chance) -> Vec<Attempt> {
+        let levels = (2..=self.shape.largest_leaf).chain([2]);
+        let operations: Vec<_> = levels
+            .filter(|level| *level <= self.shape.largest_leaf)
+            .flat_map(|level| self.large_leaf(chance, level))
+            .collect();
+        operations.into_iter().map(Attempt::new).collect()
+    }
+
+    fn large_leaf(&self, chance: &mut Chance, level: u32) -> Vec<Operation> {
+        let places = self.places.iter().filter(|place| place.level == level);
+        let place = *chance.pick(&places.collect::<Vec<_>>());
+        let (range, hpa) = self.span(chance, place, level);
+        if self.meets_reserved(&range) {
+            return Vec::new();
+        }
+        let attributes = Attributes {
+            largest: level,
+            ..self.attributes(chance, &range)
+        };
+        let mut operations = vec![
+            Operation::Unmap {
+                range: range.clone(),
+            },
+            map(&range, hpa, attributes),
+        ];
+        if chance.one_in(2) {
+            let split = Operation::Split {
+                range: range.clone(),
+                largest: level - 1,
+            };
+            operations.extend([split, Operation::Collapse { range, to: level }]);
+        }
+        operations
+    }
+
+    fn clearing(&self, chance: &mut Chance) -> Operation {
+        let range = chance.pick(&self.places).range.clone();
+        Operation::Unmap { range }
+    }
+
+    /// A split, and sometimes its contrary at once.
+    fn splitting(&self, chance: &mut Chance, range: Pages) -> Vec<Operation> {
+        // A whole GiB of small leaves takes more tables than there are.
+        let lowest = u32::from(is_large(&range) && !chance.one_in(8));
+        let levels = self.shape.largest_leaf.saturating_sub(lowest).max(1);
+        let largest = lowest + level_below(chance, levels);
+        let split = Operation::Split {
+            range: range.clone(),
+            largest,
+        };
+        match chance.below(6) {
+            0 => vec![split, self.collapsing(chance, range)],
+            1 => vec![split, self.collapsing(chance, self.place_of(&range))],
+            _ => vec![split],
+        }
+    }
+
+    fn collapsing(&self, chance: &mut Chance, range: Pages) -> Operation {
+        let to = 1 + level_below(chance, self.shape.largest_leaf + 1);
+        Operation::Collapse { range, to }
+    }
+
+    /// Maps something: whatever is there fails it, so large ranges are often cleared before.
+    fn mapping(&self, chance: &mut Chance) -> Vec<Operation> {
+        let place = chance.pick(&self.places);
+        let (range, hpa) = if chance.one_in(2) {
+            let level = *chance.pick(&[2, place.level]);
+            self.span(chance, place, level)
+        } else {
+            let range = small_range(chance, place);
+            let hpa = self.frames_for(chance, &range);
+            (range, hpa)
+        };
+        let map = map(&range, hpa, self.attributes(chance, &range));
+        if is_large(&range) && !chance.one_in(4) {
+            vec![Operation::Unmap { range }, map]
+        } else {
+            vec![map]
+        }
+    }
+
+    fn attributes(&self, chance: &mut Chance, range: &Pages) -> Attributes {
+        let memory = if chance.one_in(8) {
+            *chance.pick(self.shape.memory)
+        } else {
+            self.shape.memory[0]
+        };
+        // One level more than there is does no harm.
+        let largest = if chance.one_in(2) {
+            self.shape.largest_leaf + level_below(chance, 2)
+        } else {
+            let lowest = u32::from(is_large(range) && !chance.one_in(8));
+            lowest + level_below(chance, self.shape.largest_leaf)
+        };
+        Attributes {
+            permissions: *chance.pick(self.shape.permissions),
+            memory,
+            largest,
+        }
+    }
+
+    /// The first of as many frames; mostly such that leaves of 2 MiB fit.
+    fn frames_for(&self, chance: &mut Chance, range: &Pages) -> u64 {
+        let room = self.frames.end - self.frames.start - (range.end - range.start);
+        let offset = chance.below(room - MIB2);
+        if chance.one_in(4) {
+            self.frames.start + offset
+        } else {
+            self.frames.start + offset / MIB2 * MIB2 + range.start % MIB2
+        }
+    }
+
+    /// The operation, now and then with a flaw.
+    fn attempt(&self, chance: &mut Chance, operation: Operation) -> Attempt {
+        let mut attempt = Attempt::new(self.sparing(chance, operation));
+        if chance.one_in(10) {
+            let flaw = *chance.pick(&[
+                Flaw::NotOpen,
+                Flaw::Beyond,
+                Flaw::Permissions,
+                Flaw::Memory,
+                Flaw::Misaligned,
+                Flaw::TooHigh,
+            ]);
+            self.spoil(chance, &mut attempt, flaw);
+        }
+        attempt
+    }
+
+    /// The operation with a range that leaves the machine its own pages.
+    fn sparing(&self, chance: &mut Chance, mut operation: Operation) -> Operation {
+        let takes_away = matches!(
+            operation,
+            Operation::Unmap { .. } | Operation::Protect { .. }
+        );
+        while takes_away && self.meets_reserved(operation.range()) {
+            operation = operation.at(self.range(chance));
+        }
+        operation
+    }
+
+    /// Makes an attempt fail, if it can have this flaw.
+    fn spoil(&self, chance: &mut Chance, attempt: &mut Attempt, flaw: Flaw) {
+        let range = attempt.operation.range().clone();
+        match (flaw, &mut attempt.operation) {
+            (Flaw::NotOpen, Operation::Map { .. }) => {}
+            (Flaw::NotOpen, _) => attempt.open = range.end..range.end + 1,
+            (Flaw::Beyond, operation) => {
+                let end = self.shape.end();
+                let beyond = end - chance.below(3)..end + 1 + chance.below(GIB);
+                *operation = operation.clone().at(beyond.clone());
+                attempt.open = beyond;
+            }
+            (Flaw::Permissions, Operation::Map { attributes, .. }) => {
+                attributes.permissions = self.refused_permissions(chance);
+            }
+            (Flaw::Permissions, Operation::Protect { permissions, .. }) => {
+                *permissions = self.refused_permissions(chance);
+            }
+            (Flaw::Memory, Operation::Map { attributes, .. }) => {
+                attributes.memory = self.shape.no_memory;
+            }
+            (Flaw::Misaligned, Operation::Map { hpa, .. }) => *hpa += 8,
+            (Flaw::TooHigh, Operation::Map { hpa, .. }) => {
+                let all_but_last = (range.end - range.start - 1) << PAGE_SHIFT;
+                *hpa = (1 << self.shape.hpa_bits) - all_but_last;
+            }
+            (Flaw::Permissions | Flaw::Memory | Flaw::Misaligned | Flaw::TooHigh, _) => {}
+        }
+    }
+
+    /// Permissions that no leaf has, or any at all where all are possible.
+    fn refused_permissions(&self, chance: &mut Chance) -> Permissions {
+        let refused: Vec<_> = all_permissions()
+            .filter(|one| !self.shape.permissions.contains(one))
+            .collect();
+        if refused.is_empty() {
+            *chance.pick(self.shape.permissions)
+        } else {
+            *chance.pick(&refused)
+        }
+    }
+}
+
+fn map(range: &Pages, host_page: u64, attributes: Attributes) -> Operation {
+    Operation::Map {
+        range: range.clone(),
+        hpa: host_page << PAGE_SHIFT,
+        attributes,
+    }
+}
+
+fn level_below(chance: &mut Chance, end: u32) -> u32 {
+    u32::try_from(chance.below(end.into())).unwrap_or(0)
+}
+
+/// Every combination.
+fn all_permissions() -> impl Iterator<Item = Permissions> {
+    let one = [Permissions::READ, Permissions::WRITE, Permissions::EXECUTE];
+    (0..8_usize).map(move |bits| {
+        let set = (0..3).filter(|index| bits >> index & 1 == 1);
+        set.fold(Permissions::NONE, |all, index| all.union(one[index]))
+    })
+}
