@@ -64,40 +64,53 @@ impl Ground {
         vec![one]
     }
 
-    /// Leaves of 1 GiB and of each level above, some of them put together from their parts. They would be rare,
-    /// as nearly everything that is done to them splits them.
+    /// A leaf of 1 GiB and of each level above, and one for the highest GiB, some of them put together from their
+    /// parts. They would be rare, as nearly everything that is done to them splits them.
     pub(super) fn large_leaves(&self, chance: &mut Chance) -> Vec<Attempt> {
-        let levels = (2..=self.shape.largest_leaf).chain([2]);
-        let operations: Vec<_> = levels
-            .filter(|level| *level <= self.shape.largest_leaf)
-            .flat_map(|level| self.large_leaf(chance, level))
-            .collect();
+        let mut operations = Vec::new();
+        for level in 2..=self.shape.largest_leaf {
+            let places = self.places.iter().filter(|place| place.level == level);
+            let place = *chance.pick(&places.collect::<Vec<_>>());
+            let (range, hpa) = self.span(chance, place, level);
+            operations.extend(self.large_leaf(chance, &range, hpa, level));
+        }
+        if self.shape.largest_leaf >= 2 {
+            let (range, hpa) = (self.end - GIB..self.end, self.frames.start / GIB * GIB);
+            operations.extend(self.large_leaf(chance, &range, hpa, 2));
+        }
         operations.into_iter().map(Attempt::new).collect()
     }
 
-    fn large_leaf(&self, chance: &mut Chance, level: u32) -> Vec<Operation> {
-        let places = self.places.iter().filter(|place| place.level == level);
-        let place = *chance.pick(&places.collect::<Vec<_>>());
-        let (range, hpa) = self.span(chance, place, level);
-        if self.meets_reserved(&range) {
+    /// Maps a leaf, unless the machine has pages of its own there.
+    fn large_leaf(
+        &self,
+        chance: &mut Chance,
+        range: &Pages,
+        hpa: u64,
+        level: u32,
+    ) -> Vec<Operation> {
+        if self.meets_reserved(range) {
             return Vec::new();
         }
         let attributes = Attributes {
             largest: level,
-            ..self.attributes(chance, &range)
+            ..self.attributes(chance, range)
         };
-        let mut operations = vec![
-            Operation::Unmap {
-                range: range.clone(),
-            },
-            map(&range, hpa, attributes),
-        ];
+        let unmap = Operation::Unmap {
+            range: range.clone(),
+        };
+        let mut operations = vec![unmap, map(range, hpa, attributes)];
         if chance.one_in(2) {
+            let largest = level - 1;
             let split = Operation::Split {
                 range: range.clone(),
-                largest: level - 1,
+                largest,
             };
-            operations.extend([split, Operation::Collapse { range, to: level }]);
+            let collapse = Operation::Collapse {
+                range: range.clone(),
+                to: level,
+            };
+            operations.extend([split, collapse]);
         }
         operations
     }

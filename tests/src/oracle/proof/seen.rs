@@ -68,7 +68,7 @@ fn often(shape: &Shape) -> Vec<Event> {
     let operations = [
         "map", "unmap", "protect", "split", "collapse", "clean", "age",
     ];
-    let mut events = vec![Event::Split, Event::High, Event::Cleaned];
+    let mut events = vec![Event::Split, Event::Cleaned];
     events.extend(operations.map(Event::Done));
     events.extend(ACCESSES.map(Event::Allowed));
     events.extend(ACCESSES.map(Event::Refused));
@@ -81,6 +81,7 @@ fn often(shape: &Shape) -> Vec<Event> {
 /// What must happen.
 fn sometimes(shape: &Shape) -> Vec<Event> {
     let mut events = vec![
+        Event::High,
         Event::Failed(Failure::NotOpen),
         Event::Failed(Failure::Beyond),
         Event::Failed(Failure::Memory),
