@@ -5,8 +5,8 @@
 //! after the other, and says the exit status of each on the serial console between marks that no
 //! command prints by chance.
 //!
-//! Three faults of QEMU 7.2's emulation shape it; with two processors about every tenth guest hung or took
-//! the lab host with it:
+//! Three faults of QEMU 7.2's emulation shape it; with two processors guests hung, or took the lab host with
+//! them:
 //! - VMRUN leaves `exception_index` set after it injected an interrupt, and the next kick of that
 //!   processor which is not an interrupt delivers the vector once more (the guest deadlocks in its
 //!   interrupt handler). Such kicks come from other processors: there is only one.

@@ -144,7 +144,7 @@ pub struct Monitor {
 struct Guest {
     machine: Arc<Machine>,
     config: VmConfig,
-    /// Whether it ran when the last migration began: what a failed one, and a resolved one, goes back to.
+    /// Whether it ran when the last migration began: what an unconfirmed one goes back to when it is resolved.
     ran: bool,
 }
 

@@ -69,7 +69,7 @@ pub enum ArmFlags {
 
 impl ArmStage2 {
     /// A stage 2 for guest-physical addresses (IPAs) of so many bits, 31 to 48; its root is as small as
-    /// concatenation makes it.
+    /// concatenation makes it. From 44 bits on it starts at Arm's level 0, which takes VTCR_EL2.PS of 44 bits or more.
     ///
     /// # Errors
     /// Fewer bits, or more.

@@ -15,6 +15,9 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// Takes the pages of `range` away from the guest. A table that lies wholly in the range is taken out with
     /// all below it, and counts as one entry; a huge leaf across an edge is split.
     ///
+    /// A table that is only emptied, page by page, stays: huge leaves fit there again once all of its span is
+    /// unmapped in one call.
+    ///
     /// What was dirty is forgotten: [`Stage2::clean`] the range first, under the same open range, where it
     /// matters.
     ///

@@ -80,6 +80,8 @@ impl Reception {
                 Ok(()) => return,
                 Err(error) => {
                     eprintln!("ferry: no guest was received: {error}");
+                    // The source was told so and runs it: whatever had come this far must not be resumed here.
+                    self.monitor.release();
                     self.monitor
                         .progress()
                         .end(Phase::Failed, Some(error.to_string()));
