@@ -37,8 +37,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use crate::sync::atomic::AtomicU64;
 use core::fmt;
-use core::sync::atomic::AtomicU64;
 
 use crate::addr::{Gpa, GpaRange};
 use crate::format::{Entry, HardwareFormat, Tables};

@@ -1,9 +1,9 @@
 //! Storage for tables: named by index, allocated in chunks when first needed, and able to say no.
 
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use alloc::boxed::Box;
 use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::format::{OutOfTables, TableId};
 use crate::sync::{OnceArray, SpinLock};

@@ -1,6 +1,6 @@
 //! Figures that a tracker keeps.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Who wrote to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -10,7 +10,7 @@ mod intel;
 mod leaf;
 mod riscv;
 
-use core::sync::atomic::AtomicU64;
+use crate::sync::atomic::AtomicU64;
 
 use crate::addr::Level;
 use crate::geometry::Geometry;

@@ -1,8 +1,8 @@
 //! What a notifier keeps under its lock: subscribers, open ranges, readers.
 
+use crate::sync::atomic::{AtomicBool, Ordering};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::addr::GpaRange;
 use crate::notify::{OpenError, Subscriber};

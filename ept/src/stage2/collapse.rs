@@ -1,6 +1,6 @@
 //! Making huge leaves of tables again.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, HardwareFormat, Leaf, TableId, Tables};

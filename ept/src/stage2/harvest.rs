@@ -1,6 +1,6 @@
 //! Recording and clearing the flags that hardware sets.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, HardwareFormat, Leaf};

@@ -1,7 +1,7 @@
 //! Mapping what was not mapped.
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{Gpa, GpaRange, Hpa, Level, PAGE_SHIFT};
 use crate::format::{Allocate, Entry, HardwareFormat, Leaf, MemoryType, Permissions, Unsupported};

@@ -31,9 +31,9 @@ mod pool;
 mod protect;
 mod unmap;
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use alloc::collections::TryReserveError;
 use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{Gpa, GpaRange, Hpa, Level, PAGE_SIZE, TABLE_ENTRIES};
 use crate::format::{

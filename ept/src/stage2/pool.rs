@@ -3,10 +3,10 @@
 //! Which tables are free, and which wait for a flush, is kept beside the tables, because hardware may still
 //! read those: a list through their own words would be read as entries.
 
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use alloc::boxed::Box;
 use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::addr::{Hpa, PAGE_SIZE, TABLE_ENTRIES};
 use crate::format::{OutOfTables, TableId};

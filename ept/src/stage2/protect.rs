@@ -1,6 +1,6 @@
 //! Changing what the guest may do, and splitting.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{GpaRange, Hpa, Level};
 use crate::format::{Entry, HardwareFormat, Leaf, MemoryType, Permissions};

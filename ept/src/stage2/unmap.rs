@@ -1,6 +1,6 @@
 //! Unmapping.
 
-use core::sync::atomic::Ordering;
+use crate::sync::atomic::Ordering;
 
 use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, HardwareFormat, TableId, Tables};

@@ -4,11 +4,12 @@
 //! many subscribers there may be and make every list operation a protocol of its own.
 #![allow(unsafe_code)]
 
+use crate::sync::atomic::{AtomicBool, Ordering};
 use core::cell::UnsafeCell;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{AtomicBool, Ordering};
 
+#[cfg(not(loom))]
 /// Spins before a waiting thread gives its processor away (with the feature `std`).
 const SPINS: u32 = 64;
 
@@ -30,7 +31,7 @@ pub(crate) struct SpinGuard<'a, T> {
 }
 
 impl<T> SpinLock<T> {
-    pub(crate) const fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         Self {
             held: AtomicBool::new(false),
             value: UnsafeCell::new(value),
@@ -55,6 +56,13 @@ impl<T> SpinLock<T> {
 }
 
 /// One turn of waiting for another thread.
+#[cfg(loom)]
+pub(crate) fn relax(_: &mut u32) {
+    loom::thread::yield_now();
+}
+
+/// One turn of waiting for another thread.
+#[cfg(not(loom))]
 pub(crate) fn relax(spins: &mut u32) {
     *spins += 1;
     if *spins < SPINS {

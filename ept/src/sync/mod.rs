@@ -1,6 +1,7 @@
 //! The two building blocks that `core` lacks without a standard library. All `unsafe` of this crate
 //! is in this folder.
 
+pub(crate) mod atomic;
 mod lock;
 mod once;
 

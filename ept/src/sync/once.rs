@@ -4,12 +4,12 @@
 //! operation at every level of every descent.
 #![allow(unsafe_code)]
 
+use crate::sync::atomic::{AtomicPtr, Ordering};
 use alloc::boxed::Box;
 use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, Ordering};
 
 /// A fixed number of places for `T`, empty at first.
 pub(crate) struct OnceArray<T> {
@@ -66,8 +66,8 @@ impl<T> OnceArray<T> {
 
 impl<T> Drop for OnceArray<T> {
     fn drop(&mut self) {
-        for place in &mut self.places {
-            let held = *place.get_mut();
+        for place in &self.places {
+            let held = place.load(Ordering::Relaxed);
             if !held.is_null() {
                 // SAFETY: it came from `Box::into_raw` in `fill`, and `&mut self` means that nobody
                 // borrows it any more.

@@ -1,6 +1,6 @@
 //! Marking pages dirty. It never fails: where memory for detail is short, the whole entry is marked.
 
-use core::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::addr::{GpaRange, Level, MAX_LEVELS};
 use crate::format::{Entry, Tables};

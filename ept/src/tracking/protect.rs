@@ -1,6 +1,6 @@
 //! Setting and clearing the protected plane.
 
-use core::sync::atomic::Ordering;
+use crate::sync::atomic::Ordering;
 
 use crate::addr::{Gpa, GpaRange};
 use crate::format::Entry;

@@ -1,6 +1,6 @@
 //! The two kinds of table.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{GpaRange, TABLE_ENTRIES};
 use crate::region::Regions;
@@ -19,8 +19,8 @@ pub(crate) struct UpperTable {
 impl Default for UpperTable {
     fn default() -> Self {
         Self {
-            summary: [const { AtomicU64::new(0) }; WORDS],
-            entries: [const { AtomicU64::new(0) }; TABLE_ENTRIES],
+            summary: core::array::from_fn(|_| AtomicU64::new(0)),
+            entries: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 }

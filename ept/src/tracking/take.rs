@@ -1,6 +1,6 @@
 //! Taking dirty pages: every bit that is cleared is handed to a sink.
 
-use core::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::addr::{Gpa, GpaRange, Level, MAX_LEVELS};
 use crate::format::Entry;

@@ -1,9 +1,9 @@
 //! What needs a hand inside: marks that come while a taking is under way, and markers that stand
 //! still half-way.
 
+use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
 
 use crate::addr::GpaRange;
 use crate::format::Tables;

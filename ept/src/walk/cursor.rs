@@ -1,6 +1,6 @@
 //! Where a walk stands: a page, a level, and the tables on the way from the root.
 
-use core::sync::atomic::AtomicU64;
+use crate::sync::atomic::AtomicU64;
 
 use crate::addr::{Gpa, GpaRange, Level, MAX_LEVELS, PAGE_SHIFT, TABLE_ENTRIES};
 use crate::format::{TableId, Tables};

@@ -1,6 +1,6 @@
 //! The way down to one page's leaf table: the walk of a single step.
 
-use core::sync::atomic::Ordering;
+use crate::sync::atomic::Ordering;
 
 use crate::addr::{GpaRange, Level, MAX_LEVELS};
 use crate::format::{Entry, Format, Tables};

@@ -1,7 +1,7 @@
 //! Where a walk gets new tables from, if it may make any.
 
+use crate::sync::atomic::Ordering;
 use core::convert::Infallible;
-use core::sync::atomic::Ordering;
 
 use crate::format::{Allocate, Entry, Format, OutOfTables, TableId, Tables};
 use crate::walk::Exhausted;

@@ -1,7 +1,7 @@
 //! What a visitor is shown: one entry, or one leaf table's run, and no more than its walk allows.
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use core::marker::PhantomData;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, Format, TableId, Tables};
