@@ -13,8 +13,8 @@
 //! | the loop ends at the first error | [`ApplyError::Callback`], with the error and the page |
 //! | "The caller must ensure that the range does not contain huge pages" (`BUG_ON(pud_huge)`) | the caller chooses: [`Existing`] refuses or skips them, [`Missing`] refuses or splits them; there is nothing to ensure, and no panic |
 //! | "this can only be used against mmap of device file" | a table here is a guest's, and what kind of memory a page is stands in its region ([`RegionKind`](crate::RegionKind)): trackers refuse to protect private copy-on-write memory with a typed error, and an entry's memory type is part of its [`Leaf`](crate::format::Leaf) |
-//! | "The caller must also assure that the proper mmu_notifier functions are called" | an [`OpenRange`] that covers the range is an argument: without one, nothing can be called |
-//! | "you must call mmu notifier range and they can not happen under lock" | the range is opened before the call, by the caller; the function is handed nothing that could open or close one, and the walk holds no lock |
+//! | "The caller must also assure that the proper mmu_notifier functions are called" | an [`OpenRange`] that covers the range is an argument: without one, nothing can be called. What is to be flushed before it closes comes back as a [`Flush`] |
+//! | "you must call mmu notifier range and they can not happen under lock" | the range is opened before the call, by the caller; the function is handed nothing that could open or close one. No lock on tables is held; the range itself is, so the function must not change the same range by another call |
 //! | "if it ends up splitting a pmd, mmu_notifier_invalidate_range is called again, within the first range. Docs aren't really clear whether that's permitted or not. Is it?" | it is not needed: an open range says that nobody uses the translations of the range, and a split changes none of them. Ranges nest, too: opening a second one is permitted, and counted |
 //!
 //! ```
@@ -29,22 +29,24 @@
 //! let range = GpaRange::with_len(Gpa(0), 1 << 21)?;
 //! let open = Notifier::new().open(range)?;
 //! // Nothing is mapped: the function is never called, and nothing can fail for memory.
-//! apply_to_pfn_range(&stage2, range, &open, Existing::Refuse, |entry, _| {
+//! let (flush, result) = apply_to_pfn_range(&stage2, range, &open, Existing::Refuse, |entry, _| {
 //!     entry.fetch_and(!(1 << 1), Ordering::SeqCst);
 //!     Ok::<(), ()>(())
-//! })
-//! .unwrap();
+//! });
+//! result.unwrap();
+//! assert_eq!(flush.interval(), None);
+//! flush.done();
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use crate::sync::atomic::AtomicU64;
 use core::fmt;
 
 use crate::addr::{Gpa, GpaRange};
-use crate::format::{Entry, HardwareFormat, Tables};
+use crate::format::{Entry, HardwareFormat};
 use crate::notify::OpenRange;
-use crate::stage2::{Stage2, entries_of};
-use crate::walk::{Action, Change, Exhausted, NotOpen, Outcome, Place, Run, Visitor, Walk};
+use crate::stage2::{Flush, Pages, Refused, Stage2, UNFLUSHED, entries_of};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::walk::{Action, Change, Exhausted, NotOpen, Outcome, Place, Run, Visitor};
 
 /// What a walk that allocates nothing does with a huge leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +95,35 @@ pub enum ApplyError<E> {
         /// Where.
         at: Gpa,
     },
+    /// So many flushes of this table are not done that no more changes can be noted; nothing was called.
+    Unflushed,
+}
+
+impl<E> From<NotOpen> for ApplyError<E> {
+    fn from(error: NotOpen) -> Self {
+        Self::NotOpen(error)
+    }
+}
+
+impl<E> From<Refused> for ApplyError<E> {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Beyond { range, span } => Self::Beyond { range, span },
+            Refused::Unflushed => Self::Unflushed,
+        }
+    }
+}
+
+impl<E> From<NotOpen> for AllocatingError<E> {
+    fn from(error: NotOpen) -> Self {
+        Self::Apply(error.into())
+    }
+}
+
+impl<E> From<Refused> for AllocatingError<E> {
+    fn from(refused: Refused) -> Self {
+        Self::Apply(refused.into())
+    }
 }
 
 /// As [`ApplyError`], and tables may run out.
@@ -112,6 +143,7 @@ impl<E: fmt::Display> fmt::Display for ApplyError<E> {
             Self::Callback { at, error } => write!(f, "at {at}: {error}"),
             Self::HugeLeaf { at } => write!(f, "there is a huge leaf at {at}"),
             Self::Contended { at } => write!(f, "the entry at {at} keeps changing"),
+            Self::Unflushed => UNFLUSHED.fmt(f),
         }
     }
 }
@@ -131,80 +163,79 @@ impl<E: fmt::Debug + fmt::Display> core::error::Error for AllocatingError<E> {}
 /// Calls `function` on every 4 KiB entry of the tables that are there in `range`, with the first byte of its page.
 /// Allocates nothing, and cannot fail for memory.
 ///
-/// The entry is live: change it with one atomic read-modify-write. Flush what was changed before `open` closes.
+/// The entry is live: change it with one atomic read-modify-write. The [`Flush`] names the entries that are not what
+/// they were before the call.
 ///
 /// # Errors
 /// The first error of `function`, and [`ApplyError`]; everything before it was visited.
-pub fn apply_to_pfn_range<F: HardwareFormat, E>(
-    stage2: &Stage2<'_, F>,
+pub fn apply_to_pfn_range<'t, 'm, F: HardwareFormat, E>(
+    stage2: &'t Stage2<'m, F>,
     range: GpaRange,
     open: &OpenRange,
     huge: Existing,
     function: impl FnMut(&AtomicU64, Gpa) -> Result<(), E>,
-) -> Result<(), ApplyError<E>> {
+) -> (Flush<'t, 'm, F>, Result<(), ApplyError<E>>) {
     let huge = match huge {
         Existing::Refuse => Huge::Refuse,
         Existing::Skip => Huge::Skip,
     };
-    let mut applying = Applying {
-        absent: Absent::Skip,
-        huge,
-        function,
-    };
-    let walk = checked(stage2, range, open)?;
-    settled(walk.run(&mut applying))
+    stage2.change(range, open, |walk, flush| {
+        let absent = Absent::Skip;
+        settled(walk.run(&mut Applying {
+            absent,
+            huge,
+            function,
+            flush,
+        }))
+    })
 }
 
 /// As [`apply_to_pfn_range`], and fills in tables that are missing.
 ///
 /// # Errors
 /// The first error of `function`, and [`AllocatingError`]; everything before it was visited.
-pub fn apply_to_pfn_range_allocating<F: HardwareFormat, E>(
-    stage2: &Stage2<'_, F>,
+pub fn apply_to_pfn_range_allocating<'t, 'm, F: HardwareFormat, E>(
+    stage2: &'t Stage2<'m, F>,
     range: GpaRange,
     open: &OpenRange,
     huge: Missing,
     function: impl FnMut(&AtomicU64, Gpa) -> Result<(), E>,
-) -> Result<(), AllocatingError<E>> {
+) -> (Flush<'t, 'm, F>, Result<(), AllocatingError<E>>) {
     let huge = match huge {
         Missing::Refuse => Huge::Refuse,
         Missing::Split => Huge::Split,
     };
-    let mut applying = Applying {
-        absent: Absent::Fill,
-        huge,
-        function,
-    };
-    let walk = checked(stage2, range, open).map_err(AllocatingError::Apply)?;
-    match walk.run_allocating(&mut applying) {
-        Ok(outcome) => settled(outcome).map_err(AllocatingError::Apply),
-        Err(exhausted) => Err(AllocatingError::Exhausted(exhausted)),
-    }
+    stage2.change(range, open, |walk, flush| {
+        let absent = Absent::Fill;
+        let ended = walk.run_allocating(&mut Applying {
+            absent,
+            huge,
+            function,
+            flush,
+        });
+        match ended {
+            Ok(outcome) => settled(outcome).map_err(AllocatingError::Apply),
+            Err(exhausted) => {
+                if let (_, Entry::Leaf(_)) = stage2.lookup(exhausted.reached.page()) {
+                    flush.not_split();
+                }
+                Err(AllocatingError::Exhausted(exhausted))
+            }
+        }
+    })
 }
 
 /// Linux's `apply_to_page_range`: fills in missing tables, and takes no huge leaves.
 ///
 /// # Errors
 /// As [`apply_to_pfn_range_allocating`].
-pub fn apply_to_page_range<F: HardwareFormat, E>(
-    stage2: &Stage2<'_, F>,
+pub fn apply_to_page_range<'t, 'm, F: HardwareFormat, E>(
+    stage2: &'t Stage2<'m, F>,
     range: GpaRange,
     open: &OpenRange,
     function: impl FnMut(&AtomicU64, Gpa) -> Result<(), E>,
-) -> Result<(), AllocatingError<E>> {
+) -> (Flush<'t, 'm, F>, Result<(), AllocatingError<E>>) {
     apply_to_pfn_range_allocating(stage2, range, open, Missing::Refuse, function)
-}
-
-fn checked<'t, 'm, 'o, F: HardwareFormat, E>(
-    stage2: &'t Stage2<'m, F>,
-    range: GpaRange,
-    open: &'o OpenRange,
-) -> Result<Walk<'t, Stage2<'m, F>, Change<'o>>, ApplyError<E>> {
-    let span = stage2.geometry().span();
-    if !span.covers(&range) {
-        return Err(ApplyError::Beyond { range, span });
-    }
-    Walk::change(stage2, range, open).map_err(ApplyError::NotOpen)
 }
 
 fn settled<E>(outcome: Outcome<Stop<E>>) -> Result<(), ApplyError<E>> {
@@ -237,13 +268,14 @@ enum Stop<E> {
     Callback(u64, E),
 }
 
-struct Applying<C> {
+struct Applying<'f, 't, 'm, F, C> {
     absent: Absent,
     huge: Huge,
     function: C,
+    flush: &'f mut Flush<'t, 'm, F>,
 }
 
-impl<'t, 'm, 'o, F, C, E> Visitor<'t, Stage2<'m, F>, Change<'o>> for Applying<C>
+impl<'t, 'm, 'o, F, C, E> Visitor<'t, Stage2<'m, F>, Change<'o>> for Applying<'_, 't, 'm, F, C>
 where
     'm: 't,
     F: HardwareFormat,
@@ -251,24 +283,41 @@ where
 {
     type Stop = Stop<E>;
 
+    fn replacing(&self, table: u64) -> u64 {
+        self.flush.replacing(table)
+    }
+
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Stop<E>> {
         match (place.entry(), &self.absent, &self.huge) {
             (Entry::Table(_), ..) => Action::Continue,
             (Entry::Absent, Absent::Fill, _) => Action::Descend,
             (Entry::Absent, Absent::Skip, _) | (Entry::Leaf(_), _, Huge::Skip) => Action::Skip,
-            (Entry::Leaf(_), _, Huge::Split) => Action::Split,
+            (Entry::Leaf(_), _, Huge::Split) => {
+                self.flush.split(place.span());
+                Action::Split
+            }
             (Entry::Leaf(_), _, Huge::Refuse) => Action::Stop(Stop::Huge),
         }
     }
 
     fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Stop<E>> {
+        let mut changed = Pages::default();
+        let mut stop = Action::Continue;
         for (page, slot) in entries_of(run) {
             // A page of a range is below the end of the space.
             let gpa = Gpa::from_page(page).unwrap_or_default();
-            if let Err(error) = (self.function)(slot, gpa) {
-                return Action::Stop(Stop::Callback(page, error));
+            let before = slot.load(Ordering::Relaxed);
+            let answer = (self.function)(slot, gpa);
+            // What was absent cannot be cached.
+            if before != 0 && slot.load(Ordering::Relaxed) != before {
+                changed.add(page);
+            }
+            if let Err(error) = answer {
+                stop = Action::Stop(Stop::Callback(page, error));
+                break;
             }
         }
-        Action::Continue
+        self.flush.changed_pages(changed);
+        stop
     }
 }

@@ -8,7 +8,7 @@ use ept::apply::{
     apply_to_pfn_range_allocating,
 };
 use ept::format::{Entry, MemoryType, Npt, Permissions};
-use ept::stage2::{Attributes, Stage2};
+use ept::stage2::{Attributes, Flush, Stage2};
 use ept::{Gpa, GpaRange, Hpa, Level, Notifier, Subscriber, Unresponsive};
 
 const BASE: Hpa = Hpa(0x100_0000);
@@ -35,6 +35,12 @@ fn map(stage2: &Stage2<'_, Npt>, range: GpaRange, largest: Level) {
     stage2.map(range, hpa, attributes).unwrap();
 }
 
+/// The hardware has forgotten what it had of the range.
+fn done<E>((flush, result): (Flush<'_, '_, Npt>, Result<(), E>)) -> Result<(), E> {
+    flush.done();
+    result
+}
+
 /// Counts its pages, and never says no.
 fn count(counter: &mut Vec<u64>) -> impl FnMut(&AtomicU64, Gpa) -> Result<(), &'static str> + '_ {
     |_, gpa| {
@@ -53,9 +59,16 @@ fn without_allocation_nothing_is_filled_in_and_nothing_fails_for_memory() {
     let open = Notifier::new().open(GpaRange::ALL).unwrap();
     let mut seen = Vec::new();
     let range = pages(5, 1 << 20);
-    apply_to_pfn_range(&stage2, range, &open, Existing::Refuse, count(&mut seen)).unwrap();
+    done(apply_to_pfn_range(
+        &stage2,
+        range,
+        &open,
+        Existing::Refuse,
+        count(&mut seen),
+    ))
+    .unwrap();
     assert!(seen.is_empty(), "non-present parts are skipped");
-    let exhausted = apply_to_page_range(&stage2, range, &open, count(&mut seen)).unwrap_err();
+    let exhausted = done(apply_to_page_range(&stage2, range, &open, count(&mut seen))).unwrap_err();
     let AllocatingError::Exhausted(exhausted) = exhausted else {
         panic!("{exhausted:?}")
     };
@@ -70,12 +83,25 @@ fn with_allocation_every_entry_is_visited() {
     let stage2 = table(&words);
     let open = Notifier::new().open(GpaRange::ALL).unwrap();
     let mut seen = Vec::new();
-    apply_to_page_range(&stage2, pages(510, 5), &open, count(&mut seen)).unwrap();
+    done(apply_to_page_range(
+        &stage2,
+        pages(510, 5),
+        &open,
+        count(&mut seen),
+    ))
+    .unwrap();
     assert_eq!(seen, [510, 511, 512, 513, 514]);
     // The tables are there now, though nothing is mapped in them.
     seen.clear();
     let range = pages(0, 2048);
-    apply_to_pfn_range(&stage2, range, &open, Existing::Refuse, count(&mut seen)).unwrap();
+    done(apply_to_pfn_range(
+        &stage2,
+        range,
+        &open,
+        Existing::Refuse,
+        count(&mut seen),
+    ))
+    .unwrap();
     assert_eq!(seen, (0..1024).collect::<Vec<_>>());
 }
 
@@ -86,13 +112,18 @@ fn the_first_error_ends_it() {
     let stage2 = table(&words);
     let open = Notifier::new().open(GpaRange::ALL).unwrap();
     let mut visited = 0;
-    let error = apply_to_page_range(&stage2, pages(500, 100), &open, |_, gpa| {
-        visited += 1;
-        if gpa == Gpa(520 << 12) {
-            return Err("enough");
-        }
-        Ok(())
-    })
+    let error = done(apply_to_page_range(
+        &stage2,
+        pages(500, 100),
+        &open,
+        |_, gpa| {
+            visited += 1;
+            if gpa == Gpa(520 << 12) {
+                return Err("enough");
+            }
+            Ok(())
+        },
+    ))
     .unwrap_err();
     let at = Gpa(520 << 12);
     let expected = ApplyError::Callback {
@@ -113,25 +144,67 @@ fn huge_leaves_are_refused_skipped_or_split() {
     let open = Notifier::new().open(GpaRange::ALL).unwrap();
     let range = pages(600, 500);
     let mut seen = Vec::new();
-    let refused = apply_to_pfn_range(&stage2, range, &open, Existing::Refuse, count(&mut seen));
+    let refused = done(apply_to_pfn_range(
+        &stage2,
+        range,
+        &open,
+        Existing::Refuse,
+        count(&mut seen),
+    ));
     let at = Gpa(600 << 12);
     assert_eq!(refused, Err(ApplyError::HugeLeaf { at }));
-    let refused = apply_to_page_range(&stage2, range, &open, count(&mut seen));
+    let refused = done(apply_to_page_range(&stage2, range, &open, count(&mut seen)));
     let expected = AllocatingError::Apply(ApplyError::HugeLeaf { at });
     assert_eq!(refused, Err(expected));
     assert!(seen.is_empty());
 
-    apply_to_pfn_range(&stage2, range, &open, Existing::Skip, count(&mut seen)).unwrap();
+    done(apply_to_pfn_range(
+        &stage2,
+        range,
+        &open,
+        Existing::Skip,
+        count(&mut seen),
+    ))
+    .unwrap();
     assert_eq!(seen, (1024..1100).collect::<Vec<_>>());
     seen.clear();
     let split = Missing::Split;
-    apply_to_pfn_range_allocating(&stage2, range, &open, split, count(&mut seen)).unwrap();
+    let (flush, result) =
+        apply_to_pfn_range_allocating(&stage2, range, &open, split, count(&mut seen));
+    result.unwrap();
+    assert_eq!(
+        (flush.tally().splits, flush.interval()),
+        (1, Some(pages(512, 512)))
+    );
+    flush.done();
     assert_eq!(seen, (600..1100).collect::<Vec<_>>());
     let (level, entry) = stage2.lookup(512);
     let Entry::Leaf(leaf) = entry else {
         panic!("{entry:?}")
     };
     assert_eq!((level, leaf.hpa), (Level::PAGE, Hpa(512 << 12)));
+}
+
+/// What the function changed is to be flushed, and nothing else.
+#[test]
+fn what_the_function_changed_is_to_be_flushed() {
+    let words = words(8);
+    let stage2 = table(&words);
+    map(&stage2, pages(100, 50), Level::PAGE);
+    let open = Notifier::new().open(GpaRange::ALL).unwrap();
+    let (flush, result) = apply_to_page_range(&stage2, pages(90, 60), &open, |entry, gpa| {
+        // 95 was absent, 120 and 130 were there.
+        if [95, 120, 130].contains(&(gpa.0 >> 12)) {
+            entry.fetch_xor(1 << 9, Ordering::SeqCst);
+        }
+        Ok::<(), ()>(())
+    });
+    result.unwrap();
+    assert_eq!(
+        (flush.interval(), flush.tally().entries),
+        (Some(pages(120, 11)), 2)
+    );
+    flush.done();
 }
 
 /// "you must call mmu notifier range": an argument proves it.
@@ -141,14 +214,20 @@ fn nothing_is_called_outside_of_the_open_range() {
     let stage2 = table(&words);
     let open = Notifier::new().open(pages(0, 10)).unwrap();
     let mut seen = Vec::new();
-    let error = apply_to_page_range(&stage2, pages(9, 2), &open, count(&mut seen)).unwrap_err();
+    let error = done(apply_to_page_range(
+        &stage2,
+        pages(9, 2),
+        &open,
+        count(&mut seen),
+    ))
+    .unwrap_err();
     assert!(matches!(
         error,
         AllocatingError::Apply(ApplyError::NotOpen(_))
     ));
     let beyond = pages(1 << 36, 1);
     let all = Notifier::new().open(GpaRange::ALL).unwrap();
-    let error = apply_to_page_range(&stage2, beyond, &all, count(&mut seen)).unwrap_err();
+    let error = done(apply_to_page_range(&stage2, beyond, &all, count(&mut seen))).unwrap_err();
     assert!(matches!(
         error,
         AllocatingError::Apply(ApplyError::Beyond { .. })
@@ -202,7 +281,7 @@ fn a_split_inside_an_open_range_notifies_nobody_again() {
     let before: Vec<_> = (512..1024).map(translation).collect();
     let open = notifier.open(pages(512, 512)).unwrap();
     let mut calls = 0;
-    apply_to_pfn_range_allocating(
+    done(apply_to_pfn_range_allocating(
         &stage2,
         pages(700, 1),
         &open,
@@ -213,7 +292,7 @@ fn a_split_inside_an_open_range_notifies_nobody_again() {
             assert_eq!(now, before, "in the middle of it, too");
             Ok(())
         },
-    )
+    ))
     .unwrap();
     assert_eq!(calls, 1);
     assert_eq!(told.starts.load(Ordering::SeqCst), 1);

@@ -75,6 +75,9 @@ impl Tables for Store {
     type Format = Toy;
     type Upper = [AtomicU64];
     type Leaf<'t> = &'t [AtomicU64];
+    type Reading<'t> = ();
+
+    fn reading(&self) {}
 
     fn format(&self) -> &Toy {
         &Toy

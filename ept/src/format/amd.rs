@@ -11,7 +11,7 @@
 //! user's: without U/S in every entry nothing is allowed (15.25.5). NX counts while the host's EFER.NXE is
 //! set, which this format takes for granted.
 
-use super::hardware::{address, bits};
+use super::hardware::{MemoryCodes, address, bits};
 use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
 use crate::addr::{Level, TABLE_ENTRIES};
 use crate::geometry::Geometry;
@@ -27,14 +27,18 @@ const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const PAT_PAGE: u64 = 1 << 7;
 const PAT_LARGE: u64 = 1 << 12;
+/// Left to software in every entry.
+const WRITE_TRACKED: u64 = 1 << 9;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS_END: u32 = 52;
 
 /// Indexes into the host's PAT as it is at reset (APM 7.8.2): write-back, UC-, uncached. Index 2 is made
 /// write-combining by hosts that want it.
-const WRITE_BACK: u8 = 0;
-const WRITE_COMBINING: u8 = 2;
-const UNCACHED: u8 = 3;
+const CODES: MemoryCodes = MemoryCodes {
+    write_back: 0,
+    write_combining: 2,
+    uncached: 3,
+};
 
 /// AMD's nested page tables: how many levels the host's own paging has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,11 +70,8 @@ impl Format for Npt {
         if !Self::is_leaf(raw, level) {
             return Entry::Table(TableId(raw & bits(12, ADDRESS_END)));
         }
-        let user = raw & USER != 0;
-        let granted = if user {
-            Permissions::READ
-                .union(Permissions::if_set(raw, WRITE, Permissions::WRITE))
-                .union(Permissions::if_set(!raw, NO_EXECUTE, Permissions::EXECUTE))
+        let granted = if raw & USER != 0 {
+            Permissions::from_bits(raw ^ NO_EXECUTE, USER, WRITE, NO_EXECUTE)
         } else {
             Permissions::NONE
         };
@@ -80,6 +81,7 @@ impl Format for Npt {
             memory: memory_type(raw, level),
             accessed: raw & ACCESSED != 0,
             dirty: raw & DIRTY != 0,
+            write_tracked: raw & WRITE_TRACKED != 0,
         })
     }
 
@@ -97,15 +99,14 @@ impl Format for Npt {
                     | memory_bits(leaf.memory, level)
                     | if leaf.accessed { ACCESSED } else { 0 }
                     | if leaf.dirty { DIRTY } else { 0 }
+                    | if leaf.write_tracked { WRITE_TRACKED } else { 0 }
             }
         }
     }
 }
 
 const fn permission_bits(permissions: Permissions) -> u64 {
-    permissions.bits(Permissions::READ, USER)
-        | permissions.bits(Permissions::WRITE, WRITE)
-        | (NO_EXECUTE ^ permissions.bits(Permissions::EXECUTE, NO_EXECUTE))
+    NO_EXECUTE ^ permissions.to_bits(USER, WRITE, NO_EXECUTE)
 }
 
 const fn pat(level: Level) -> u64 {
@@ -122,21 +123,11 @@ fn memory_type(raw: u64, level: Level) -> MemoryType {
         .filter(|(bit, _)| raw & bit != 0)
         .map(|(_, value)| value)
         .sum();
-    match index {
-        WRITE_BACK => MemoryType::WriteBack,
-        WRITE_COMBINING => MemoryType::WriteCombining,
-        UNCACHED => MemoryType::Uncached,
-        other => MemoryType::Other(other),
-    }
+    CODES.decode(index)
 }
 
 fn memory_bits(memory: MemoryType, level: Level) -> u64 {
-    let index = match memory {
-        MemoryType::WriteBack => WRITE_BACK,
-        MemoryType::WriteCombining => WRITE_COMBINING,
-        MemoryType::Uncached => UNCACHED,
-        MemoryType::Other(other) => other,
-    };
+    let index = CODES.encode(memory);
     [(PWT, 1), (PCD, 2), (pat(level), 4)]
         .iter()
         .filter(|(_, value)| index & value != 0)
@@ -145,6 +136,8 @@ fn memory_bits(memory: MemoryType, level: Level) -> u64 {
 }
 
 impl HardwareFormat for Npt {
+    const WRITE_TRACKED: u64 = WRITE_TRACKED;
+
     fn geometry(&self) -> Geometry {
         let root = match self {
             Self::FourLevels => 3,

@@ -16,8 +16,11 @@
 //! Where hardware manages the dirty state, a page that may be written has DBM set, and S2AP\[1\] is its dirty
 //! bit. A page that may not be written has nowhere for the hardware to say so: bit 55 (SD), which is left to
 //! software, keeps that it was dirty when the right was taken.
+//!
+//! Break-before-make: a leaf that becomes a table, or a table that becomes a leaf, is written first without its valid
+//! bit. Hardware does not use such an entry, and what it cached of the old one is flushed; then it is made valid.
 
-use super::hardware::{address, bits};
+use super::hardware::{MemoryCodes, address, bits};
 use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
 use crate::addr::{Level, TABLE_ENTRIES};
 use crate::geometry::{Geometry, GeometryError};
@@ -25,7 +28,6 @@ use crate::geometry::{Geometry, GeometryError};
 const VALID: u64 = 1 << 0;
 /// A table above level 0, a page at level 0.
 const TABLE_OR_PAGE: u64 = 1 << 1;
-const MEMORY_SHIFT: u32 = 2;
 const MEMORY: u64 = bits(2, 6);
 const S2AP_READ: u64 = 1 << 6;
 const S2AP_WRITE: u64 = 1 << 7;
@@ -35,13 +37,22 @@ const DBM: u64 = 1 << 51;
 /// XN\[1:0\] = 0b10: nobody executes.
 const EXECUTE_NEVER: u64 = 1 << 54;
 const SOFTWARE_DIRTY: u64 = 1 << 55;
+/// Left to software in blocks and pages.
+const WRITE_TRACKED: u64 = 1 << 56;
+/// A broken entry: not valid, all of whose other bits are ignored by hardware and still say what they said.
+const BROKEN: u64 = 1 << 57;
+/// Who is to make a broken entry. These bits are 0 in the others: they are ignored, or belong to features that are
+/// not used here.
+const BROKEN_BY: u64 = bits(58, 64);
 /// 48-bit addresses: FEAT_LPA2 is not used.
 const ADDRESS_END: u32 = 48;
 
 /// Stage 2 MemAttr\[3:0\], without FEAT_S2FWB: normal write-back, normal non-cacheable, Device-nGnRE.
-const WRITE_BACK: u8 = 0b1111;
-const WRITE_COMBINING: u8 = 0b0101;
-const UNCACHED: u8 = 0b0001;
+const CODES: MemoryCodes = MemoryCodes {
+    write_back: 0b1111,
+    write_combining: 0b0101,
+    uncached: 0b0001,
+};
 
 /// The most tables that are concatenated into one root, as index bits.
 const CONCATENATED_BITS: u32 = 4;
@@ -125,9 +136,7 @@ impl ArmStage2 {
             (_, false, true) => SOFTWARE_DIRTY,
             (_, false, false) => 0,
         };
-        write
-            | permissions.bits(Permissions::READ, S2AP_READ)
-            | (EXECUTE_NEVER ^ permissions.bits(Permissions::EXECUTE, EXECUTE_NEVER))
+        write | EXECUTE_NEVER ^ permissions.to_bits(S2AP_READ, 0, EXECUTE_NEVER)
     }
 }
 
@@ -136,7 +145,7 @@ impl Format for ArmStage2 {
 
     #[inline]
     fn decode(&self, raw: u64, level: Level) -> Entry<Leaf> {
-        if raw & VALID == 0 {
+        if raw & (VALID | BROKEN) == 0 {
             return Entry::Absent;
         }
         if Self::is_table(raw, level) {
@@ -148,20 +157,16 @@ impl Format for ArmStage2 {
         }
         Entry::Leaf(Leaf {
             hpa: address(raw, level, ADDRESS_END),
-            permissions: Permissions::if_set(raw, S2AP_READ, Permissions::READ)
-                .union(Permissions::if_set(
-                    raw,
-                    S2AP_WRITE | DBM,
-                    Permissions::WRITE,
-                ))
-                .union(Permissions::if_set(
-                    !raw,
-                    EXECUTE_NEVER,
-                    Permissions::EXECUTE,
-                )),
-            memory: memory_type(raw),
+            permissions: Permissions::from_bits(
+                raw ^ EXECUTE_NEVER,
+                S2AP_READ,
+                S2AP_WRITE | DBM,
+                EXECUTE_NEVER,
+            ),
+            memory: CODES.in_field(raw, MEMORY),
             accessed: raw & ACCESS_FLAG != 0,
             dirty: raw & (S2AP_WRITE | SOFTWARE_DIRTY) != 0,
+            write_tracked: raw & WRITE_TRACKED != 0,
         })
     }
 
@@ -180,36 +185,36 @@ impl Format for ArmStage2 {
                 leaf.hpa.0
                     | VALID
                     | page
-                    | memory_bits(leaf.memory)
+                    | CODES.to_field(leaf.memory, MEMORY)
                     | INNER_SHAREABLE
                     | self.permission_bits(leaf.permissions, leaf.dirty)
                     | if accessed { ACCESS_FLAG } else { 0 }
+                    | if leaf.write_tracked { WRITE_TRACKED } else { 0 }
             }
         }
     }
 }
 
-fn memory_type(raw: u64) -> MemoryType {
-    // Four bits.
-    match u8::try_from((raw & MEMORY) >> MEMORY_SHIFT).unwrap_or_default() {
-        WRITE_BACK => MemoryType::WriteBack,
-        WRITE_COMBINING => MemoryType::WriteCombining,
-        UNCACHED => MemoryType::Uncached,
-        other => MemoryType::Other(other),
-    }
-}
-
-fn memory_bits(memory: MemoryType) -> u64 {
-    let attributes = match memory {
-        MemoryType::WriteBack => WRITE_BACK,
-        MemoryType::WriteCombining => WRITE_COMBINING,
-        MemoryType::Uncached => UNCACHED,
-        MemoryType::Other(other) => other,
-    };
-    u64::from(attributes) << MEMORY_SHIFT & MEMORY
-}
-
 impl HardwareFormat for ArmStage2 {
+    /// DDI 0487, D8.16.1 "Using break-before-make when updating translation table entries": a change of the size of
+    /// a block is one that needs it.
+    const BREAKS: bool = true;
+    const WRITE_TRACKED: u64 = WRITE_TRACKED;
+
+    fn broken(&self, raw: u64, by: u8) -> u64 {
+        raw & !(VALID | BROKEN_BY) | BROKEN | u64::from(by) << BROKEN_BY.trailing_zeros()
+    }
+
+    fn broken_by(&self, raw: u64) -> Option<u8> {
+        let broken = raw & (VALID | BROKEN) == BROKEN;
+        let by = (raw & BROKEN_BY) >> BROKEN_BY.trailing_zeros();
+        u8::try_from(by).ok().filter(|_| broken)
+    }
+
+    fn made(&self, raw: u64) -> u64 {
+        raw & !(BROKEN | BROKEN_BY) | VALID
+    }
+
     fn geometry(&self) -> Geometry {
         self.geometry
     }

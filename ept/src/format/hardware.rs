@@ -1,11 +1,18 @@
 //! What all formats that hardware walks have in common.
 
 use crate::addr::{Hpa, Level};
-use crate::format::{Format, Leaf, MemoryType, Permissions, Unsupported};
+use crate::format::{Entry, Format, Leaf, MemoryType, Permissions, Unsupported};
 use crate::geometry::Geometry;
 
 /// A format that hardware walks. Its tables, the root apart, are of 512 entries of 64 bits.
 pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
+    /// Whether a live leaf may become a table, or a table a leaf, only by way of an entry that hardware does not use
+    /// (Arm's break-before-make). Then [`HardwareFormat::broken`] and the two below it are its own.
+    const BREAKS: bool = false;
+
+    /// A bit of leaves that hardware ignores: [`Leaf::write_tracked`].
+    const WRITE_TRACKED: u64;
+
     /// The tree's shape.
     fn geometry(&self) -> Geometry;
 
@@ -24,6 +31,47 @@ pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
     /// The leaf `raw` of `level` with just `permissions`, which the format admits; all else that it says stays,
     /// what was dirty stays dirty, and bits that the format does not know stay as they are.
     fn with_permissions(&self, raw: u64, level: Level, permissions: Permissions) -> u64;
+
+    /// The leaf `raw` of `level` as it is when its first write is to fault: without the right to write, which it
+    /// is noted to have. A leaf without that right stays as it is.
+    fn with_write_tracked(&self, raw: u64, level: Level) -> u64 {
+        match self.decode(raw, level) {
+            Entry::Leaf(leaf) if leaf.permissions.allows(Permissions::WRITE) => {
+                let withheld = leaf.permissions.without(Permissions::WRITE);
+                self.with_permissions(raw, level, withheld) | Self::WRITE_TRACKED
+            }
+            Entry::Leaf(_) | Entry::Absent | Entry::Table(_) => raw,
+        }
+    }
+
+    /// The leaf `raw` of `level` with the right to write that was withheld, if it was.
+    fn with_write_released(&self, raw: u64, level: Level) -> u64 {
+        match self.decode(raw, level) {
+            Entry::Leaf(leaf) if leaf.write_tracked => {
+                let granted = leaf.permissions.union(Permissions::WRITE);
+                self.with_permissions(raw & !Self::WRITE_TRACKED, level, granted)
+            }
+            Entry::Leaf(_) | Entry::Absent | Entry::Table(_) => raw,
+        }
+    }
+
+    /// The entry `raw`, which says the same to this crate and is not used by hardware until it is made. `by` is a
+    /// number below 64 that says who makes it.
+    fn broken(&self, raw: u64, by: u8) -> u64 {
+        let _ = by;
+        raw
+    }
+
+    /// Who is to make `raw`, if it is broken.
+    fn broken_by(&self, raw: u64) -> Option<u8> {
+        let _ = raw;
+        None
+    }
+
+    /// The entry `raw` as hardware is to use it.
+    fn made(&self, raw: u64) -> u64 {
+        raw
+    }
 
     /// The bit that hardware sets when the guest writes through a leaf; cleared with one atomic and, the
     /// leaf is clean and its translation as before.
@@ -54,6 +102,52 @@ pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
             return Err(Unsupported::Memory(leaf.memory));
         }
         Ok(())
+    }
+}
+
+/// The codes that a format has for the memory types that all formats share.
+#[derive(Clone, Copy)]
+pub(crate) struct MemoryCodes {
+    pub(crate) write_back: u8,
+    pub(crate) write_combining: u8,
+    pub(crate) uncached: u8,
+}
+
+impl MemoryCodes {
+    #[inline]
+    pub(crate) fn decode(&self, code: u8) -> MemoryType {
+        if code == self.write_back {
+            MemoryType::WriteBack
+        } else if code == self.write_combining {
+            MemoryType::WriteCombining
+        } else if code == self.uncached {
+            MemoryType::Uncached
+        } else {
+            MemoryType::Other(code)
+        }
+    }
+
+    #[inline]
+    pub(crate) fn encode(&self, memory: MemoryType) -> u8 {
+        match memory {
+            MemoryType::WriteBack => self.write_back,
+            MemoryType::WriteCombining => self.write_combining,
+            MemoryType::Uncached => self.uncached,
+            MemoryType::Other(code) => code,
+        }
+    }
+
+    /// The type that is held in the field `mask` of `raw`, of at most eight bits.
+    #[inline]
+    pub(crate) fn in_field(&self, raw: u64, mask: u64) -> MemoryType {
+        let code = (raw & mask) >> mask.trailing_zeros();
+        self.decode(u8::try_from(code).unwrap_or_default())
+    }
+
+    /// The field `mask` for `memory`.
+    #[inline]
+    pub(crate) fn to_field(&self, memory: MemoryType, mask: u64) -> u64 {
+        u64::from(self.encode(memory)) << mask.trailing_zeros() & mask
     }
 }
 

@@ -10,7 +10,7 @@
 //! table mechanism (EPT)", tables of the formats of EPT entries. There is no present bit: an entry is absent
 //! when it allows nothing. Bit 7 means nothing in an entry of level 0.
 
-use super::hardware::{address, bits};
+use super::hardware::{MemoryCodes, address, bits};
 use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
 use crate::addr::{Level, TABLE_ENTRIES};
 use crate::geometry::Geometry;
@@ -19,7 +19,6 @@ const READ: u64 = 1 << 0;
 const WRITE: u64 = 1 << 1;
 const EXECUTE: u64 = 1 << 2;
 const ANY: u64 = READ | WRITE | EXECUTE;
-const MEMORY_SHIFT: u32 = 3;
 const MEMORY: u64 = bits(3, 6);
 /// Leaf, at levels 1 and 2.
 const LARGE: u64 = 1 << 7;
@@ -28,10 +27,15 @@ const DIRTY: u64 = 1 << 9;
 /// Address fields end here, whatever MAXPHYADDR is: bits between must be zero.
 const ADDRESS_END: u32 = 52;
 
+/// Ignored in leaves.
+const WRITE_TRACKED: u64 = 1 << 52;
+
 /// Memory types, as in the MTRRs: SDM volume 3A, "Memory types and methods of caching".
-const UNCACHED: u8 = 0;
-const WRITE_COMBINING: u8 = 1;
-const WRITE_BACK: u8 = 6;
+const CODES: MemoryCodes = MemoryCodes {
+    write_back: 6,
+    write_combining: 1,
+    uncached: 0,
+};
 /// 2, 3 and 7 are misconfigurations.
 const MEMORY_TYPES: [u8; 5] = [0, 1, 4, 5, 6];
 
@@ -84,7 +88,12 @@ impl Ept {
             EptLevels::Five => 5,
         };
         let flags = u64::from(self.features.has(EptFeatures::ACCESSED_DIRTY)) << 6;
-        root.0 | flags | (walk_length - 1) << 3 | u64::from(WRITE_BACK)
+        root.0 | flags | (walk_length - 1) << 3 | u64::from(CODES.write_back)
+    }
+
+    /// Where the processor sets no dirty flags, what may be written is dirty.
+    const fn is_dirty(&self, raw: u64) -> bool {
+        raw & DIRTY != 0 || raw & WRITE != 0 && !self.features.has(EptFeatures::ACCESSED_DIRTY)
     }
 
     /// Above level 0 an entry says itself whether it is a leaf; level 3 has none.
@@ -110,12 +119,11 @@ impl Format for Ept {
         }
         Entry::Leaf(Leaf {
             hpa: address(raw, level, ADDRESS_END),
-            permissions: Permissions::if_set(raw, READ, Permissions::READ)
-                .union(Permissions::if_set(raw, WRITE, Permissions::WRITE))
-                .union(Permissions::if_set(raw, EXECUTE, Permissions::EXECUTE)),
-            memory: memory_type(raw),
+            permissions: Permissions::from_bits(raw, READ, WRITE, EXECUTE),
+            memory: CODES.in_field(raw, MEMORY),
             accessed: raw & ACCESSED != 0,
-            dirty: raw & DIRTY != 0,
+            dirty: self.is_dirty(raw),
+            write_tracked: raw & WRITE_TRACKED != 0,
         })
     }
 
@@ -128,42 +136,19 @@ impl Format for Ept {
                 let large = if level == Level::PAGE { 0 } else { LARGE };
                 leaf.hpa.0
                     | large
-                    | permission_bits(leaf.permissions)
-                    | memory_bits(leaf.memory)
+                    | leaf.permissions.to_bits(READ, WRITE, EXECUTE)
+                    | CODES.to_field(leaf.memory, MEMORY)
                     | if leaf.accessed { ACCESSED } else { 0 }
                     | if leaf.dirty { DIRTY } else { 0 }
+                    | if leaf.write_tracked { WRITE_TRACKED } else { 0 }
             }
         }
     }
 }
 
-const fn permission_bits(permissions: Permissions) -> u64 {
-    permissions.bits(Permissions::READ, READ)
-        | permissions.bits(Permissions::WRITE, WRITE)
-        | permissions.bits(Permissions::EXECUTE, EXECUTE)
-}
-
-fn memory_type(raw: u64) -> MemoryType {
-    // Three bits.
-    match u8::try_from((raw & MEMORY) >> MEMORY_SHIFT).unwrap_or_default() {
-        UNCACHED => MemoryType::Uncached,
-        WRITE_COMBINING => MemoryType::WriteCombining,
-        WRITE_BACK => MemoryType::WriteBack,
-        other => MemoryType::Other(other),
-    }
-}
-
-fn memory_bits(memory: MemoryType) -> u64 {
-    let kind = match memory {
-        MemoryType::Uncached => UNCACHED,
-        MemoryType::WriteCombining => WRITE_COMBINING,
-        MemoryType::WriteBack => WRITE_BACK,
-        MemoryType::Other(other) => other,
-    };
-    u64::from(kind) << MEMORY_SHIFT & MEMORY
-}
-
 impl HardwareFormat for Ept {
+    const WRITE_TRACKED: u64 = WRITE_TRACKED;
+
     fn geometry(&self) -> Geometry {
         let root = match self.levels {
             EptLevels::Four => 3,
@@ -195,7 +180,8 @@ impl HardwareFormat for Ept {
 
     #[inline]
     fn with_permissions(&self, raw: u64, _: Level, permissions: Permissions) -> u64 {
-        raw & !ANY | permission_bits(permissions)
+        let dirty = if self.is_dirty(raw) { DIRTY } else { 0 };
+        raw & !ANY | permissions.to_bits(READ, WRITE, EXECUTE) | dirty
     }
 
     fn dirty_bits(&self, _: u64) -> u64 {

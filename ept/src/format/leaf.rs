@@ -37,14 +37,28 @@ impl Permissions {
         self.0 & other.0 == other.0
     }
 
-    /// `bits` for each that is allowed, or none.
-    pub(crate) const fn bits(self, other: Self, bits: u64) -> u64 {
-        if self.allows(other) { bits } else { 0 }
+    /// The bits of those that are allowed, given each one's.
+    pub(crate) const fn to_bits(self, read: u64, write: u64, execute: u64) -> u64 {
+        let read = if self.allows(Self::READ) { read } else { 0 };
+        let write = if self.allows(Self::WRITE) { write } else { 0 };
+        let execute = if self.allows(Self::EXECUTE) {
+            execute
+        } else {
+            0
+        };
+        read | write | execute
     }
 
-    /// `other` if any of `bits` is set in `raw`.
-    pub(crate) const fn if_set(raw: u64, bits: u64, other: Self) -> Self {
-        if raw & bits != 0 { other } else { Self::NONE }
+    /// Those of which any bit is set in `raw`, given each one's bits.
+    pub(crate) const fn from_bits(raw: u64, read: u64, write: u64, execute: u64) -> Self {
+        let read = if raw & read != 0 { Self::READ.0 } else { 0 };
+        let write = if raw & write != 0 { Self::WRITE.0 } else { 0 };
+        let execute = if raw & execute != 0 {
+            Self::EXECUTE.0
+        } else {
+            0
+        };
+        Self(read | write | execute)
     }
 }
 
@@ -91,6 +105,9 @@ pub struct Leaf {
     pub accessed: bool,
     /// The guest has written to it since this was last cleared; as above.
     pub dirty: bool,
+    /// The guest may write to it and is not allowed to yet, so that its first write faults: see
+    /// [`Stage2::track_writes`](crate::stage2::Stage2::track_writes). Only where `permissions` do not allow writing.
+    pub write_tracked: bool,
 }
 
 impl Leaf {
@@ -102,6 +119,7 @@ impl Leaf {
             memory,
             accessed: false,
             dirty: false,
+            write_tracked: false,
         }
     }
 

@@ -60,6 +60,14 @@ pub trait Tables {
     type Leaf<'t>: Copy
     where
         Self: 't;
+    /// Held by a walk while it is going on: no table that it can reach is used for anything else meanwhile. `()`
+    /// where tables never go out of use.
+    type Reading<'t>
+    where
+        Self: 't;
+
+    /// A walk begins.
+    fn reading(&self) -> Self::Reading<'_>;
 
     /// How this tree's entries are read.
     fn format(&self) -> &Self::Format;

@@ -11,7 +11,7 @@
 //! Sources: RISC-V privileged specification, "Hypervisor extension", "Two-stage address translation" (U must be
 //! set: G-stage accesses are a user's), and "Sv39", "Svpbmt". N (Svnapot) is not used.
 
-use super::hardware::bits;
+use super::hardware::{MemoryCodes, bits};
 use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
 use crate::addr::{Hpa, Level, TABLE_ENTRIES};
 use crate::geometry::Geometry;
@@ -27,14 +27,18 @@ const DIRTY: u64 = 1 << 7;
 const PAGE_NUMBER: u64 = bits(10, 54);
 /// A page number stands two bits lower than its address.
 const PAGE_NUMBER_SHIFT: u32 = 2;
-const MEMORY_SHIFT: u32 = 61;
 const MEMORY: u64 = bits(61, 63);
 const HPA_BITS: u32 = 56;
 
+/// The first bit of RSW, which is left to software.
+const WRITE_TRACKED: u64 = 1 << 8;
+
 /// PBMT: as the platform says, non-cacheable, I/O.
-const WRITE_BACK: u8 = 0;
-const WRITE_COMBINING: u8 = 1;
-const UNCACHED: u8 = 2;
+const CODES: MemoryCodes = MemoryCodes {
+    write_back: 0,
+    write_combining: 1,
+    uncached: 2,
+};
 
 /// The root is so many tables long.
 const ROOT_TABLES: usize = 4;
@@ -94,18 +98,17 @@ impl Format for GStage {
             return Entry::Table(TableId(address));
         }
         let granted = if raw & USER != 0 {
-            Permissions::if_set(raw, READ, Permissions::READ)
-                .union(Permissions::if_set(raw, WRITE, Permissions::WRITE))
-                .union(Permissions::if_set(raw, EXECUTE, Permissions::EXECUTE))
+            Permissions::from_bits(raw, READ, WRITE, EXECUTE)
         } else {
             Permissions::NONE
         };
         Entry::Leaf(Leaf {
             hpa: Hpa(address),
             permissions: granted,
-            memory: memory_type(raw),
+            memory: CODES.in_field(raw, MEMORY),
             accessed: raw & ACCESSED != 0,
             dirty: raw & DIRTY != 0,
+            write_tracked: raw & WRITE_TRACKED != 0,
         })
     }
 
@@ -118,42 +121,19 @@ impl Format for GStage {
                 leaf.hpa.0 >> PAGE_NUMBER_SHIFT
                     | VALID
                     | USER
-                    | permission_bits(leaf.permissions)
-                    | memory_bits(leaf.memory)
+                    | leaf.permissions.to_bits(READ, WRITE, EXECUTE)
+                    | CODES.to_field(leaf.memory, MEMORY)
                     | if leaf.accessed { ACCESSED } else { 0 }
                     | if leaf.dirty { DIRTY } else { 0 }
+                    | if leaf.write_tracked { WRITE_TRACKED } else { 0 }
             }
         }
     }
 }
 
-const fn permission_bits(permissions: Permissions) -> u64 {
-    permissions.bits(Permissions::READ, READ)
-        | permissions.bits(Permissions::WRITE, WRITE)
-        | permissions.bits(Permissions::EXECUTE, EXECUTE)
-}
-
-fn memory_type(raw: u64) -> MemoryType {
-    // Two bits.
-    match u8::try_from((raw & MEMORY) >> MEMORY_SHIFT).unwrap_or_default() {
-        WRITE_BACK => MemoryType::WriteBack,
-        WRITE_COMBINING => MemoryType::WriteCombining,
-        UNCACHED => MemoryType::Uncached,
-        other => MemoryType::Other(other),
-    }
-}
-
-fn memory_bits(memory: MemoryType) -> u64 {
-    let kind = match memory {
-        MemoryType::WriteBack => WRITE_BACK,
-        MemoryType::WriteCombining => WRITE_COMBINING,
-        MemoryType::Uncached => UNCACHED,
-        MemoryType::Other(other) => other,
-    };
-    u64::from(kind) << MEMORY_SHIFT & MEMORY
-}
-
 impl HardwareFormat for GStage {
+    const WRITE_TRACKED: u64 = WRITE_TRACKED;
+
     fn geometry(&self) -> Geometry {
         let root = match self.mode {
             GStageMode::Sv39x4 => 2,
@@ -189,7 +169,7 @@ impl HardwareFormat for GStage {
 
     #[inline]
     fn with_permissions(&self, raw: u64, _: Level, permissions: Permissions) -> u64 {
-        raw & !ANY | USER | permission_bits(permissions)
+        raw & !ANY | USER | permissions.to_bits(READ, WRITE, EXECUTE)
     }
 
     fn dirty_bits(&self, _: u64) -> u64 {

@@ -8,7 +8,7 @@ use crate::notify::OpenRange;
 use crate::stage2::flush::Flush;
 use crate::stage2::map::replace;
 use crate::stage2::{ChangeError, Never, Stage2, settled};
-use crate::walk::{Action, Change, Place, Run, Visitor, Walk};
+use crate::walk::{Action, Change, Place, Run, Visitor};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// Replaces tables that lie wholly in `range` and say what one leaf of level `to` can say. The leaf is
@@ -25,16 +25,15 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         to: Level,
         open: &OpenRange,
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
-        let mut collapsing = Collapsing {
-            stage2: self,
-            to: to.min(self.format.largest_leaf()),
-            flush: Flush::nothing(self),
-        };
-        let result = self.checked(range).and_then(|range| {
-            let walk = Walk::change(self, range, open)?;
-            settled(Ok(walk.run(&mut collapsing)))
-        });
-        (collapsing.flush, result)
+        self.change(range, open, |walk, flush| {
+            let mut collapsing = Collapsing {
+                stage2: self,
+                to: to.min(self.format.largest_leaf()),
+                flush,
+            };
+            let ended = walk.run(&mut collapsing);
+            settled(Ok(ended), flush)
+        })
     }
 
     /// The leaf of `level` that says what the entries of `table`, one level lower, say together.
@@ -70,13 +69,13 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     }
 }
 
-struct Collapsing<'t, 'm, F> {
+struct Collapsing<'f, 't, 'm, F> {
     stage2: &'t Stage2<'m, F>,
     to: Level,
-    flush: Flush<'t, 'm, F>,
+    flush: &'f mut Flush<'t, 'm, F>,
 }
 
-impl<'t, 'm, F: HardwareFormat> Collapsing<'t, 'm, F> {
+impl<'t, 'm, F: HardwareFormat> Collapsing<'_, 't, 'm, F> {
     /// Collapses what is below the entry of `level` under `slot`, which maps `span`, and then the entry itself: from
     /// the lowest level up, because what is below may become leaves first. It goes as deep as there are levels.
     fn collapse(&mut self, slot: &AtomicU64, span: GpaRange, level: Level) {
@@ -96,9 +95,10 @@ impl<'t, 'm, F: HardwareFormat> Collapsing<'t, 'm, F> {
             return;
         };
         let new = format.encode(Entry::Leaf(leaf), level);
+        let new = self.flush.replacing(new);
         if replace(slot, raw, new).is_ok() {
             self.stage2.pool.push(self.flush.detached(), table);
-            self.flush.changed(span);
+            self.flush.collapsed(span);
         }
     }
 }
@@ -109,7 +109,7 @@ fn step(level: Level) -> usize {
 }
 
 impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
-    for Collapsing<'t, 'm, F>
+    for Collapsing<'_, 't, 'm, F>
 {
     type Stop = Never;
 

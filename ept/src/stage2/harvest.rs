@@ -7,7 +7,7 @@ use crate::format::{Entry, HardwareFormat, Leaf};
 use crate::notify::OpenRange;
 use crate::stage2::flush::Flush;
 use crate::stage2::{ChangeError, Never, Stage2, entries_of, settled};
-use crate::walk::{Action, Change, Place, Run, Visitor, Walk};
+use crate::walk::{Action, Change, Place, Run, Visitor};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// Makes every dirty page of `range` clean and gives `record` what was dirty, in ascending order: runs of
@@ -56,21 +56,20 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         flag: Flag<F>,
         record: impl FnMut(GpaRange),
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
-        let mut taking = Taking {
-            format: &self.format,
-            flag,
-            flush: Flush::nothing(self),
-            pending: None,
-            record,
-        };
-        let result = self.checked(range).and_then(|range| {
-            let walk = Walk::change(self, range, open)?;
-            settled(Ok(walk.run(&mut taking)))
-        });
-        if let Some(last) = taking.pending.take() {
-            (taking.record)(last);
-        }
-        (taking.flush, result)
+        self.change(range, open, |walk, flush| {
+            let mut taking = Taking {
+                format: &self.format,
+                flag,
+                flush,
+                pending: None,
+                record,
+            };
+            let ended = walk.run(&mut taking);
+            if let Some(last) = taking.pending.take() {
+                (taking.record)(last);
+            }
+            settled(Ok(ended), flush)
+        })
     }
 }
 
@@ -80,16 +79,16 @@ struct Flag<F> {
     bits: fn(&F, u64) -> u64,
 }
 
-struct Taking<'t, 'm, F, R> {
+struct Taking<'f, 't, 'm, F, R> {
     format: &'t F,
     flag: Flag<F>,
-    flush: Flush<'t, 'm, F>,
+    flush: &'f mut Flush<'t, 'm, F>,
     /// A run that may go on.
     pending: Option<GpaRange>,
     record: R,
 }
 
-impl<F: HardwareFormat, R: FnMut(GpaRange)> Taking<'_, '_, F, R> {
+impl<F: HardwareFormat, R: FnMut(GpaRange)> Taking<'_, '_, '_, F, R> {
     /// Takes the flag of a leaf that maps `span`.
     fn take(&mut self, slot: &AtomicU64, raw: u64, level: Level, span: GpaRange) {
         let Entry::Leaf(leaf) = self.format.decode(raw, level) else {
@@ -123,7 +122,7 @@ impl<F: HardwareFormat, R: FnMut(GpaRange)> Taking<'_, '_, F, R> {
 }
 
 impl<'t, 'm, 'o, F: HardwareFormat, R: FnMut(GpaRange)> Visitor<'t, Stage2<'m, F>, Change<'o>>
-    for Taking<'t, 'm, F, R>
+    for Taking<'_, 't, 'm, F, R>
 {
     type Stop = Never;
 

@@ -4,8 +4,8 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use core::fmt;
 
 use crate::addr::{Gpa, GpaRange, Hpa, Level, PAGE_SHIFT};
-use crate::format::{Allocate, Entry, HardwareFormat, Leaf, MemoryType, Permissions, Unsupported};
-use crate::stage2::{Stage2, entries_of};
+use crate::format::{Entry, HardwareFormat, Leaf, MemoryType, Permissions, Unsupported};
+use crate::stage2::{Refused, Stage2, UNFLUSHED, entries_of};
 use crate::walk::{Action, Exhausted, Outcome, Place, Record, Run, Visitor, Walk};
 
 /// What holds for everything that is mapped in one call.
@@ -43,6 +43,17 @@ pub enum MapError {
         /// Where.
         at: Gpa,
     },
+    /// So many flushes of this table are not done that no more changes can be noted. Nothing was mapped.
+    Unflushed,
+}
+
+impl From<Refused> for MapError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Beyond { range, span } => Self::Beyond { range, span },
+            Refused::Unflushed => Self::Unflushed,
+        }
+    }
 }
 
 impl fmt::Display for MapError {
@@ -53,6 +64,7 @@ impl fmt::Display for MapError {
             Self::Occupied { at } => write!(f, "{at} is mapped already"),
             Self::Exhausted(error) => error.fmt(f),
             Self::Contended { at } => write!(f, "the entry at {at} keeps changing"),
+            Self::Unflushed => UNFLUSHED.fmt(f),
         }
     }
 }
@@ -69,11 +81,8 @@ impl<F: HardwareFormat> Stage2<'_, F> {
     /// [`MapError`]; except where it says otherwise, everything before the page that it names is mapped. With
     /// [`Stage2::worst_case`] tables available it is never [`MapError::Exhausted`].
     pub fn map(&self, range: GpaRange, hpa: Hpa, attributes: Attributes) -> Result<(), MapError> {
-        let span = self.geometry.span();
-        if !span.covers(&range) {
-            return Err(MapError::Beyond { range, span });
-        }
         self.check_ends(range, hpa, attributes)?;
+        let turn = self.turn(range)?;
         let mut mapping = Mapping {
             stage2: self,
             first_page: range.first_page(),
@@ -82,7 +91,9 @@ impl<F: HardwareFormat> Stage2<'_, F> {
             attributes,
             occupied: None,
         };
-        match Walk::record(self, range).run_allocating(&mut mapping) {
+        let ended = Walk::record(self, range).run_allocating(&mut mapping);
+        turn.end();
+        match ended {
             Ok(Outcome::Completed) => Ok(()),
             Ok(Outcome::Stopped { at, .. }) => Err(MapError::Occupied {
                 at: mapping.occupied.unwrap_or(at),
@@ -155,7 +166,7 @@ impl<F: HardwareFormat> Mapping<'_, '_, F> {
         if replace(place.slot(), place.raw(), new).is_ok() {
             return Action::Skip;
         }
-        self.stage2.give_back(Level::PAGE, table);
+        self.stage2.pool.give_back(table);
         Action::Again
     }
 

@@ -11,6 +11,13 @@
 //! | [`Stage2::age`] | accessed → not, and recorded | an open notifier range | [`Flush`] |
 //! | [`Stage2::split`] | huge leaf → table | an open notifier range, tables | [`Flush`] |
 //! | [`Stage2::collapse`] | table → huge leaf | an open notifier range | [`Flush`] |
+//! | [`Stage2::track_writes`] | writable → its first write faults | an open notifier range; tables for a split | [`Flush`] |
+//! | [`Stage2::write_fault`] | that page writable again, and recorded | tables for a split, if there are any | [`Flush`] |
+//! | [`Stage2::untrack_writes`] | all writable again | tables for a split | [`Flush`] |
+//!
+//! Two ways to find out what the guest writes (S15), for any range: *clean-and-record* takes the dirty flags that
+//! hardware sets ([`Stage2::clean`]); *write-protect* lets the first write to each page fault
+//! ([`Stage2::track_writes`]), for hardware without such flags and for ranges that are rarely written.
 //!
 //! Order (S14): open → change → flush what [`Flush::interval`] names → [`Flush::done`] → close. Tables that went
 //! out of use travel in the `Flush`, and are used again only after it is done.
@@ -19,16 +26,21 @@
 //! nobody uses the translations of the range, and a split changes none of them.
 //!
 //! Every change of an entry is one atomic read-modify-write, so that the accessed and dirty flags which hardware
-//! sets meanwhile are never lost. Threads may change disjoint ranges at once; changes of overlapping ranges are
-//! the caller's to order.
+//! sets meanwhile are never lost. Threads change disjoint ranges at once without waiting for each other; changes of
+//! overlapping ranges come one after the other. Walks that only look never wait, and no table that one may be reading
+//! is used for anything else before it is over.
 
 mod collapse;
 mod dump;
+mod figures;
 mod flush;
 mod harvest;
 mod map;
+mod order;
 mod pool;
 mod protect;
+mod readers;
+mod track;
 mod unmap;
 
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -40,19 +52,28 @@ use crate::format::{
     Allocate, Entry, HardwareFormat, Leaf, OutOfTables, TableId, Tables, Unsupported,
 };
 use crate::geometry::Geometry;
-use crate::walk::{Exhausted, NotOpen, Outcome, Run, Writes};
+use crate::notify::OpenRange;
+use crate::walk::{Change, Exhausted, NotOpen, Outcome, Run, Walk, Writes};
 
 pub use dump::Dump;
+pub use figures::{Clock, FiguresSnapshot};
 pub use flush::Flush;
+pub(crate) use flush::Pages;
 pub use map::{Attributes, MapError};
+pub use readers::Reading;
+pub use track::WriteFault;
 
-use pool::{Chain, Pool};
+use figures::{Figures, add};
+use order::{NoPlace, Order, Turn};
+use pool::Pool;
 
 /// A stage-2 table of a hardware format.
 pub struct Stage2<'m, F> {
     format: F,
     geometry: Geometry,
     pool: Pool<'m>,
+    order: Order,
+    figures: Figures,
 }
 
 /// Why memory is no place for tables.
@@ -109,11 +130,28 @@ pub enum ChangeError {
         /// The first page that was not changed.
         reached: Gpa,
     },
+    /// So many flushes of this table are not done that no more changes can be noted. Nothing was changed.
+    Unflushed,
 }
 
 impl From<NotOpen> for ChangeError {
     fn from(error: NotOpen) -> Self {
         Self::NotOpen(error)
+    }
+}
+
+/// Why a change was not even begun.
+pub(crate) enum Refused {
+    Beyond { range: GpaRange, span: GpaRange },
+    Unflushed,
+}
+
+impl From<Refused> for ChangeError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Beyond { range, span } => Self::Beyond { range, span },
+            Refused::Unflushed => Self::Unflushed,
+        }
     }
 }
 
@@ -125,11 +163,16 @@ impl fmt::Display for ChangeError {
             Self::Exhausted { reached } => write!(f, "no table is left to split at {reached}"),
             Self::Unsupported(error) => error.fmt(f),
             Self::Contended { reached } => write!(f, "the entry at {reached} keeps changing"),
+            Self::Unflushed => UNFLUSHED.fmt(f),
         }
     }
 }
 
 impl core::error::Error for ChangeError {}
+
+/// What errors say of a table whose flushes are forgotten.
+pub(crate) const UNFLUSHED: &str =
+    "64 earlier changes wait for their flush: call `Flush::done` after each";
 
 /// What a change really changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -138,6 +181,8 @@ pub struct Tally {
     pub entries: u64,
     /// Huge leaves that were split for it.
     pub splits: u64,
+    /// Tables that became huge leaves; each counts as an entry, too.
+    pub collapses: u64,
 }
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
@@ -171,7 +216,21 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
             format,
             geometry,
             pool,
+            order: Order::new(),
+            figures: Figures::new(None),
         })
+    }
+
+    /// The same table with a clock, so that it can say for how long changes held their range.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Clock) -> Self {
+        self.figures = Figures::new(Some(clock));
+        self
+    }
+
+    /// The figures so far.
+    pub fn figures(&self) -> FiguresSnapshot {
+        self.figures.snapshot()
     }
 
     /// The root, for the register that points to it: [`Ept::pointer`](crate::format::Ept::pointer), VTTBR_EL2,
@@ -204,6 +263,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         if !self.geometry.span().contains_page(page) {
             return (level, Entry::Absent);
         }
+        let _reading = self.reading();
         let mut table: &[AtomicU64] = self.root();
         loop {
             let raw = table[self.geometry.index(page, level)].load(Ordering::Acquire);
@@ -217,13 +277,47 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         }
     }
 
-    fn checked(&self, range: GpaRange) -> Result<GpaRange, ChangeError> {
+    /// Does what `body` does to the entries of `range`, in its turn. What is owed to the hardware for that is noted
+    /// before anybody else gets a turn there.
+    pub(crate) fn change<'t, 'o, E: From<NotOpen> + From<Refused>>(
+        &'t self,
+        range: GpaRange,
+        open: &'o OpenRange,
+        body: impl FnOnce(Walk<'t, Self, Change<'o>>, &mut Flush<'t, 'm, F>) -> Result<(), E>,
+    ) -> (Flush<'t, 'm, F>, Result<(), E>) {
+        let walk = match Walk::change(self, range, open) {
+            Ok(walk) => walk,
+            Err(error) => return (Flush::nothing(self), Err(error.into())),
+        };
+        self.in_turn(range, |flush| body(walk, flush))
+    }
+
+    /// As [`Stage2::change`], for changes that need no notifier range.
+    fn in_turn<'t, E: From<Refused>>(
+        &'t self,
+        range: GpaRange,
+        body: impl FnOnce(&mut Flush<'t, 'm, F>) -> Result<(), E>,
+    ) -> (Flush<'t, 'm, F>, Result<(), E>) {
+        let mut flush = Flush::nothing(self);
+        let result = self.turn(range).map_err(E::from).and_then(|turn| {
+            flush.at(turn.id());
+            let result = body(&mut flush);
+            flush.owe(turn.end_owing(flush.interval()));
+            result
+        });
+        add(&self.figures.splits, flush.tally().splits);
+        add(&self.figures.collapses, flush.tally().collapses);
+        (flush, result)
+    }
+
+    /// Waits for the turn of a change of `range`.
+    fn turn(&self, range: GpaRange) -> Result<Turn<'_>, Refused> {
         let span = self.geometry.span();
-        if span.covers(&range) {
-            Ok(range)
-        } else {
-            Err(ChangeError::Beyond { range, span })
+        if !span.covers(&range) {
+            return Err(Refused::Beyond { range, span });
         }
+        let turn = self.order.turn(range, &self.figures);
+        turn.map_err(|NoPlace| Refused::Unflushed)
     }
 }
 
@@ -234,6 +328,15 @@ impl<F: HardwareFormat> Tables for Stage2<'_, F> {
         = &'t [AtomicU64]
     where
         Self: 't;
+    type Reading<'t>
+        = Reading<'t>
+    where
+        Self: 't;
+
+    #[inline]
+    fn reading(&self) -> Reading<'_> {
+        self.pool.reading()
+    }
 
     fn format(&self) -> &F {
         &self.format
@@ -282,9 +385,7 @@ impl<F: HardwareFormat> Allocate for Stage2<'_, F> {
     }
 
     fn give_back(&self, _: Level, table: TableId) {
-        let mut chain = Chain::EMPTY;
-        self.pool.push(&mut chain, table);
-        self.pool.give_back(chain);
+        self.pool.give_back(table);
     }
 }
 
@@ -300,13 +401,19 @@ impl<F> fmt::Debug for Stage2<'_, F> {
 /// The stop of a walk that never stops.
 enum Never {}
 
-/// How a changing walk ended.
-fn settled(ended: Result<Outcome<Never>, Exhausted>) -> Result<(), ChangeError> {
+/// How a changing walk ended, whose last split is taken out of `flush` where there was no table for it.
+fn settled<F: HardwareFormat>(
+    ended: Result<Outcome<Never>, Exhausted>,
+    flush: &mut Flush<'_, '_, F>,
+) -> Result<(), ChangeError> {
     match ended {
         Ok(Outcome::Completed) => Ok(()),
         Ok(Outcome::Stopped { value, .. }) => match value {},
         Ok(Outcome::Contended { at }) => Err(ChangeError::Contended { reached: at }),
-        Err(Exhausted { reached }) => Err(ChangeError::Exhausted { reached }),
+        Err(Exhausted { reached }) => {
+            flush.not_split();
+            Err(ChangeError::Exhausted { reached })
+        }
     }
 }
 

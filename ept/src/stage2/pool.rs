@@ -1,7 +1,7 @@
 //! Memory for tables, lent by the embedder as a slice of atomics.
 //!
-//! Which tables are free, and which wait for a flush, is kept beside the tables, because hardware may still
-//! read those: a list through their own words would be read as entries.
+//! Which tables are free, and which wait for a flush or for a walk, is kept beside the tables, because those may
+//! still be read: a list through their own words would be read as entries.
 
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use alloc::boxed::Box;
@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 
 use crate::addr::{Hpa, PAGE_SIZE, TABLE_ENTRIES};
 use crate::format::{OutOfTables, TableId};
+use crate::stage2::readers::{Readers, Reading};
 use crate::sync::SpinLock;
 
 /// No table.
@@ -22,13 +23,18 @@ pub(super) struct Pool<'m> {
     /// For a table in a list, the next one.
     next: Box<[AtomicU32]>,
     free: SpinLock<Free>,
+    readers: Readers,
 }
 
 struct Free {
     /// The first table that was never used.
     unused: u32,
-    /// Tables given back.
+    /// Tables that may be used again.
     list: Chain,
+    /// Tables that wait for the walks of the other crowd.
+    leaving: Chain,
+    /// Tables that were given back since the crowds changed last.
+    retired: Chain,
 }
 
 /// A list of tables, in no order. Whoever has it has the tables.
@@ -48,6 +54,10 @@ impl Chain {
 
     pub(super) fn len(&self) -> usize {
         self.count
+    }
+
+    fn is_empty(&self) -> bool {
+        self.count == 0
     }
 }
 
@@ -69,7 +79,10 @@ impl<'m> Pool<'m> {
             free: SpinLock::new(Free {
                 unused: u32::try_from(reserved).unwrap_or(NONE),
                 list: Chain::EMPTY,
+                leaving: Chain::EMPTY,
+                retired: Chain::EMPTY,
             }),
+            readers: Readers::new(),
         })
     }
 
@@ -90,9 +103,18 @@ impl<'m> Pool<'m> {
         &self.words[first..][..TABLE_ENTRIES]
     }
 
+    /// A walk begins.
+    #[inline]
+    pub(super) fn reading(&self) -> Reading<'_> {
+        self.readers.enter()
+    }
+
     pub(super) fn allocate(&self) -> Result<TableId, OutOfTables> {
         let mut free = self.free.lock();
-        if free.list.first != NONE {
+        if free.list.is_empty() {
+            self.reclaim(&mut free);
+        }
+        if !free.list.is_empty() {
             let number = free.list.first;
             free.list.first = self.link(number).load(Ordering::Relaxed);
             free.list.count -= 1;
@@ -108,31 +130,63 @@ impl<'m> Pool<'m> {
 
     /// Tables that [`Self::allocate`] can still give.
     pub(super) fn available(&self) -> usize {
-        let free = self.free.lock();
+        let mut free = self.free.lock();
+        self.reclaim(&mut free);
         free.list.count + self.next.len().saturating_sub(free.unused as usize)
+    }
+
+    /// Frees the tables whose walks are over. At most two changes of crowds free everything if nobody walks.
+    fn reclaim(&self, free: &mut Free) {
+        while !(free.leaving.is_empty() && free.retired.is_empty()) {
+            if !self.readers.other_is_gone() {
+                return;
+            }
+            self.append(&mut free.list, free.leaving);
+            free.leaving = core::mem::replace(&mut free.retired, Chain::EMPTY);
+            if !free.leaving.is_empty() {
+                self.readers.change();
+            }
+        }
     }
 
     /// Puts a table before `chain`.
     pub(super) fn push(&self, chain: &mut Chain, table: TableId) {
         let number = self.number(table);
         self.link(number).store(chain.first, Ordering::Relaxed);
-        if chain.first == NONE {
+        if chain.is_empty() {
             chain.last = number;
         }
         chain.first = number;
         chain.count += 1;
     }
 
-    /// Frees every table of `chain`.
-    pub(super) fn give_back(&self, chain: Chain) {
-        if chain.first == NONE {
+    /// Puts `front` before `chain`.
+    fn append(&self, chain: &mut Chain, front: Chain) {
+        if front.is_empty() {
+            return;
+        }
+        self.link(front.last).store(chain.first, Ordering::Relaxed);
+        if chain.is_empty() {
+            chain.last = front.last;
+        }
+        chain.first = front.first;
+        chain.count += front.count;
+    }
+
+    /// Takes back a table that was never linked: nobody can be reading it.
+    pub(super) fn give_back(&self, table: TableId) {
+        let mut free = self.free.lock();
+        self.push(&mut free.list, table);
+    }
+
+    /// Takes back tables that were taken out of the tree and flushed; they are free when every walk is over that may
+    /// have found them before.
+    pub(super) fn retire(&self, chain: Chain) {
+        if chain.is_empty() {
             return;
         }
         let mut free = self.free.lock();
-        self.link(chain.last)
-            .store(free.list.first, Ordering::Relaxed);
-        free.list.first = chain.first;
-        free.list.count += chain.count;
+        self.append(&mut free.retired, chain);
     }
 
     fn link(&self, number: u32) -> &AtomicU32 {

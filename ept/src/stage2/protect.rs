@@ -1,18 +1,21 @@
 //! Changing what the guest may do, and splitting.
 
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::Ordering;
 
 use crate::addr::{GpaRange, Hpa, Level};
 use crate::format::{Entry, HardwareFormat, Leaf, MemoryType, Permissions};
 use crate::notify::OpenRange;
-use crate::stage2::flush::Flush;
+use crate::stage2::flush::{Flush, Pages};
 use crate::stage2::map::replace;
 use crate::stage2::{ChangeError, Never, Stage2, entries_of, settled};
-use crate::walk::{Action, Change, Place, Run, Visitor, Walk};
+use crate::walk::{Action, Change, Place, Run, Visitor, Writes};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// Gives every mapped page of `range` just these permissions; all else that its entry says stays, accessed
     /// and dirty flags included. A huge leaf across an edge is split.
+    ///
+    /// Where writes are tracked and the right to write is withheld it stays so, if the new permissions have it. A page
+    /// that becomes writable by this is not tracked before the next [`Stage2::track_writes`].
     ///
     /// # Errors
     /// [`ChangeError`], with the [`Flush`] of what was done before it.
@@ -22,26 +25,14 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         permissions: Permissions,
         open: &OpenRange,
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
-        let mut protecting = Protecting {
-            format: &self.format,
-            permissions,
-            flush: Flush::nothing(self),
-        };
-        let result = self
-            .checked(range)
-            .and_then(|range| {
-                let leaf = Leaf::new(Hpa(0), permissions, MemoryType::WriteBack);
-                let allowed = self.format.check(&leaf, Level::PAGE);
-                allowed.map_err(ChangeError::Unsupported).map(|()| range)
-            })
-            .and_then(|range| {
-                let walk = Walk::change(self, range, open)?;
-                settled(walk.run_allocating(&mut protecting))
-            });
-        if matches!(result, Err(ChangeError::Exhausted { .. })) {
-            protecting.flush.not_split();
+        let leaf = Leaf::new(Hpa(0), permissions, MemoryType::WriteBack);
+        if let Err(unsupported) = self.format.check(&leaf, Level::PAGE) {
+            let error = ChangeError::Unsupported(unsupported);
+            return (Flush::nothing(self), Err(error));
         }
-        (protecting.flush, result)
+        self.rewrite(range, open, |raw, level| {
+            self.permitted(raw, level, permissions)
+        })
     }
 
     /// Splits every huge leaf that meets `range`, until none is larger than `largest`. Translations and
@@ -55,94 +46,121 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         largest: Level,
         open: &OpenRange,
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
-        let mut splitting = Splitting {
-            largest,
-            flush: Flush::nothing(self),
-        };
-        let result = self.checked(range).and_then(|range| {
-            let walk = Walk::change(self, range, open)?;
-            settled(walk.run_allocating(&mut splitting))
-        });
-        if matches!(result, Err(ChangeError::Exhausted { .. })) {
-            splitting.flush.not_split();
+        self.change(range, open, |walk, flush| {
+            let ended = walk.run_allocating(&mut Splitting { largest, flush });
+            settled(ended, flush)
+        })
+    }
+
+    /// The leaf `raw` with just `permissions`, but for a right to write that is withheld.
+    fn permitted(&self, raw: u64, level: Level, permissions: Permissions) -> u64 {
+        let format = &self.format;
+        if raw & F::WRITE_TRACKED == 0 {
+            return format.with_permissions(raw, level, permissions);
         }
-        (splitting.flush, result)
+        let granted = format.with_permissions(raw & !F::WRITE_TRACKED, level, permissions);
+        format.with_write_tracked(granted, level)
+    }
+
+    /// Replaces every leaf of `range` by what `rule` makes of it, where that differs.
+    pub(super) fn rewrite<'t>(
+        &'t self,
+        range: GpaRange,
+        open: &OpenRange,
+        rule: impl Fn(u64, Level) -> u64,
+    ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
+        self.change(range, open, |walk, flush| {
+            let mut rewriting = Rewriting {
+                format: &self.format,
+                rule,
+                flush,
+            };
+            let ended = walk.run_allocating(&mut rewriting);
+            settled(ended, flush)
+        })
     }
 }
 
-struct Protecting<'t, 'm, F> {
-    format: &'t F,
-    permissions: Permissions,
-    flush: Flush<'t, 'm, F>,
+/// Replaces leaves by what a rule makes of (raw value, level). A huge leaf across an edge that the rule would change is
+/// split.
+pub(super) struct Rewriting<'f, 't, 'm, F, R> {
+    pub(super) format: &'t F,
+    pub(super) rule: R,
+    pub(super) flush: &'f mut Flush<'t, 'm, F>,
 }
 
-impl<F: HardwareFormat> Protecting<'_, '_, F> {
-    /// Changes the entry under `slot` if it is a leaf; hardware may set its flags meanwhile.
-    #[inline]
-    fn change(&mut self, slot: &AtomicU64, page: u64) {
-        let mut raw = slot.load(Ordering::Relaxed);
-        while let Entry::Leaf(_) = self.format.decode(raw, Level::PAGE) {
-            let new = self.changed(raw, Level::PAGE);
-            if new == raw {
-                return;
-            }
-            match replace(slot, raw, new) {
-                Ok(()) => return self.flush.changed(GpaRange::of(page, page + 1)),
-                Err(found) => raw = found,
-            }
-        }
-    }
-
-    #[inline]
-    fn changed(&self, raw: u64, level: Level) -> u64 {
-        self.format.with_permissions(raw, level, self.permissions)
-    }
-}
-
-impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
-    for Protecting<'t, 'm, F>
+impl<'t, 'm, A: Writes, F, R> Visitor<'t, Stage2<'m, F>, A> for Rewriting<'_, 't, 'm, F, R>
+where
+    F: HardwareFormat,
+    R: Fn(u64, Level) -> u64,
 {
     type Stop = Never;
 
-    fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Never> {
+    fn replacing(&self, table: u64) -> u64 {
+        self.flush.replacing(table)
+    }
+
+    fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, A>) -> Action<Never> {
         match place.entry() {
             Entry::Table(_) => Action::Continue,
             Entry::Absent => Action::Skip,
-            Entry::Leaf(_) if self.changed(place.raw(), place.level()) == place.raw() => {
-                Action::Skip
-            }
-            Entry::Leaf(_) if place.part() == place.span() => {
-                let new = self.changed(place.raw(), place.level());
-                if replace(place.slot(), place.raw(), new).is_err() {
+            Entry::Leaf(_) => {
+                let (raw, span) = (place.raw(), place.span());
+                let new = (self.rule)(raw, place.level());
+                if new == raw {
+                    return Action::Skip;
+                }
+                if place.part() != span {
+                    self.flush.split(span);
+                    return Action::Split;
+                }
+                if replace(place.slot(), raw, new).is_err() {
                     return Action::Again;
                 }
-                self.flush.changed(place.span());
+                self.flush.changed(span);
                 Action::Skip
-            }
-            Entry::Leaf(_) => {
-                self.flush.split(place.span());
-                Action::Split
             }
         }
     }
 
-    fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Never> {
+    #[inline]
+    fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, A>) -> Action<Never> {
+        let mut pages = Pages::default();
         for (page, slot) in entries_of(run) {
-            self.change(slot, page);
+            let mut raw = slot.load(Ordering::Relaxed);
+            while let Entry::Leaf(_) = self.format.decode(raw, Level::PAGE) {
+                let new = (self.rule)(raw, Level::PAGE);
+                if new == raw {
+                    break;
+                }
+                match replace(slot, raw, new) {
+                    Ok(()) => {
+                        pages.add(page);
+                        break;
+                    }
+                    // Hardware has set a flag meanwhile.
+                    Err(found) => raw = found,
+                }
+            }
         }
+        self.flush.changed_pages(pages);
         Action::Continue
     }
 }
 
-struct Splitting<'t, 'm, F> {
+struct Splitting<'f, 't, 'm, F> {
     largest: Level,
-    flush: Flush<'t, 'm, F>,
+    flush: &'f mut Flush<'t, 'm, F>,
 }
 
 impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
-    for Splitting<'t, 'm, F>
+    for Splitting<'_, 't, 'm, F>
 {
     type Stop = Never;
+
+    fn replacing(&self, table: u64) -> u64 {
+        self.flush.replacing(table)
+    }
 
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Never> {
         match place.entry() {

@@ -5,11 +5,11 @@ use crate::sync::atomic::Ordering;
 use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, HardwareFormat, TableId, Tables};
 use crate::notify::OpenRange;
-use crate::stage2::flush::Flush;
+use crate::stage2::flush::{Flush, Pages};
 use crate::stage2::map::replace;
 use crate::stage2::pool::Chain;
 use crate::stage2::{ChangeError, Stage2, entries_of, settled};
-use crate::walk::{Action, Change, Place, Run, Visitor, Walk};
+use crate::walk::{Action, Change, Place, Run, Visitor};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// Takes the pages of `range` away from the guest. A table that lies wholly in the range is taken out with
@@ -28,18 +28,11 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         range: GpaRange,
         open: &OpenRange,
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
-        let mut unmapping = Unmapping {
-            stage2: self,
-            flush: Flush::nothing(self),
-        };
-        let result = self.checked(range).and_then(|range| {
-            let walk = Walk::change(self, range, open)?;
-            settled(walk.run_allocating(&mut unmapping))
-        });
-        if matches!(result, Err(ChangeError::Exhausted { .. })) {
-            unmapping.flush.not_split();
-        }
-        (unmapping.flush, result)
+        self.change(range, open, |walk, flush| {
+            let stage2 = self;
+            let ended = walk.run_allocating(&mut Unmapping { stage2, flush });
+            settled(ended, flush)
+        })
     }
 
     /// Puts `table`, whose entries are of `level`, and every table below it into `chain`. It goes at most as
@@ -57,15 +50,19 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     }
 }
 
-struct Unmapping<'t, 'm, F> {
+struct Unmapping<'f, 't, 'm, F> {
     stage2: &'t Stage2<'m, F>,
-    flush: Flush<'t, 'm, F>,
+    flush: &'f mut Flush<'t, 'm, F>,
 }
 
 impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
-    for Unmapping<'t, 'm, F>
+    for Unmapping<'_, 't, 'm, F>
 {
     type Stop = super::Never;
+
+    fn replacing(&self, table: u64) -> u64 {
+        self.flush.replacing(table)
+    }
 
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<super::Never> {
         let whole = place.part() == place.span();
@@ -91,12 +88,14 @@ impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
     }
 
     fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<super::Never> {
+        let mut pages = Pages::default();
         for (page, slot) in entries_of(run) {
             // A locked operation only where there is something.
             if slot.load(Ordering::Relaxed) != 0 && slot.swap(0, Ordering::SeqCst) != 0 {
-                self.flush.changed(GpaRange::of(page, page + 1));
+                pages.add(page);
             }
         }
+        self.flush.changed_pages(pages);
         Action::Continue
     }
 }

@@ -160,6 +160,11 @@ impl<const PLANES: usize> Tables for Tree<PLANES> {
     type Format = Tracking;
     type Upper = UpperTable;
     type Leaf<'t> = LeafTable<'t, PLANES>;
+    /// A table that was linked stays where it is.
+    type Reading<'t> = ();
+
+    #[inline]
+    fn reading(&self) {}
 
     fn format(&self) -> &Tracking {
         &Tracking

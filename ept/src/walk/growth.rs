@@ -11,11 +11,13 @@ use crate::walk::cursor::Cursor;
 pub(crate) trait Growth<T: Tables> {
     type Error;
 
+    /// Makes a table of `entry`, whose raw value is `raw`, and links it as `replacing` has the new raw value.
     fn fill(
         &self,
         cursor: &Cursor<'_, T>,
         raw: u64,
         entry: Entry<<T::Format as Format>::Leaf>,
+        replacing: impl Fn(u64) -> u64,
     ) -> Result<Filled, Self::Error>;
 }
 
@@ -39,6 +41,7 @@ impl<T: Tables> Growth<T> for NoGrowth {
         _: &Cursor<'_, T>,
         _: u64,
         _: Entry<<T::Format as Format>::Leaf>,
+        _: impl Fn(u64) -> u64,
     ) -> Result<Filled, Infallible> {
         Ok(Filled::Never)
     }
@@ -57,6 +60,7 @@ impl<T: Allocate> Growth<T> for Growing {
         cursor: &Cursor<'_, T>,
         raw: u64,
         entry: Entry<<T::Format as Format>::Leaf>,
+        replacing: impl Fn(u64) -> u64,
     ) -> Result<Filled, Exhausted> {
         let (tables, level) = (cursor.tables(), cursor.level());
         let below = level.down();
@@ -66,7 +70,7 @@ impl<T: Allocate> Growth<T> for Growing {
             .map_err(|OutOfTables| Exhausted {
                 reached: cursor.gpa(),
             })?;
-        let new = tables.format().encode(Entry::Table(table), level);
+        let new = replacing(tables.format().encode(Entry::Table(table), level));
         match cursor
             .slot()
             .compare_exchange(raw, new, Ordering::SeqCst, Ordering::Relaxed)

@@ -134,6 +134,11 @@ pub trait Visitor<'t, T: Tables, A> {
     /// An entry above level 0.
     fn entry(&mut self, place: &Place<'_, 't, T, A>) -> Action<Self::Stop>;
 
+    /// What is written over a live leaf that is split, where `table` is the raw value of the new table's entry.
+    fn replacing(&self, table: u64) -> u64 {
+        table
+    }
+
     /// The part of one leaf table that lies in the range. `Descend`, `Skip` and `Split` mean
     /// `Continue` here.
     fn run(&mut self, run: &Run<'_, 't, T, A>) -> Action<Self::Stop>;
@@ -245,6 +250,7 @@ impl<'t, T: Tables, A> Walk<'t, T, A> {
         let Some(range) = self.range.intersection(&self.tables.geometry().span()) else {
             return Ok(Outcome::Completed);
         };
+        let _reading = self.tables.reading();
         let mut cursor = Cursor::new(self.tables, range);
         let mut tries = 0;
         while cursor.seek(visitor) {
@@ -305,7 +311,11 @@ where
             Ok(enter(cursor, visitor, table))
         }
         (Action::Descend, Entry::Absent) | (Action::Split, Entry::Leaf(_)) => {
-            match growth.fill(cursor, raw, entry)? {
+            let replacing = |table| match entry {
+                Entry::Leaf(_) => visitor.replacing(table),
+                Entry::Absent | Entry::Table(_) => table,
+            };
+            match growth.fill(cursor, raw, entry, replacing)? {
                 Filled::Linked(table) => Ok(enter(cursor, visitor, table)),
                 Filled::Changed => Ok(Step::Same),
                 Filled::Never => {

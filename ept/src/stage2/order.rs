@@ -1,0 +1,225 @@
+//! Who changes which range now, and which changes still wait for their flush.
+//!
+//! Every change takes a [`Turn`] on its range first. Turns on overlapping ranges come one after the other, in the
+//! order in which they were asked for; turns on disjoint ranges do not wait for each other. A turn is not a lock on
+//! tables: it is the range itself that is held, so that two threads below one table get on side by side.
+//!
+//! A change that owes a flush keeps its place in the list until that is done. Whoever changes an overlapping range
+//! meanwhile may find entries changed already whose old translations are still cached: it must flush its whole
+//! range, not only what it touched itself (compare `mm_tlb_flush_nested` in Linux's `mm/mapping_dirty_helpers.c`).
+
+use crate::sync::atomic::Ordering;
+
+use crate::addr::GpaRange;
+use crate::stage2::figures::Figures;
+use crate::sync::{SpinLock, relax};
+
+/// Changes that are going on or wait for their flush at one time.
+pub(super) const PLACES: usize = 64;
+
+/// Turns of waiting for a place before it is said that there is none.
+const PATIENCE: u32 = 1 << 16;
+
+/// Which changes are going on, or wait for their flush.
+pub(super) struct Order {
+    state: SpinLock<State>,
+}
+
+/// Every place is taken by a change that waits for its flush.
+#[derive(Debug)]
+pub(super) struct NoPlace;
+
+/// The number of a change's place, 0 to 63.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PlaceId(u8);
+
+impl PlaceId {
+    pub(super) fn number(self) -> u8 {
+        self.0
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Phase {
+    /// It has its turn, or waits for it.
+    Changing,
+    /// Its turn is over; hardware may still use what it changed.
+    Unflushed,
+}
+
+#[derive(Clone, Copy)]
+struct Place {
+    /// Lower ones go first.
+    ticket: u64,
+    range: GpaRange,
+    phase: Phase,
+}
+
+struct State {
+    next_ticket: u64,
+    /// A bit for each place that is taken.
+    taken: u64,
+    places: [Place; PLACES],
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let place = Place {
+            ticket: 0,
+            range: GpaRange::ALL,
+            phase: Phase::Unflushed,
+        };
+        Self {
+            next_ticket: 0,
+            taken: 0,
+            places: [place; PLACES],
+        }
+    }
+}
+
+impl State {
+    fn enter(&mut self, range: GpaRange) -> Option<PlaceId> {
+        let free = self.taken.trailing_ones();
+        let index = usize::try_from(free).ok()?;
+        *self.places.get_mut(index)? = Place {
+            ticket: self.next_ticket,
+            range,
+            phase: Phase::Changing,
+        };
+        self.next_ticket += 1;
+        self.taken |= 1 << free;
+        u8::try_from(free).ok().map(PlaceId)
+    }
+
+    fn at(&mut self, id: PlaceId) -> &mut Place {
+        &mut self.places[usize::from(id.0)]
+    }
+
+    fn vacate(&mut self, id: PlaceId) {
+        self.taken &= !(1 << id.0);
+    }
+
+    /// The other changes that overlap the one at `id`.
+    fn overlapping(&self, id: PlaceId) -> impl Iterator<Item = &Place> {
+        let range = self.places[usize::from(id.0)].range;
+        let mut others = self.taken & !(1 << id.0);
+        core::iter::from_fn(move || {
+            let index = usize::try_from(others.trailing_zeros()).ok()?;
+            let place = self.places.get(index)?;
+            others &= others - 1;
+            Some(place)
+        })
+        .filter(move |place| place.range.overlaps(&range))
+    }
+
+    fn must_wait(&self, id: PlaceId) -> bool {
+        let own = self.places[usize::from(id.0)].ticket;
+        self.overlapping(id)
+            .any(|place| matches!(place.phase, Phase::Changing) && place.ticket < own)
+    }
+
+    fn has_unflushed(&self, id: PlaceId) -> bool {
+        self.overlapping(id)
+            .any(|place| matches!(place.phase, Phase::Unflushed))
+    }
+}
+
+impl Order {
+    pub(super) fn new() -> Self {
+        Self {
+            state: SpinLock::new(State::default()),
+        }
+    }
+
+    /// Waits for the turn of a change of `range`.
+    pub(super) fn turn<'o>(
+        &'o self,
+        range: GpaRange,
+        figures: &'o Figures,
+    ) -> Result<Turn<'o>, NoPlace> {
+        let id = self.enter(range)?;
+        let mut spins = 0;
+        while self.state.lock().must_wait(id) {
+            relax(&mut spins);
+        }
+        Ok(Turn {
+            order: self,
+            figures,
+            began_ns: figures.now_ns(),
+            id,
+        })
+    }
+
+    fn enter(&self, range: GpaRange) -> Result<PlaceId, NoPlace> {
+        let mut spins = 0;
+        for _ in 0..PATIENCE {
+            if let Some(id) = self.state.lock().enter(range) {
+                return Ok(id);
+            }
+            relax(&mut spins);
+        }
+        Err(NoPlace)
+    }
+
+    /// The change at `id` was flushed.
+    pub(super) fn flushed(&self, id: PlaceId) {
+        self.state.lock().vacate(id);
+    }
+}
+
+/// A range that nobody else changes. Dropped without an end, by a panic for example, its flush stays owed for ever.
+#[must_use = "a turn lasts as long as this value"]
+pub(super) struct Turn<'o> {
+    order: &'o Order,
+    figures: &'o Figures,
+    began_ns: u64,
+    id: PlaceId,
+}
+
+impl Turn<'_> {
+    /// Where the change stands in the list, until its flush is done.
+    pub(super) fn id(&self) -> PlaceId {
+        self.id
+    }
+
+    /// Ends a turn that owes no flush.
+    pub(super) fn end(self) {
+        self.order.state.lock().vacate(self.id);
+        self.over();
+    }
+
+    /// Ends a turn in which `touched` was changed; the result is what is to be flushed, until when the place is
+    /// kept.
+    pub(super) fn end_owing(self, touched: Option<GpaRange>) -> Option<GpaRange> {
+        let mut state = self.order.state.lock();
+        let owed = if state.has_unflushed(self.id) {
+            let range = state.at(self.id).range;
+            Some(touched.map_or(range, |touched| touched.hull(&range)))
+        } else {
+            touched
+        };
+        match owed {
+            Some(_) => state.at(self.id).phase = Phase::Unflushed,
+            None => state.vacate(self.id),
+        }
+        drop(state);
+        self.over();
+        owed
+    }
+
+    /// The place is dealt with.
+    fn over(self) {
+        let held_ns = self.figures.now_ns().saturating_sub(self.began_ns);
+        if held_ns != 0 {
+            let longest = &self.figures.longest_turn_ns;
+            longest.fetch_max(held_ns, Ordering::Relaxed);
+        }
+        core::mem::forget(self);
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.order.state.lock().at(self.id).phase = Phase::Unflushed;
+    }
+}
