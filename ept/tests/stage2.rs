@@ -2,51 +2,20 @@
 //! list of pages, read back by a walker of the raw words that knows the manuals and nothing of the crate.
 
 mod mmu;
+mod tables;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicU64;
 
-use ept::format::{
-    ArmFlags, ArmStage2, Entry, Ept, EptFeatures, EptLevels, GStage, GStageMemory, GStageMode,
-    HardwareFormat, MemoryType, Npt, Permissions, Unsupported,
-};
-use ept::stage2::{Attributes, ChangeError, Flush, MapError, PoolError, Stage2};
+use ept::format::{Entry, EptLevels, GStageMode, HardwareFormat, Npt, Permissions, Unsupported};
+use ept::stage2::{ChangeError, MapError, PoolError, Stage2};
 use ept::walk::{Action, Look, Outcome, Place, Run, Visitor, Walk};
-use ept::{Gpa, GpaRange, Hpa, Level, Notifier, OpenRange};
+use ept::{Gpa, GpaRange, Hpa, Level, Notifier};
 use mmu::{Mmu, Touch};
 use proptest::prelude::*;
-
-/// Tables for every test here.
-const TABLES: usize = 256;
-const BASE: Hpa = Hpa(0x10_0000_0000);
-/// Pages that operations are about.
-const WINDOW: u64 = 4096;
-
-fn words(tables: usize) -> Vec<AtomicU64> {
-    (0..tables * 512).map(|_| AtomicU64::new(0)).collect()
-}
-
-fn open() -> OpenRange {
-    Notifier::new().open(GpaRange::ALL).unwrap()
-}
-
-fn pages(first: u64, count: u64) -> GpaRange {
-    GpaRange::from_pages(first, count).unwrap()
-}
-
-fn attributes(permissions: Permissions, largest: Level) -> Attributes {
-    Attributes {
-        permissions,
-        memory: MemoryType::WriteBack,
-        largest,
-    }
-}
-
-/// What a change is good for once it was flushed.
-fn done<F: HardwareFormat>((flush, result): (Flush<'_, '_, F>, Result<(), ChangeError>)) {
-    result.unwrap();
-    flush.done();
-}
+use tables::{
+    BASE, TABLES, WINDOW, attributes, done, for_all_formats, g_stage, intel, open, pages,
+    some_huge_leaves, span, words,
+};
 
 /// One page of the model.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -178,48 +147,8 @@ fn agrees<F: HardwareFormat>(format: F, kind: mmu::Kind, base: u64, ops: &[Op]) 
     }
     assert_same(&stage2, &mmu, &model, base);
     let open = open();
-    done(stage2.unmap(stage2_span(&stage2), &open));
+    done(stage2.unmap(span(&stage2), &open));
     assert_eq!(stage2.available(), all, "every table has come back");
-}
-
-fn stage2_span<F: HardwareFormat>(stage2: &Stage2<'_, F>) -> GpaRange {
-    use ept::format::Tables;
-    stage2.geometry().span()
-}
-
-fn ept(levels: EptLevels) -> Ept {
-    Ept {
-        levels,
-        features: EptFeatures::ACCESSED_DIRTY,
-    }
-}
-
-fn arm(bits: u32) -> ArmStage2 {
-    ArmStage2::new(bits, ArmFlags::AccessedDirty).unwrap()
-}
-
-fn g_stage(mode: GStageMode) -> GStage {
-    GStage {
-        mode,
-        memory: GStageMemory::Platform,
-    }
-}
-
-/// Runs `$test(format, kind, base, …)` for every format: `base` lies across a boundary of 1 GiB, or ends with the
-/// space.
-macro_rules! for_all_formats {
-    ($test:ident $(, $argument:expr)*) => {
-        $test(ept(EptLevels::Four), mmu::EPT4, (1 << 18) - 2048 $(, $argument)*);
-        $test(ept(EptLevels::Five), mmu::EPT5, (1 << 45) - WINDOW $(, $argument)*);
-        $test(Npt::FourLevels, mmu::NPT4, (1 << 36) - WINDOW $(, $argument)*);
-        $test(Npt::FiveLevels, mmu::NPT5, (1 << 27) - 2048 $(, $argument)*);
-        $test(arm(40), mmu::ARM40, (1 << 28) - WINDOW $(, $argument)*);
-        $test(arm(48), mmu::ARM48, (1 << 27) - 2048 $(, $argument)*);
-        $test(arm(34), mmu::ARM34, (1 << 18) - 2048 $(, $argument)*);
-        $test(g_stage(GStageMode::Sv39x4), mmu::SV39X4, (1 << 29) - WINDOW $(, $argument)*);
-        $test(g_stage(GStageMode::Sv48x4), mmu::SV48X4, (1 << 27) - 2048 $(, $argument)*);
-        $test(g_stage(GStageMode::Sv57x4), mmu::SV57X4, (1 << 47) - WINDOW $(, $argument)*);
-    };
 }
 
 /// Operations are drawn for base 0 and moved to each format's window.
@@ -251,14 +180,6 @@ proptest! {
     ) {
         for_all_formats!(agrees_moved, &ops);
     }
-}
-
-/// Maps 16 MiB with leaves of 2 MiB and the second of them split.
-fn some_huge_leaves<F: HardwareFormat>(stage2: &Stage2<'_, F>, base: u64) {
-    let hpa = Hpa((base << 12) % (1 << 40));
-    let largest = attributes(Permissions::ALL, Level::MIB2);
-    stage2.map(pages(base, WINDOW), hpa, largest).unwrap();
-    done(stage2.split(pages(base + 512, 1), Level::PAGE, &open()));
 }
 
 fn dirty_flags_are_harvested_once<F: HardwareFormat>(format: F, kind: mmu::Kind, base: u64) {
@@ -367,7 +288,7 @@ fn write_protection_loses_no_dirty_flag() {
 fn a_map_without_tables_says_how_far_it_got() {
     // The root and three tables: room for the first 2 MiB in pages, and no more.
     let words = words(4);
-    let stage2 = Stage2::new(ept(EptLevels::Four), &words, BASE).unwrap();
+    let stage2 = Stage2::new(intel(EptLevels::Four), &words, BASE).unwrap();
     let small = attributes(Permissions::ALL, Level::PAGE);
     let error = stage2.map(pages(0, 1024), Hpa(0), small).unwrap_err();
     let MapError::Exhausted(exhausted) = error else {
@@ -413,11 +334,11 @@ fn the_worst_case_is_enough() {
     for (first, count) in [(0, 1), (511, 2), ((1 << 18) - 1, 2), (7, 5000)] {
         let range = pages(first, count);
         let probe = words(1);
-        let needed = Stage2::new(ept(EptLevels::Four), &probe, BASE)
+        let needed = Stage2::new(intel(EptLevels::Four), &probe, BASE)
             .unwrap()
             .worst_case(range);
         let words = words(1 + needed);
-        let stage2 = Stage2::new(ept(EptLevels::Four), &words, BASE).unwrap();
+        let stage2 = Stage2::new(intel(EptLevels::Four), &words, BASE).unwrap();
         let small = attributes(Permissions::ALL, Level::PAGE);
         stage2.map(range, Hpa(0), small).unwrap();
         assert_eq!(stage2.available(), 0, "and not too much");
@@ -428,7 +349,7 @@ fn the_worst_case_is_enough() {
 #[test]
 fn tables_wait_for_the_flush() {
     let words = words(16);
-    let stage2 = Stage2::new(ept(EptLevels::Four), &words, BASE).unwrap();
+    let stage2 = Stage2::new(intel(EptLevels::Four), &words, BASE).unwrap();
     let small = attributes(Permissions::ALL, Level::PAGE);
     stage2.map(pages(0, 1024), Hpa(0), small).unwrap();
     let before = stage2.available();
@@ -455,7 +376,7 @@ fn ranges_and_memory_that_cannot_be_are_refused() {
     let small = Stage2::new(g_stage(GStageMode::Sv39x4), &memory[..2047], BASE);
     assert!(matches!(small, Err(PoolError::TooSmall(2048))));
 
-    let stage2 = Stage2::new(ept(EptLevels::Four), &memory, BASE).unwrap();
+    let stage2 = Stage2::new(intel(EptLevels::Four), &memory, BASE).unwrap();
     let all = attributes(Permissions::ALL, Level::GIB);
     let beyond = pages((1 << 36) - 1, 2);
     let error = stage2.map(beyond, Hpa(0), all).unwrap_err();
@@ -474,7 +395,7 @@ fn ranges_and_memory_that_cannot_be_are_refused() {
 #[test]
 fn a_dump_folds_equal_neighbours() {
     let words = words(TABLES);
-    let stage2 = Stage2::new(ept(EptLevels::Four), &words, BASE).unwrap();
+    let stage2 = Stage2::new(intel(EptLevels::Four), &words, BASE).unwrap();
     let large = attributes(Permissions::ALL, Level::MIB2);
     stage2.map(pages(0, 1536), Hpa(0x4000_0000), large).unwrap();
     done(stage2.protect(pages(514, 2), Permissions::READ, &open()));

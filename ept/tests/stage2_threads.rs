@@ -1,6 +1,7 @@
 //! Hardware tables under several threads at once: disjoint ranges, and hardware that sets flags meanwhile.
 
 mod mmu;
+mod tables;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -10,26 +11,14 @@ use ept::format::{
     Permissions,
 };
 use ept::stage2::{Attributes, Stage2};
-use ept::{GpaRange, Hpa, Level, Notifier, OpenRange};
+use ept::{Hpa, Level};
 use mmu::{Kind, Mmu, Touch};
+use tables::{BASE, open, pages, words};
 
-const BASE: Hpa = Hpa(0x10_0000_0000);
 const THREADS: u64 = 4;
 /// Pages of each thread: 8 MiB, so that all share the tables above those of 4 KiB entries.
 const WINDOW: u64 = 2048;
 const ROUNDS: u64 = 300;
-
-fn words(tables: usize) -> Vec<AtomicU64> {
-    (0..tables * 512).map(|_| AtomicU64::new(0)).collect()
-}
-
-fn open() -> OpenRange {
-    Notifier::new().open(GpaRange::ALL).unwrap()
-}
-
-fn pages(first: u64, count: u64) -> GpaRange {
-    GpaRange::from_pages(first, count).unwrap()
-}
 
 /// Steele, Lea and Flood's SplitMix64.
 fn random(state: &mut u64) -> u64 {

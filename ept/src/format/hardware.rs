@@ -115,7 +115,7 @@ pub(crate) struct MemoryCodes {
 
 impl MemoryCodes {
     #[inline]
-    pub(crate) fn decode(&self, code: u8) -> MemoryType {
+    pub(crate) fn decode(self, code: u8) -> MemoryType {
         if code == self.write_back {
             MemoryType::WriteBack
         } else if code == self.write_combining {
@@ -128,7 +128,7 @@ impl MemoryCodes {
     }
 
     #[inline]
-    pub(crate) fn encode(&self, memory: MemoryType) -> u8 {
+    pub(crate) fn encode(self, memory: MemoryType) -> u8 {
         match memory {
             MemoryType::WriteBack => self.write_back,
             MemoryType::WriteCombining => self.write_combining,
@@ -139,14 +139,14 @@ impl MemoryCodes {
 
     /// The type that is held in the field `mask` of `raw`, of at most eight bits.
     #[inline]
-    pub(crate) fn in_field(&self, raw: u64, mask: u64) -> MemoryType {
+    pub(crate) fn in_field(self, raw: u64, mask: u64) -> MemoryType {
         let code = (raw & mask) >> mask.trailing_zeros();
         self.decode(u8::try_from(code).unwrap_or_default())
     }
 
     /// The field `mask` for `memory`.
     #[inline]
-    pub(crate) fn to_field(&self, memory: MemoryType, mask: u64) -> u64 {
+    pub(crate) fn to_field(self, memory: MemoryType, mask: u64) -> u64 {
         u64::from(self.encode(memory)) << mask.trailing_zeros() & mask
     }
 }

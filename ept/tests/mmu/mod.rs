@@ -149,6 +149,29 @@ impl<'w> Mmu<'w> {
         Self { kind, words, base }
     }
 
+    /// Shows every word of the tables that hardware can find: (index of the word, level, raw value).
+    pub(crate) fn for_each_entry(&self, show: &mut dyn FnMut(usize, u32, u64)) {
+        let entries = 1 << (self.kind.gpa_bits - 12 - 9 * self.kind.root_level);
+        self.entries_of(self.base, entries, self.kind.root_level, show);
+    }
+
+    fn entries_of(
+        &self,
+        table: u64,
+        entries: usize,
+        level: u32,
+        show: &mut dyn FnMut(usize, u32, u64),
+    ) {
+        let first = usize::try_from((table - self.base) / 8).unwrap();
+        for index in first..first + entries {
+            let raw = self.words[index].load(Ordering::SeqCst);
+            show(index, level, raw);
+            if let Read::Table(below) = (self.kind.read)(raw, level) {
+                self.entries_of(below, 512, level - 1, show);
+            }
+        }
+    }
+
     /// Where `gpa` leads to, and what is allowed there.
     pub(crate) fn translate(&self, gpa: u64) -> Option<(u64, Permissions)> {
         let (_, level, address, permissions) = self.leaf(gpa)?;

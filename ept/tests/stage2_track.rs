@@ -1,0 +1,311 @@
+//! Tracking by write faults, on every format: what the guest writes is recorded, and nothing else changes for it.
+
+mod mmu;
+mod tables;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use ept::format::{Entry, EptFeatures, EptLevels, HardwareFormat, Npt, Permissions};
+use ept::stage2::{ChangeError, Stage2, WriteFault};
+use ept::{Gpa, GpaRange, Level};
+use mmu::{Kind, Mmu, Touch};
+use proptest::prelude::*;
+use tables::{
+    BASE, TABLES, WINDOW, attributes, done, for_all_formats, open, pages, some_huge_leaves, words,
+};
+
+const READ_ONLY: Permissions = Permissions::READ;
+
+/// A guest that writes to a page, and whoever handles its faults; what was recorded.
+fn write<F: HardwareFormat>(
+    stage2: &Stage2<'_, F>,
+    mmu: &Mmu<'_>,
+    page: u64,
+    recorded: &mut BTreeSet<u64>,
+) -> WriteFault {
+    let mut fault = WriteFault::Writable;
+    for _ in 0..2 {
+        let (_, permissions) = mmu.translate(page << 12).expect("it is mapped");
+        if permissions.allows(Permissions::WRITE) {
+            mmu.touch(page << 12, Touch::Write);
+            return fault;
+        }
+        let (flush, result) = stage2.write_fault(Gpa(page << 12), |range| {
+            recorded.extend(range.first_page()..range.end_page());
+        });
+        fault = result.unwrap();
+        flush.done();
+    }
+    assert_eq!(fault, WriteFault::Denied, "page {page:#x} faults for ever");
+    fault
+}
+
+/// Read-only from `RO` on, 64 pages.
+const RO: u64 = 1024;
+
+fn records_what_is_written<F: HardwareFormat>(format: F, kind: Kind, base: u64, writes: &[u64]) {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    let mmu = Mmu::new(kind, &memory, BASE.0);
+    some_huge_leaves(&stage2, base);
+    done(stage2.protect(pages(base + RO, 64), READ_ONLY, &open()));
+    let translations = |mmu: &Mmu<'_>| -> Vec<_> {
+        let all = base..base + WINDOW;
+        all.map(|page| mmu.translate(page << 12)).collect()
+    };
+    let before = translations(&mmu);
+    for round in 0..2 {
+        done(stage2.track_writes(pages(base, WINDOW), &open()));
+        let may_write = |entry: &Option<(u64, Permissions)>| {
+            entry.is_some_and(|(_, permissions)| permissions.allows(Permissions::WRITE))
+        };
+        assert!(
+            !translations(&mmu).iter().any(may_write),
+            "nothing may be written"
+        );
+        let mut recorded = BTreeSet::new();
+        let mut written = BTreeSet::new();
+        for page in writes {
+            let read_only = (RO..RO + 64).contains(page);
+            let fault = write(&stage2, &mmu, base + page, &mut recorded);
+            match fault {
+                WriteFault::Denied => assert!(read_only),
+                WriteFault::Released(_) => assert!(written.insert(base + page)),
+                WriteFault::Writable => assert!(written.contains(&(base + page))),
+                WriteFault::Absent => panic!("page {page:#x} is mapped"),
+            }
+        }
+        assert_eq!(recorded, written, "round {round}");
+    }
+    done(stage2.untrack_writes(pages(base, WINDOW)));
+    assert_eq!(translations(&mmu), before, "all is as it was");
+    done(stage2.protect(pages(base, WINDOW), READ_ONLY, &open()));
+    done(stage2.protect(pages(base, WINDOW), Permissions::ALL, &open()));
+    done(stage2.collapse(pages(base, WINDOW), Level::MIB2, &open()));
+    assert_eq!(stage2.lookup(base).0, Level::MIB2, "nothing of it is left");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 30, ..ProptestConfig::default() })]
+
+    /// S15: by write faults, on every format, as exactly as pages are.
+    #[test]
+    fn every_format_records_what_is_written(
+        writes in proptest::collection::vec(prop_oneof![0..WINDOW, RO - 4..RO + 68], 0..40)
+    ) {
+        for_all_formats!(records_what_is_written, &writes);
+    }
+}
+
+fn keeps_what_was_dirty<F: HardwareFormat>(format: F, kind: Kind, base: u64) {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    let mmu = Mmu::new(kind, &memory, BASE.0);
+    some_huge_leaves(&stage2, base);
+    mmu.touch((base + 600) << 12, Touch::Write);
+    done(stage2.track_writes(pages(base, WINDOW), &open()));
+    let mut recorded = BTreeSet::new();
+    write(&stage2, &mmu, base + 700, &mut recorded);
+    let mut dirty = Vec::new();
+    done(stage2.clean(pages(base, WINDOW), &open(), |range| dirty.push(range)));
+    assert_eq!(dirty, [pages(base + 600, 1), pages(base + 700, 1)]);
+}
+
+/// S15, S16: both ways at once: withholding the right to write loses no dirty flag.
+#[test]
+fn write_tracking_loses_no_dirty_flag() {
+    for_all_formats!(keeps_what_was_dirty);
+}
+
+fn keeps_to_its_range<F: HardwareFormat>(format: F, kind: Kind, base: u64) {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    let mmu = Mmu::new(kind, &memory, BASE.0);
+    some_huge_leaves(&stage2, base);
+    let part = pages(base + 2000, 1000);
+    let (flush, result) = stage2.track_writes(part, &open());
+    result.unwrap();
+    // A huge leaf across each edge; between them 48 pages, one huge leaf and 440 pages.
+    assert_eq!(
+        (flush.tally().splits, flush.tally().entries),
+        (2, 48 + 1 + 440)
+    );
+    flush.done();
+    let writable = |page: u64| {
+        let (_, permissions) = mmu.translate(page << 12).unwrap();
+        permissions.allows(Permissions::WRITE)
+    };
+    for page in base..base + WINDOW {
+        assert_eq!(writable(page), !part.contains(Gpa(page << 12)), "{page:#x}");
+    }
+    let (flush, result) = stage2.untrack_writes(pages(base + 2500, 100));
+    result.unwrap();
+    assert_eq!(flush.tally().entries, 100);
+    flush.done();
+    assert!(!writable(base + 2499) && writable(base + 2500) && !writable(base + 2600));
+}
+
+#[test]
+fn write_tracking_keeps_to_its_range() {
+    for_all_formats!(keeps_to_its_range);
+}
+
+/// A page that is protected for good while its writes are tracked is denied, and stays tracked when it is not.
+#[test]
+fn protection_and_tracking_are_two_things() {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(Npt::FourLevels, &memory, BASE).unwrap();
+    some_huge_leaves(&stage2, 0);
+    let one = pages(600, 1);
+    let fault = || {
+        let (flush, result) = stage2.write_fault(one.start(), drop);
+        flush.done();
+        result.unwrap()
+    };
+    done(stage2.track_writes(one, &open()));
+    done(stage2.protect(one, Permissions::READ.union(Permissions::WRITE), &open()));
+    assert_eq!(fault(), WriteFault::Released(one), "still tracked");
+    assert_eq!(fault(), WriteFault::Writable);
+    done(stage2.track_writes(one, &open()));
+    done(stage2.protect(one, READ_ONLY, &open()));
+    assert_eq!(fault(), WriteFault::Denied);
+    done(stage2.unmap(one, &open()));
+    assert_eq!(fault(), WriteFault::Absent);
+    let (flush, result) = stage2.write_fault(Gpa(1 << 60), |_| panic!("nothing is there"));
+    flush.done();
+    assert!(matches!(result, Err(ChangeError::Beyond { .. })));
+    assert_eq!(stage2.figures().faults, 1);
+}
+
+/// S5: where no table is left a huge leaf is released whole, and recorded whole.
+#[test]
+fn a_fault_without_tables_releases_the_huge_leaf() {
+    let memory = words(3);
+    let stage2 = Stage2::new(Npt::FourLevels, &memory, BASE).unwrap();
+    let large = attributes(Permissions::ALL, Level::MIB2);
+    stage2.map(pages(0, 1024), ept::Hpa(0), large).unwrap();
+    assert_eq!(stage2.available(), 0);
+    done(stage2.track_writes(pages(0, 1024), &open()));
+    let mut recorded = None;
+    let (flush, result) = stage2.write_fault(Gpa(5 << 12), |range| recorded = Some(range));
+    assert_eq!(result, Ok(WriteFault::Released(pages(0, 512))));
+    assert_eq!((flush.tally().splits, recorded), (0, Some(pages(0, 512))));
+    flush.done();
+    let Entry::Leaf(leaf) = stage2.lookup(512).1 else {
+        panic!("it was mapped")
+    };
+    assert!(leaf.write_tracked, "the leaf beside it is not released");
+}
+
+/// An EPT without accessed and dirty flags: what may be written counts as dirty, and faults tell what was.
+#[test]
+fn an_ept_without_flags_is_tracked_by_faults() {
+    let memory = words(TABLES);
+    let format = ept::format::Ept {
+        levels: EptLevels::Four,
+        features: EptFeatures::NONE,
+    };
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    let all = attributes(Permissions::ALL, Level::PAGE);
+    stage2.map(pages(0, 8), ept::Hpa(0), all).unwrap();
+    let dirty = || {
+        let mut dirty = Vec::new();
+        done(stage2.clean(pages(0, 8), &open(), |range| dirty.push(range)));
+        dirty
+    };
+    assert_eq!(dirty(), [pages(0, 8)], "writable, so nobody knows");
+    done(stage2.track_writes(pages(0, 8), &open()));
+    assert_eq!(
+        dirty(),
+        [pages(0, 8)],
+        "written before the right was taken, perhaps"
+    );
+    assert_eq!(dirty(), [], "known now");
+    let (flush, result) = stage2.write_fault(Gpa(3 << 12), drop);
+    flush.done();
+    assert_eq!(result, Ok(WriteFault::Released(pages(3, 1))));
+    assert_eq!(dirty(), [pages(3, 1)]);
+}
+
+/// A guest with two vCPUs that write and fault, and a migration that harvests by faults and copies: what it has at the
+/// end is what the guest wrote last. The gate is what the embedder's notifier does: no vCPU runs while a range is open.
+fn no_write_is_lost<F: HardwareFormat + Sync>(format: F, kind: Kind) {
+    const PAGES: u64 = 2048;
+    const WRITES: u64 = 40_000;
+    let words = words(64);
+    let stage2 = Stage2::new(format, &words, BASE).unwrap();
+    let large = attributes(Permissions::ALL, Level::MIB2);
+    stage2.map(pages(0, PAGES), ept::Hpa(0), large).unwrap();
+    let memory: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
+    let recorded: Vec<AtomicBool> = (0..PAGES).map(|_| AtomicBool::new(true)).collect();
+    let index = |page: u64| usize::try_from(page).unwrap();
+    let record = |range: GpaRange| {
+        for page in range.first_page()..range.end_page() {
+            recorded[index(page)].store(true, Ordering::SeqCst);
+        }
+    };
+    let gate = std::sync::RwLock::new(());
+    let mut copy = vec![0; memory.len()];
+    let mut harvest = || {
+        let range = pages(0, PAGES);
+        let stopped = gate.write().unwrap();
+        done(stage2.track_writes(range, &open()));
+        let taken: Vec<u64> = (0..PAGES)
+            .filter(|page| recorded[index(*page)].swap(false, Ordering::SeqCst))
+            .collect();
+        drop(stopped);
+        for page in taken {
+            copy[index(page)] = memory[index(page)].load(Ordering::SeqCst);
+        }
+    };
+    thread::scope(|scope| {
+        let vcpus: Vec<_> = (0..2_u64)
+            .map(|vcpu| {
+                let (stage2, words, gate, record, memory) =
+                    (&stage2, &words, &gate, &record, &memory);
+                scope.spawn(move || {
+                    let mmu = Mmu::new(kind, words, BASE.0);
+                    for stamp in 1..=WRITES {
+                        let page = (stamp * 613 + vcpu) % (PAGES / 2) * 2 + vcpu;
+                        loop {
+                            let running = gate.read().unwrap();
+                            // Arm: a split that is not flushed yet faults as if nothing were mapped.
+                            let found = mmu.translate(page << 12);
+                            if found.is_some_and(|(_, granted)| granted.allows(Permissions::WRITE))
+                            {
+                                memory[index(page)].store(stamp, Ordering::SeqCst);
+                                break;
+                            }
+                            drop(running);
+                            let (flush, result) = stage2.write_fault(Gpa(page << 12), record);
+                            result.unwrap();
+                            flush.done();
+                        }
+                    }
+                })
+            })
+            .collect();
+        while !vcpus.iter().all(|vcpu| vcpu.is_finished()) {
+            harvest();
+        }
+    });
+    harvest();
+    let written: Vec<u64> = memory
+        .iter()
+        .map(|page| page.load(Ordering::SeqCst))
+        .collect();
+    assert_eq!(copy, written);
+    assert!(
+        stage2.figures().faults > PAGES,
+        "it faulted again and again"
+    );
+}
+
+/// S7, S16: two vCPUs that fault at once in one huge leaf, against a harvest by faults.
+#[test]
+fn no_write_is_lost_between_faults_and_a_harvest() {
+    no_write_is_lost(Npt::FourLevels, mmu::NPT4);
+    no_write_is_lost(tables::arm(40), mmu::ARM40);
+}
