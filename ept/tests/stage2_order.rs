@@ -397,3 +397,34 @@ fn a_broken_entry_is_whole_for_the_crate() {
     );
     assert_eq!(mmu.translate(7 << 12), Some((0x4000_7000, READ_ONLY)));
 }
+
+/// Each change makes what it broke itself: what lies between may wait for another flush.
+#[test]
+fn an_entry_is_made_by_who_broke_it() {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(arm(40), &memory, BASE).unwrap();
+    let mmu = Mmu::new(ARM40, &memory, BASE.0);
+    let large = attributes(Permissions::ALL, Level::MIB2);
+    stage2.map(pages(0, 1536), Hpa(0), large).unwrap();
+    let is_there = |page: u64| mmu.translate(page << 12).is_some();
+    let open = open();
+    let (first, result) = stage2.split(pages(512, 512), SMALL, &open);
+    result.unwrap();
+    let (second, result) = stage2.split(pages(0, 1536), SMALL, &open);
+    result.unwrap();
+    assert_eq!(second.tally().splits, 2);
+    second.done();
+    let made = [0, 512, 1024].map(is_there);
+    assert_eq!(
+        made,
+        [true, false, true],
+        "the one in the middle is the first's"
+    );
+    // Collapsed again before that is done: now it is the third's.
+    let (third, result) = stage2.collapse(pages(512, 512), Level::MIB2, &open);
+    result.unwrap();
+    first.done();
+    assert!(!is_there(512), "what replaced it is not flushed yet");
+    third.done();
+    assert!(is_there(512));
+}
