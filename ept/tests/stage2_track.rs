@@ -318,8 +318,8 @@ fn no_write_is_lost<F: HardwareFormat + Sync>(format: F, kind: Kind) {
             scope.spawn(move || guest.run(stage2, &Mmu::new(kind, words, BASE.0), vcpu));
         }
         for _ in 0..HARVESTS {
-            guest.harvest(&stage2, &mut copy);
             let faults = stage2.figures().faults;
+            guest.harvest(&stage2, &mut copy);
             while stage2.figures().faults < faults + 200 {
                 thread::yield_now();
             }
