@@ -241,7 +241,7 @@ struct Guest {
 }
 
 const GUEST_PAGES: u64 = 2048;
-const HARVESTS: u64 = 300;
+const HARVESTS: u64 = 150;
 
 fn index(page: u64) -> usize {
     usize::try_from(page).unwrap()

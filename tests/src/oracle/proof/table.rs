@@ -187,7 +187,7 @@ fn map_failure(error: MapError) -> Failure {
         MapError::Unsupported(what) => unsupported(what),
         MapError::Occupied { at } => Failure::Occupied(at.page()),
         MapError::Exhausted(exhausted) => Failure::Exhausted(exhausted.reached.page()),
-        MapError::Contended { .. } => panic!("{error}"),
+        MapError::Contended { .. } | MapError::Unflushed => panic!("{error}"),
     }
 }
 
@@ -197,7 +197,7 @@ fn change_failure(error: ChangeError) -> Failure {
         ChangeError::Beyond { .. } => Failure::Beyond,
         ChangeError::Unsupported(what) => unsupported(what),
         ChangeError::Exhausted { reached } => Failure::Exhausted(reached.page()),
-        ChangeError::Contended { .. } => panic!("{error}"),
+        ChangeError::Contended { .. } | ChangeError::Unflushed => panic!("{error}"),
     }
 }
 
