@@ -181,7 +181,7 @@ pub fn apply_to_pfn_range<'t, 'm, F: HardwareFormat, E>(
     };
     stage2.change(range, open, |walk, flush| {
         let absent = Absent::Skip;
-        settled(walk.run(&mut Applying {
+        settled(walk.run_in_turn(&mut Applying {
             absent,
             huge,
             function,
@@ -207,7 +207,7 @@ pub fn apply_to_pfn_range_allocating<'t, 'm, F: HardwareFormat, E>(
     };
     stage2.change(range, open, |walk, flush| {
         let absent = Absent::Fill;
-        let ended = walk.run_allocating(&mut Applying {
+        let ended = walk.run_allocating_in_turn(&mut Applying {
             absent,
             huge,
             function,

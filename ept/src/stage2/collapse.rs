@@ -31,7 +31,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 to: to.min(self.format.largest_leaf()),
                 flush,
             };
-            let ended = walk.run(&mut collapsing);
+            let ended = walk.run_in_turn(&mut collapsing);
             settled(Ok(ended), flush)
         })
     }

@@ -7,7 +7,7 @@ use crate::format::{Entry, HardwareFormat};
 use crate::stage2::map::replace;
 use crate::stage2::order::PlaceId;
 use crate::stage2::pool::Chain;
-use crate::stage2::{Never, Stage2, Tally};
+use crate::stage2::{Figures, Never, Stage2, Tally, WriteFault};
 use crate::walk::{Action, Outcome, Place, Record, Run, Visitor, Walk};
 
 /// Translations that hardware may still have cached, and the tables that they came from.
@@ -25,6 +25,8 @@ pub struct Flush<'t, 'm, F> {
     place: Option<PlaceId>,
     /// Entries were broken, to be made.
     broken: Option<GpaRange>,
+    /// Write faults that gave a page back.
+    faults: u64,
 }
 
 impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
@@ -36,6 +38,7 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
             detached: Chain::EMPTY,
             place: None,
             broken: None,
+            faults: 0,
         }
     }
 
@@ -135,6 +138,21 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
             self.split(span);
         } else {
             self.tally.splits += 1;
+        }
+    }
+
+    /// A write fault was dealt with.
+    pub(super) fn fault(&mut self, fault: WriteFault) {
+        self.faults += u64::from(matches!(fault, WriteFault::Released(_)));
+    }
+
+    /// What the table's figures have more for it.
+    pub(super) fn figures(&self) -> Figures {
+        Figures {
+            splits: self.tally.splits,
+            collapses: self.tally.collapses,
+            faults: self.faults,
+            longest_turn_ns: 0,
         }
     }
 

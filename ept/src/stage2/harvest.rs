@@ -64,7 +64,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 pending: None,
                 record,
             };
-            let ended = walk.run(&mut taking);
+            let ended = walk.run_in_turn(&mut taking);
             if let Some(last) = taking.pending.take() {
                 (taking.record)(last);
             }

@@ -91,7 +91,7 @@ impl<F: HardwareFormat> Stage2<'_, F> {
             attributes,
             occupied: None,
         };
-        let ended = Walk::record(self, range).run_allocating(&mut mapping);
+        let ended = Walk::record(self, range).run_allocating_in_turn(&mut mapping);
         turn.end();
         match ended {
             Ok(Outcome::Completed) => Ok(()),

@@ -56,14 +56,13 @@ use crate::notify::OpenRange;
 use crate::walk::{Change, Exhausted, NotOpen, Outcome, Run, Walk, Writes};
 
 pub use dump::Dump;
-pub use figures::{Clock, FiguresSnapshot};
+pub use figures::{Clock, Figures};
 pub use flush::Flush;
 pub(crate) use flush::Pages;
 pub use map::{Attributes, MapError};
 pub use readers::Reading;
 pub use track::WriteFault;
 
-use figures::{Figures, add};
 use order::{NoPlace, Order, Turn};
 use pool::Pool;
 
@@ -73,7 +72,6 @@ pub struct Stage2<'m, F> {
     geometry: Geometry,
     pool: Pool<'m>,
     order: Order,
-    figures: Figures,
 }
 
 /// Why memory is no place for tables.
@@ -216,21 +214,20 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
             format,
             geometry,
             pool,
-            order: Order::new(),
-            figures: Figures::new(None),
+            order: Order::new(None),
         })
     }
 
     /// The same table with a clock, so that it can say for how long changes held their range.
     #[must_use]
     pub fn with_clock(mut self, clock: Clock) -> Self {
-        self.figures = Figures::new(Some(clock));
+        self.order = Order::new(Some(clock));
         self
     }
 
     /// The figures so far.
-    pub fn figures(&self) -> FiguresSnapshot {
-        self.figures.snapshot()
+    pub fn figures(&self) -> Figures {
+        self.order.figures()
     }
 
     /// The root, for the register that points to it: [`Ept::pointer`](crate::format::Ept::pointer), VTTBR_EL2,
@@ -302,11 +299,10 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         let result = self.turn(range).map_err(E::from).and_then(|turn| {
             flush.at(turn.id());
             let result = body(&mut flush);
-            flush.owe(turn.end_owing(flush.interval()));
+            let owed = turn.end_owing(flush.interval(), flush.figures());
+            flush.owe(owed);
             result
         });
-        add(&self.figures.splits, flush.tally().splits);
-        add(&self.figures.collapses, flush.tally().collapses);
         (flush, result)
     }
 
@@ -316,7 +312,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         if !span.covers(&range) {
             return Err(Refused::Beyond { range, span });
         }
-        let turn = self.order.turn(range, &self.figures);
+        let turn = self.order.turn(range);
         turn.map_err(|NoPlace| Refused::Unflushed)
     }
 }
@@ -429,4 +425,24 @@ where
     let index = |page: u64| usize::try_from(page - base).unwrap_or(usize::MAX);
     let slots = &run.table()[index(part.first_page())..index(part.end_page())];
     (part.first_page()..).zip(slots)
+}
+
+/// Changes the entries of a run: each that `wanted` has another value for is given to `change`, with its page, what it
+/// was and what it is to be.
+#[inline]
+fn change_entries<'t, 'm, F: HardwareFormat, A: Writes>(
+    run: &Run<'_, 't, Stage2<'m, F>, A>,
+    wanted: impl Fn(u64) -> u64,
+    mut change: impl FnMut(u64, &'t AtomicU64, u64, u64),
+) where
+    'm: 't,
+{
+    for (page, slot) in entries_of(run) {
+        let raw = slot.load(Ordering::Relaxed);
+        let new = wanted(raw);
+        // A locked operation only where it changes something.
+        if raw != new {
+            change(page, slot, raw, new);
+        }
+    }
 }

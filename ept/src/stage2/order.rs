@@ -8,10 +8,8 @@
 //! meanwhile may find entries changed already whose old translations are still cached: it must flush its whole
 //! range, not only what it touched itself (compare `mm_tlb_flush_nested` in Linux's `mm/mapping_dirty_helpers.c`).
 
-use crate::sync::atomic::Ordering;
-
 use crate::addr::GpaRange;
-use crate::stage2::figures::Figures;
+use crate::stage2::figures::{Clock, Figures};
 use crate::sync::{SpinLock, relax};
 
 /// Changes that are going on or wait for their flush at one time.
@@ -23,6 +21,7 @@ const PATIENCE: u32 = 1 << 16;
 /// Which changes are going on, or wait for their flush.
 pub(super) struct Order {
     state: SpinLock<State>,
+    clock: Option<Clock>,
 }
 
 /// Every place is taken by a change that waits for its flush.
@@ -60,6 +59,7 @@ struct State {
     /// A bit for each place that is taken.
     taken: u64,
     places: [Place; PLACES],
+    figures: Figures,
 }
 
 impl Default for State {
@@ -73,6 +73,7 @@ impl Default for State {
             next_ticket: 0,
             taken: 0,
             places: [place; PLACES],
+            figures: Figures::default(),
         }
     }
 }
@@ -125,18 +126,24 @@ impl State {
 }
 
 impl Order {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(clock: Option<Clock>) -> Self {
         Self {
             state: SpinLock::new(State::default()),
+            clock,
         }
     }
 
+    /// The figures so far.
+    pub(super) fn figures(&self) -> Figures {
+        self.state.lock().figures
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.clock.map_or(0, |clock| clock())
+    }
+
     /// Waits for the turn of a change of `range`.
-    pub(super) fn turn<'o>(
-        &'o self,
-        range: GpaRange,
-        figures: &'o Figures,
-    ) -> Result<Turn<'o>, NoPlace> {
+    pub(super) fn turn(&self, range: GpaRange) -> Result<Turn<'_>, NoPlace> {
         let id = self.enter(range)?;
         let mut spins = 0;
         while self.state.lock().must_wait(id) {
@@ -144,8 +151,7 @@ impl Order {
         }
         Ok(Turn {
             order: self,
-            figures,
-            began_ns: figures.now_ns(),
+            began_ns: self.now_ns(),
             id,
         })
     }
@@ -171,7 +177,6 @@ impl Order {
 #[must_use = "a turn lasts as long as this value"]
 pub(super) struct Turn<'o> {
     order: &'o Order,
-    figures: &'o Figures,
     began_ns: u64,
     id: PlaceId,
 }
@@ -184,14 +189,20 @@ impl Turn<'_> {
 
     /// Ends a turn that owes no flush.
     pub(super) fn end(self) {
-        self.order.state.lock().vacate(self.id);
-        self.over();
+        let figures = self.figures(Figures::default());
+        let mut state = self.order.state.lock();
+        state.figures.add(&figures);
+        state.vacate(self.id);
+        drop(state);
+        core::mem::forget(self);
     }
 
     /// Ends a turn in which `touched` was changed; the result is what is to be flushed, until when the place is
     /// kept.
-    pub(super) fn end_owing(self, touched: Option<GpaRange>) -> Option<GpaRange> {
+    pub(super) fn end_owing(self, touched: Option<GpaRange>, done: Figures) -> Option<GpaRange> {
+        let figures = self.figures(done);
         let mut state = self.order.state.lock();
+        state.figures.add(&figures);
         let owed = if state.has_unflushed(self.id) {
             let range = state.at(self.id).range;
             Some(touched.map_or(range, |touched| touched.hull(&range)))
@@ -203,18 +214,15 @@ impl Turn<'_> {
             None => state.vacate(self.id),
         }
         drop(state);
-        self.over();
+        core::mem::forget(self);
         owed
     }
 
-    /// The place is dealt with.
-    fn over(self) {
-        let held_ns = self.figures.now_ns().saturating_sub(self.began_ns);
-        if held_ns != 0 {
-            let longest = &self.figures.longest_turn_ns;
-            longest.fetch_max(held_ns, Ordering::Relaxed);
+    fn figures(&self, done: Figures) -> Figures {
+        Figures {
+            longest_turn_ns: self.order.now_ns().saturating_sub(self.began_ns),
+            ..done
         }
-        core::mem::forget(self);
     }
 }
 

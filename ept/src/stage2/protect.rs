@@ -1,13 +1,11 @@
 //! Changing what the guest may do, and splitting.
 
-use crate::sync::atomic::Ordering;
-
 use crate::addr::{GpaRange, Hpa, Level};
 use crate::format::{Entry, HardwareFormat, Leaf, MemoryType, Permissions};
 use crate::notify::OpenRange;
 use crate::stage2::flush::{Flush, Pages};
 use crate::stage2::map::replace;
-use crate::stage2::{ChangeError, Never, Stage2, entries_of, settled};
+use crate::stage2::{ChangeError, Never, Stage2, change_entries, settled};
 use crate::walk::{Action, Change, Place, Run, Visitor, Writes};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
@@ -47,7 +45,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         open: &OpenRange,
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
         self.change(range, open, |walk, flush| {
-            let ended = walk.run_allocating(&mut Splitting { largest, flush });
+            let ended = walk.run_allocating_in_turn(&mut Splitting { largest, flush });
             settled(ended, flush)
         })
     }
@@ -75,7 +73,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 rule,
                 flush,
             };
-            let ended = walk.run_allocating(&mut rewriting);
+            let ended = walk.run_allocating_in_turn(&mut rewriting);
             settled(ended, flush)
         })
     }
@@ -126,23 +124,20 @@ where
     #[inline]
     fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, A>) -> Action<Never> {
         let mut pages = Pages::default();
-        for (page, slot) in entries_of(run) {
-            let mut raw = slot.load(Ordering::Relaxed);
-            while let Entry::Leaf(_) = self.format.decode(raw, Level::PAGE) {
-                let new = (self.rule)(raw, Level::PAGE);
-                if new == raw {
-                    break;
-                }
-                match replace(slot, raw, new) {
-                    Ok(()) => {
-                        pages.add(page);
-                        break;
-                    }
-                    // Hardware has set a flag meanwhile.
-                    Err(found) => raw = found,
+        let wanted = |raw| match self.format.decode(raw, Level::PAGE) {
+            Entry::Leaf(_) => (self.rule)(raw, Level::PAGE),
+            Entry::Absent | Entry::Table(_) => raw,
+        };
+        change_entries(run, wanted, |page, slot, mut raw, mut new| {
+            while let Err(found) = replace(slot, raw, new) {
+                // Hardware has set a flag meanwhile.
+                (raw, new) = (found, wanted(found));
+                if raw == new {
+                    return;
                 }
             }
-        }
+            pages.add(page);
+        });
         self.flush.changed_pages(pages);
         Action::Continue
     }

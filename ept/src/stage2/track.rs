@@ -3,7 +3,6 @@
 use crate::addr::{Gpa, GpaRange, Level};
 use crate::format::{Entry, HardwareFormat, Permissions};
 use crate::notify::OpenRange;
-use crate::stage2::figures::add;
 use crate::stage2::flush::Flush;
 use crate::stage2::map::replace;
 use crate::stage2::protect::Rewriting;
@@ -62,7 +61,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 rule: |raw, level| self.format.with_write_released(raw, level),
                 flush,
             };
-            let ended = Walk::record(self, range).run_allocating(&mut releasing);
+            let ended = Walk::record(self, range).run_allocating_in_turn(&mut releasing);
             settled(ended, flush)
         })
     }
@@ -91,10 +90,11 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                     flush,
                     smallest,
                 };
-                match Walk::record(self, range).run_allocating(&mut releasing) {
+                match Walk::record(self, range).run_allocating_in_turn(&mut releasing) {
                     Ok(Outcome::Completed) => break Ok(()),
                     Ok(Outcome::Stopped { value, .. }) => {
                         found = value;
+                        flush.fault(value);
                         break Ok(());
                     }
                     Ok(Outcome::Contended { at }) => {
@@ -109,7 +109,6 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
             }
         });
         if let WriteFault::Released(span) = found {
-            add(&self.figures.faults, 1);
             record(span);
         }
         (flush, result.map(|()| found))

@@ -8,7 +8,7 @@ use crate::notify::OpenRange;
 use crate::stage2::flush::{Flush, Pages};
 use crate::stage2::map::replace;
 use crate::stage2::pool::Chain;
-use crate::stage2::{ChangeError, Stage2, entries_of, settled};
+use crate::stage2::{ChangeError, Stage2, change_entries, settled};
 use crate::walk::{Action, Change, Place, Run, Visitor};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
@@ -30,7 +30,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
         self.change(range, open, |walk, flush| {
             let stage2 = self;
-            let ended = walk.run_allocating(&mut Unmapping { stage2, flush });
+            let ended = walk.run_allocating_in_turn(&mut Unmapping { stage2, flush });
             settled(ended, flush)
         })
     }
@@ -89,12 +89,16 @@ impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
 
     fn run(&mut self, run: &Run<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<super::Never> {
         let mut pages = Pages::default();
-        for (page, slot) in entries_of(run) {
-            // A locked operation only where there is something.
-            if slot.load(Ordering::Relaxed) != 0 && slot.swap(0, Ordering::SeqCst) != 0 {
-                pages.add(page);
-            }
-        }
+        // A locked operation only where there is something.
+        change_entries(
+            run,
+            |_| 0,
+            |page, slot, _, _| {
+                if slot.swap(0, Ordering::SeqCst) != 0 {
+                    pages.add(page);
+                }
+            },
+        );
         self.flush.changed_pages(pages);
         Action::Continue
     }

@@ -235,6 +235,13 @@ impl<'t, T: Tables, A> Walk<'t, T, A> {
     /// Walks without allocating: absent entries and leaves stay what they are.
     #[inline]
     pub fn run<V: Visitor<'t, T, A>>(self, visitor: &mut V) -> Outcome<V::Stop> {
+        let _reading = self.tables.reading();
+        self.run_in_turn(visitor)
+    }
+
+    /// As [`Walk::run`], for who knows that no table of the range goes out of use meanwhile.
+    #[inline]
+    pub(crate) fn run_in_turn<V: Visitor<'t, T, A>>(self, visitor: &mut V) -> Outcome<V::Stop> {
         match self.drive(visitor, &NoGrowth) {
             Ok(outcome) => outcome,
             Err(never) => match never {},
@@ -250,7 +257,6 @@ impl<'t, T: Tables, A> Walk<'t, T, A> {
         let Some(range) = self.range.intersection(&self.tables.geometry().span()) else {
             return Ok(Outcome::Completed);
         };
-        let _reading = self.tables.reading();
         let mut cursor = Cursor::new(self.tables, range);
         let mut tries = 0;
         while cursor.seek(visitor) {
@@ -276,6 +282,19 @@ impl<'t, T: Allocate, A: Writes> Walk<'t, T, A> {
     /// [`Exhausted`] says how far the walk got.
     #[inline]
     pub fn run_allocating<V: Visitor<'t, T, A>>(
+        self,
+        visitor: &mut V,
+    ) -> Result<Outcome<V::Stop>, Exhausted> {
+        let _reading = self.tables.reading();
+        self.drive(visitor, &Growing)
+    }
+
+    /// As [`Walk::run_allocating`], for who knows that no table of the range goes out of use meanwhile.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub(crate) fn run_allocating_in_turn<V: Visitor<'t, T, A>>(
         self,
         visitor: &mut V,
     ) -> Result<Outcome<V::Stop>, Exhausted> {
