@@ -36,6 +36,9 @@ pub struct CountersSnapshot {
     pub outside: u64,
     /// Entries marked whole because memory for 4 KiB detail was short.
     pub coarse: u64,
+    /// The longest time for which a harvest held the lock of the consumers, in nanoseconds: others that harvest wait for
+    /// it, markers do not. 0 without a clock ([`Tracker::with_clock`](crate::Tracker::with_clock)).
+    pub longest_harvest_ns: u64,
 }
 
 impl CountersSnapshot {
@@ -47,6 +50,20 @@ impl CountersSnapshot {
     /// Pages that anyone dirtied and that were clean before.
     pub fn dirtied(&self) -> u64 {
         self.newly.iter().sum()
+    }
+
+    /// What has come to the sums since `earlier`, a snapshot of the same tracker. Divided by the time between the two,
+    /// [`CountersSnapshot::dirtied`] is the re-dirty rate: a page counts again each time it was harvested and is
+    /// written anew. The longest time is not a sum, and stays.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let more = |now: u64, then: u64| now.saturating_sub(then);
+        Self {
+            newly: core::array::from_fn(|source| more(self.newly[source], earlier.newly[source])),
+            outside: more(self.outside, earlier.outside),
+            coarse: more(self.coarse, earlier.coarse),
+            longest_harvest_ns: self.longest_harvest_ns,
+        }
     }
 }
 
@@ -73,6 +90,7 @@ pub(crate) struct Counters {
     newly: [Padded; Source::ALL.len()],
     outside: Padded,
     coarse: Padded,
+    longest_harvest_ns: Padded,
 }
 
 impl Counters {
@@ -90,11 +108,18 @@ impl Counters {
         self.coarse.add(entries);
     }
 
+    pub(crate) fn harvest_took(&self, time_ns: u64) {
+        self.longest_harvest_ns
+            .0
+            .fetch_max(time_ns, Ordering::Relaxed);
+    }
+
     pub(crate) fn snapshot(&self) -> CountersSnapshot {
         CountersSnapshot {
             newly: core::array::from_fn(|source| self.newly[source].get()),
             outside: self.outside.get(),
             coarse: self.coarse.get(),
+            longest_harvest_ns: self.longest_harvest_ns.get(),
         }
     }
 }

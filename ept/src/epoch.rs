@@ -144,7 +144,7 @@ impl Epoch {
         // Made first: should anything unwind below, its drop makes all it holds dirty again, after
         // the lock is free.
         let mut harvest = Harvest::new(self.consumer.clone());
-        let taken = self.take(range, max_pages.max(1), harvest.pieces_mut());
+        let taken = self.take_timed(range, max_pages.max(1), harvest.pieces_mut());
         match taken {
             Taken::All => Ok(harvest),
             Taken::Limit(at) => {
@@ -155,12 +155,30 @@ impl Epoch {
         }
     }
 
-    fn take(&self, range: GpaRange, limit: u64, pieces: &mut Pieces) -> Taken {
+    fn take_timed(&self, range: GpaRange, limit: u64, pieces: &mut Pieces) -> Taken {
         let consumers = self.tracker.consumers().lock();
+        let Some(clock) = self.tracker.clock() else {
+            return self.take(&consumers, range, limit, pieces);
+        };
+        let began_ns = clock();
+        let taken = self.take(&consumers, range, limit, pieces);
+        let took_ns = clock().saturating_sub(began_ns);
+        self.tracker.all_counters().harvest_took(took_ns);
+        taken
+    }
+
+    /// Takes what is dirty, with the lock of the consumers held.
+    fn take(
+        &self,
+        consumers: &[Arc<Consumer>],
+        range: GpaRange,
+        limit: u64,
+        pieces: &mut Pieces,
+    ) -> Taken {
         let pending = &self.consumer.pending;
         let shared = self.tracker.tree();
         let mut others = Pending {
-            consumers: &consumers,
+            consumers,
             except: None,
             counters: self.tracker.all_counters(),
         };

@@ -52,17 +52,17 @@
 //! | S5 | splits on demand: complete before they are linked, dirty parts of a dirty whole, a coarse entry where memory is short | `stage2::splits_and_collapses_lose_no_dirty_flag`, `stage2::a_split_without_tables_leaves_the_huge_leaf`, `threads`, `shortage` |
 //! | S6 | a collapse loses no dirty flag | `stage2::splits_and_collapses_lose_no_dirty_flag` |
 //! | S7 | every change of a live entry is one atomic read-modify-write | `stage2_threads`, `threads` |
-//! | S8 | a long walk yields and goes on with progress. That no table is used again while a walker reads it is kept for detached tables until [`stage2::Flush::done`], and not longer | `stage2::a_long_walk_yields_and_goes_on`, `stage2::tables_wait_for_the_flush` |
-//! | S9 | threads on disjoint ranges do not wait for each other; overlapping changes are the caller's to order | `stage2_threads::disjoint_ranges_are_changed_at_once` |
+//! | S8 | a long walk yields and goes on with progress; no table is used again while a walker may read it | `stage2::a_long_walk_yields_and_goes_on`, `stage2_order::no_table_is_reused_under_a_walk`, `stage2_order::readers_never_see_another_ranges_entries` |
+//! | S9 | threads on disjoint ranges do not wait for each other; overlapping changes are ordered | `stage2_threads::disjoint_ranges_are_changed_at_once`, `stage2_order::disjoint_changes_do_not_wait`, `stage2_order::overlapping_changes_are_ordered` |
 //! | S10–S13 | notifier ranges, sequence, two passes, subscribers that come and go | `notify` |
-//! | S14 | open, change, flush, close | `protect::s14_…`, `stage2::tables_wait_for_the_flush` |
-//! | S15 | write-protect, and clean-and-record: what really changed | `protect`, `stage2::flags_that_hardware_sets_are_harvested_once` |
-//! | S16 | nothing is cleaned unrecorded | `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest` |
+//! | S14 | open, change, flush, close; the whole range where another flush is pending | `protect::s14_…`, `stage2::tables_wait_for_the_flush`, `stage2_order::a_pending_flush_makes_the_next_one_whole` |
+//! | S15 | write-protect, and clean-and-record, on every format: what really changed | `protect`, `stage2_track`, `stage2::flags_that_hardware_sets_are_harvested_once` |
+//! | S16 | nothing is cleaned unrecorded | `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest`, `stage2_track::no_write_is_lost_between_faults_and_a_harvest` |
 //! | S17 | harvests are transactions of named consumers | `epoch`, `threads` |
 //! | S18 | one merged dirty set, sources counted | `tracker`, `vm_memory` |
 //! | S19 | ageing loses no dirty state | `stage2::flags_that_hardware_sets_are_harvested_once` |
 //! | S20 | protection by region kind | `protect::s15_protection_matches_a_set_of_pages` |
-//! | S21 | figures of what was done: [`CountersSnapshot`], [`stage2::Tally`]; longest lock hold and re-dirty rate are not kept | `tracker`, `stage2` |
+//! | S21 | figures of what was done: [`CountersSnapshot`], [`stage2::Figures`]. A vCPU's stalls are kept where vCPUs are | `tracker::s21_…`, `stage2_order::figures_are_kept` |
 //!
 //! # Features
 //! `std`: waiting threads yield. `vm-memory`: `TrackerBitmap`, a `vm_memory::bitmap::Bitmap`.
@@ -77,6 +77,7 @@ pub mod apply;
 mod arena;
 #[cfg(feature = "vm-memory")]
 mod bitmap;
+mod clock;
 mod counters;
 mod epoch;
 pub mod format;
@@ -93,6 +94,7 @@ pub mod walk;
 pub use addr::{Gpa, GpaRange, Hpa, Level, PAGE_SIZE, RangeError, TABLE_ENTRIES};
 #[cfg(feature = "vm-memory")]
 pub use bitmap::TrackerBitmap;
+pub use clock::Clock;
 pub use counters::{CountersSnapshot, Source};
 pub use epoch::{Epoch, EpochError, HarvestError, MAX_EPOCHS, Start};
 pub use geometry::{Geometry, GeometryError};

@@ -336,3 +336,33 @@ fn p9_whole_spans_cost_no_detail() {
     harvest.commit();
     assert!(epoch.harvest(GpaRange::ALL).unwrap().is_empty());
 }
+
+/// S21: what came since a snapshot, and for how long a harvest held its lock, by a clock that is the caller's.
+#[test]
+fn s21_rates_and_the_longest_harvest() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static TICKS: AtomicU64 = AtomicU64::new(0);
+    let region = Region {
+        range: pages(0, 1000),
+        kind: RegionKind::Ram,
+    };
+    let tracker = Tracker::new(&[region]).unwrap();
+    // Each look at the clock is 50 ns after the last one.
+    let tracker = Arc::new(tracker.with_clock(|| TICKS.fetch_add(50, Ordering::Relaxed)));
+    let epoch = Epoch::begin(&tracker, "one", Start::Clean).unwrap();
+    tracker.mark(gpa(5), 1, Source::Vcpu);
+    let before = tracker.counters();
+    assert_eq!((before.dirtied(), before.longest_harvest_ns), (1, 0));
+    tracker.mark(gpa(5), 1, Source::Vcpu);
+    assert_eq!(
+        tracker.counters().since(&before).dirtied(),
+        0,
+        "it was dirty"
+    );
+    epoch.harvest(region.range).unwrap().commit();
+    tracker.mark(gpa(5), 1, Source::Vcpu);
+    tracker.mark(gpa(6), 1, Source::Device);
+    let since = tracker.counters().since(&before);
+    assert_eq!((since.dirtied(), since.dirtied_by(Source::Vcpu)), (2, 1));
+    assert_eq!(since.longest_harvest_ns, 50);
+}

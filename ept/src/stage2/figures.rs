@@ -1,8 +1,5 @@
 //! Figures that a table keeps.
 
-/// A clock that only goes forward, in nanoseconds from any origin.
-pub type Clock = fn() -> u64;
-
 /// Figures of a [`Stage2`](crate::stage2::Stage2) since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {

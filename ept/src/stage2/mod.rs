@@ -48,6 +48,7 @@ use alloc::collections::TryReserveError;
 use core::fmt;
 
 use crate::addr::{Gpa, GpaRange, Hpa, Level, PAGE_SIZE, TABLE_ENTRIES};
+use crate::clock::Clock;
 use crate::format::{
     Allocate, Entry, HardwareFormat, Leaf, OutOfTables, TableId, Tables, Unsupported,
 };
@@ -56,7 +57,7 @@ use crate::notify::OpenRange;
 use crate::walk::{Change, Exhausted, NotOpen, Outcome, Run, Walk, Writes};
 
 pub use dump::Dump;
-pub use figures::{Clock, Figures};
+pub use figures::Figures;
 pub use flush::Flush;
 pub(crate) use flush::Pages;
 pub use map::{Attributes, MapError};

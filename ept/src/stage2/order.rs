@@ -9,7 +9,8 @@
 //! range, not only what it touched itself (compare `mm_tlb_flush_nested` in Linux's `mm/mapping_dirty_helpers.c`).
 
 use crate::addr::GpaRange;
-use crate::stage2::figures::{Clock, Figures};
+use crate::clock::{Clock, now_ns};
+use crate::stage2::figures::Figures;
 use crate::sync::{SpinLock, relax};
 
 /// Changes that are going on or wait for their flush at one time.
@@ -138,10 +139,6 @@ impl Order {
         self.state.lock().figures
     }
 
-    fn now_ns(&self) -> u64 {
-        self.clock.map_or(0, |clock| clock())
-    }
-
     /// Waits for the turn of a change of `range`.
     pub(super) fn turn(&self, range: GpaRange) -> Result<Turn<'_>, NoPlace> {
         let id = self.enter(range)?;
@@ -151,7 +148,7 @@ impl Order {
         }
         Ok(Turn {
             order: self,
-            began_ns: self.now_ns(),
+            began_ns: now_ns(self.clock),
             id,
         })
     }
@@ -220,7 +217,7 @@ impl Turn<'_> {
 
     fn figures(&self, done: Figures) -> Figures {
         Figures {
-            longest_turn_ns: self.order.now_ns().saturating_sub(self.began_ns),
+            longest_turn_ns: now_ns(self.order.clock).saturating_sub(self.began_ns),
             ..done
         }
     }

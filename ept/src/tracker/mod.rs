@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::addr::{Gpa, GpaRange, PAGE_SHIFT, SPACE_PAGES};
+use crate::clock::Clock;
 use crate::counters::{Counters, CountersSnapshot, Source};
 use crate::epoch::Consumer;
 use crate::format::OutOfTables;
@@ -51,6 +52,7 @@ pub struct Tracker {
     /// The consumers. Held while the shared tree is drained, so that there is one drain at a time.
     consumers: SpinLock<Vec<Arc<Consumer>>>,
     counters: Counters,
+    clock: Option<Clock>,
 }
 
 impl Tracker {
@@ -90,7 +92,15 @@ impl Tracker {
             max_leaf_tables,
             consumers: SpinLock::new(Vec::new()),
             counters: Counters::default(),
+            clock: None,
         })
+    }
+
+    /// The same tracker with a clock, so that it can say for how long harvests held its lock.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Clock) -> Self {
+        self.clock = Some(clock);
+        self
     }
 
     /// The regions, in order of address.
@@ -206,6 +216,10 @@ impl Tracker {
 
     pub(crate) fn consumers(&self) -> &SpinLock<Vec<Arc<Consumer>>> {
         &self.consumers
+    }
+
+    pub(crate) fn clock(&self) -> Option<Clock> {
+        self.clock
     }
 
     pub(crate) fn all_counters(&self) -> &Counters {
