@@ -46,7 +46,7 @@
 //! | | promise | tests (`ept/tests`) |
 //! |---|---|---|
 //! | S1 | ranges are checked when they are made; a huge leaf is visited once, with its true span | `walk`, `stage2::every_format_agrees_with_a_list_of_pages` |
-//! | S2 | without allocation no error for memory; with it, how far it got; the worst case can be reserved | `walk`, `shortage::s2_…`, `stage2::a_map_without_tables_says_how_far_it_got`, `apply` |
+//! | S2 | without allocation no error for memory; with it, how far it got; the worst case can be reserved | `walk`, `shortage::s2_…`, `stage2::a_map_without_tables_says_how_far_it_got`, `stage2::a_reservation_is_kept`, `apply` |
 //! | S3 | continue, descend, skip, split, again, stop | `walk::s3_every_answer` |
 //! | S4 | holes with their level; a leaf table is one run | `walk::s2_walks_write_and_read_like_a_map` |
 //! | S5 | splits on demand: complete before they are linked, dirty parts of a dirty whole, a coarse entry where memory is short | `stage2::splits_and_collapses_lose_no_dirty_flag`, `stage2::a_split_without_tables_leaves_the_huge_leaf`, `threads`, `shortage` |

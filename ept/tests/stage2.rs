@@ -345,6 +345,41 @@ fn the_worst_case_is_enough() {
     }
 }
 
+/// S2: what was reserved is there, however many tables others take meanwhile.
+#[test]
+fn a_reservation_is_kept() {
+    let memory = words(32);
+    let stage2 = Stage2::new(Npt::FourLevels, &memory, BASE).unwrap();
+    let small = attributes(Permissions::ALL, Level::PAGE);
+    let range = pages(700, 2000);
+    stage2
+        .map(
+            pages(1536, 512),
+            Hpa(0x4000_0000),
+            attributes(Permissions::READ, Level::MIB2),
+        )
+        .unwrap();
+    stage2.reserve(range).unwrap();
+    assert_eq!(
+        stage2.lookup(700).1,
+        Entry::Absent,
+        "nothing is mapped by it"
+    );
+    assert_eq!(stage2.lookup(1536).0, Level::MIB2, "what is mapped stays");
+    // Others take all that is left.
+    let rest = pages(1 << 20, 1 << 18);
+    let error = stage2.reserve(rest).unwrap_err();
+    let MapError::Exhausted(exhausted) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(stage2.available(), 0);
+    assert_eq!(exhausted.reached.page() % 512, 0);
+    stage2.map(pages(700, 836), Hpa(0), small).unwrap();
+    stage2.map(pages(2048, 652), Hpa(0), small).unwrap();
+    done(stage2.unmap(span(&stage2), &open()));
+    assert_eq!(stage2.available(), 31);
+}
+
 /// S14: detached tables come back only when the flush is done; forgotten ones never do.
 #[test]
 fn tables_wait_for_the_flush() {

@@ -5,6 +5,7 @@
 //! | operation | entries | needs | afterwards |
 //! |---|---|---|---|
 //! | [`Stage2::map`] | absent → leaf | tables | nothing: no translation was there |
+//! | [`Stage2::reserve`] | absent → empty table | tables | nothing |
 //! | [`Stage2::unmap`] | leaf → absent | an open notifier range; tables for a split | [`Flush`] |
 //! | [`Stage2::protect`] | permissions | an open notifier range; tables for a split | [`Flush`] |
 //! | [`Stage2::clean`] | dirty → clean, and recorded | an open notifier range | [`Flush`] |
@@ -40,6 +41,7 @@ mod order;
 mod pool;
 mod protect;
 mod readers;
+mod reserve;
 mod track;
 mod unmap;
 
