@@ -11,7 +11,7 @@
 //! user's: without U/S in every entry nothing is allowed (15.25.5). NX counts while the host's EFER.NXE is
 //! set, which this format takes for granted.
 
-use super::hardware::{MemoryCodes, address, bits};
+use super::hardware::{LARGE, MemoryCodes, address, bits, is_leaf};
 use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
 use crate::addr::{Level, TABLE_ENTRIES};
 use crate::geometry::Geometry;
@@ -23,8 +23,7 @@ const PWT: u64 = 1 << 3;
 const PCD: u64 = 1 << 4;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
-/// Leaf, at levels 1 and 2; in an entry of level 0 it is [`PAT_PAGE`].
-const LARGE: u64 = 1 << 7;
+/// What [`LARGE`] is above level 0.
 const PAT_PAGE: u64 = 1 << 7;
 const PAT_LARGE: u64 = 1 << 12;
 /// Left to software in every entry.
@@ -49,16 +48,6 @@ pub enum Npt {
     FiveLevels,
 }
 
-impl Npt {
-    const fn is_leaf(raw: u64, level: Level) -> bool {
-        match level.number() {
-            0 => true,
-            1 | 2 => raw & LARGE != 0,
-            _ => false,
-        }
-    }
-}
-
 impl Format for Npt {
     type Leaf = Leaf;
 
@@ -67,7 +56,7 @@ impl Format for Npt {
         if raw & PRESENT == 0 {
             return Entry::Absent;
         }
-        if !Self::is_leaf(raw, level) {
+        if !is_leaf(raw, level) {
             return Entry::Table(TableId(raw & bits(12, ADDRESS_END)));
         }
         let granted = if raw & USER != 0 {

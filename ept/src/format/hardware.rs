@@ -151,6 +151,18 @@ impl MemoryCodes {
     }
 }
 
+/// x86's mark of a leaf above level 0; an entry of level 0 is one, and a bit of something else stands there.
+pub(crate) const LARGE: u64 = 1 << 7;
+
+/// Whether an entry of x86's is a leaf if it is present: above level 0 it says so itself, and level 3 has none.
+pub(crate) const fn is_leaf(raw: u64, level: Level) -> bool {
+    match level.number() {
+        0 => true,
+        1 | 2 => raw & LARGE != 0,
+        _ => false,
+    }
+}
+
 /// Bits `from` up to and without `to`.
 pub(crate) const fn bits(from: u32, to: u32) -> u64 {
     (u64::MAX >> (64 - (to - from))) << from

@@ -10,7 +10,7 @@
 //! table mechanism (EPT)", tables of the formats of EPT entries. There is no present bit: an entry is absent
 //! when it allows nothing. Bit 7 means nothing in an entry of level 0.
 
-use super::hardware::{MemoryCodes, address, bits};
+use super::hardware::{LARGE, MemoryCodes, address, bits, is_leaf};
 use super::{Entry, Format, HardwareFormat, Leaf, MemoryType, Permissions, TableId};
 use crate::addr::{Level, TABLE_ENTRIES};
 use crate::geometry::Geometry;
@@ -20,8 +20,6 @@ const WRITE: u64 = 1 << 1;
 const EXECUTE: u64 = 1 << 2;
 const ANY: u64 = READ | WRITE | EXECUTE;
 const MEMORY: u64 = bits(3, 6);
-/// Leaf, at levels 1 and 2.
-const LARGE: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
 const DIRTY: u64 = 1 << 9;
 /// Address fields end here, whatever MAXPHYADDR is: bits between must be zero.
@@ -95,15 +93,6 @@ impl Ept {
     const fn is_dirty(&self, raw: u64) -> bool {
         raw & DIRTY != 0 || raw & WRITE != 0 && !self.features.has(EptFeatures::ACCESSED_DIRTY)
     }
-
-    /// Above level 0 an entry says itself whether it is a leaf; level 3 has none.
-    const fn is_leaf(raw: u64, level: Level) -> bool {
-        match level.number() {
-            0 => true,
-            1 | 2 => raw & LARGE != 0,
-            _ => false,
-        }
-    }
 }
 
 impl Format for Ept {
@@ -114,7 +103,7 @@ impl Format for Ept {
         if raw & ANY == 0 {
             return Entry::Absent;
         }
-        if !Self::is_leaf(raw, level) {
+        if !is_leaf(raw, level) {
             return Entry::Table(TableId(raw & bits(12, ADDRESS_END)));
         }
         Entry::Leaf(Leaf {
