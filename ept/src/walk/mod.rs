@@ -178,7 +178,14 @@ impl<'t, T: Tables> Walk<'t, T, Look> {
 }
 
 impl<'t, 'o, T: Tables> Walk<'t, T, Change<'o>> {
-    /// A walk that changes entries, inside an open notifier range. It cannot outlast that:
+    /// A walk that changes entries, inside an open notifier range.
+    ///
+    /// The operations of a [`Stage2`](crate::stage2::Stage2), and [`apply`](crate::apply), take turns where their
+    /// ranges overlap, note what is to be flushed, and break before they make on Arm. A walk of one's own does none of
+    /// that for its visitor: nobody else may change the range meanwhile, and where the format
+    /// [breaks](crate::format::HardwareFormat::BREAKS), [`Stage2::split`](crate::stage2::Stage2::split) comes first.
+    ///
+    /// It cannot outlast the open range:
     ///
     /// ```compile_fail,E0505
     /// # use ept::{GpaRange, Notifier, format::Allocate, walk::{Change, Visitor, Walk}};
