@@ -83,6 +83,8 @@ mod epoch;
 pub mod format;
 mod geometry;
 mod harvest;
+#[cfg(all(test, loom))]
+mod models;
 mod notify;
 mod region;
 pub mod stage2;

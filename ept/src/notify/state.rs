@@ -50,7 +50,7 @@ impl Joined {
 
 impl Drop for Joined {
     fn drop(&mut self) {
-        self.progress.settled.store(true, Ordering::SeqCst);
+        self.progress.settled.store(true, Ordering::Release);
     }
 }
 
@@ -73,7 +73,7 @@ impl Late {
     /// Waits until the subscriber has been told to start; false if a panic prevented that.
     pub(crate) fn settle(&self) -> bool {
         let mut spins = 0;
-        while !self.progress.settled.load(Ordering::SeqCst) {
+        while !self.progress.settled.load(Ordering::Acquire) {
             relax(&mut spins);
         }
         self.progress.started.load(Ordering::SeqCst)

@@ -1,0 +1,120 @@
+//! The tracker: marks go up while a harvest comes down.
+
+use alloc::sync::Arc;
+
+use super::small::pages;
+use super::{explore, spawn};
+use crate::addr::Gpa;
+use crate::epoch::{Epoch, Start};
+use crate::region::{Region, RegionKind};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::tracker::Tracker;
+use crate::{GpaRange, Source};
+
+const ALL: GpaRange = GpaRange::ALL;
+
+fn gpa(page: u64) -> Gpa {
+    Gpa(page << 12)
+}
+
+/// A tracker of `region`, one leaf table of it made.
+fn tracker(region: GpaRange) -> (Arc<Tracker>, Epoch) {
+    let region = Region {
+        range: region,
+        kind: RegionKind::Ram,
+    };
+    let tracker = Arc::new(Tracker::new(&[region]).unwrap());
+    let epoch = Epoch::begin(&tracker, "migration", Start::Clean).unwrap();
+    (tracker, epoch)
+}
+
+/// A writer that stores data and then marks its page, against a harvest that clears and then reads the data; a harvest
+/// after both finds what is left. What was read last must be what was written last.
+fn nothing_is_lost(region: GpaRange, page: u64, reserve: GpaRange) {
+    let (tracker, epoch) = tracker(region);
+    tracker.reserve(reserve).unwrap();
+    let data = Arc::new(AtomicU64::new(0));
+    let writer = {
+        let (tracker, data) = (tracker.clone(), data.clone());
+        spawn(move || {
+            for value in 1..=2 {
+                // A plain store: it is the mark that orders it.
+                data.store(value, Ordering::Relaxed);
+                tracker.mark(gpa(page), 1, Source::Vcpu);
+            }
+        })
+    };
+    let mut copy = 0;
+    let harvest = |copy: &mut u64| {
+        let harvest = epoch.harvest(ALL).unwrap();
+        if harvest.contains(gpa(page)) {
+            *copy = data.load(Ordering::Relaxed);
+        }
+        harvest.commit();
+    };
+    harvest(&mut copy);
+    writer.join().unwrap();
+    harvest(&mut copy);
+    assert_eq!(copy, 2);
+}
+
+/// S16: with one level of summary bits above the leaf table.
+#[test]
+fn a_mark_is_harvested() {
+    explore("mark against harvest", 20, || {
+        nothing_is_lost(pages(0, 1024), 3, pages(0, 512));
+    });
+}
+
+/// S16: with two levels: a mark that finds the lower summary bit set goes on to the upper one.
+#[test]
+fn a_mark_is_harvested_through_two_levels() {
+    explore("mark against harvest, two levels", 30, || {
+        nothing_is_lost(pages(0, 1 << 19), 3, pages(0, 512));
+    });
+}
+
+/// S16: where detail has to be made first.
+#[test]
+fn a_mark_that_makes_detail_is_harvested() {
+    explore("first mark against harvest", 20, || {
+        nothing_is_lost(pages(0, 1024), 3, pages(512, 512));
+    });
+}
+
+/// S5, S16: two writers that make the detail of one entry at once.
+#[test]
+fn two_first_marks_are_harvested() {
+    explore("first mark against first mark", 20, || {
+        let (tracker, epoch) = tracker(pages(0, 1024));
+        let other = {
+            let tracker = tracker.clone();
+            spawn(move || tracker.mark(gpa(5), 1, Source::Device))
+        };
+        tracker.mark(gpa(9), 1, Source::Vcpu);
+        other.join().unwrap();
+        let harvest = epoch.harvest(ALL).unwrap();
+        assert_eq!(harvest.pages(), 2);
+        harvest.commit();
+        assert_eq!(tracker.counters().dirtied(), 2);
+    });
+}
+
+/// S17: two consumers that harvest at once: each sees the page.
+#[test]
+fn one_harvest_hides_nothing_from_another() {
+    explore("harvest against harvest", 10, || {
+        let (tracker, epoch) = tracker(pages(0, 1024));
+        let second = Epoch::begin(&tracker, "dirty-rate", Start::Clean).unwrap();
+        tracker.mark(gpa(3), 1, Source::Vcpu);
+        let other = spawn(move || {
+            let harvest = second.harvest(ALL).unwrap();
+            assert!(harvest.contains(gpa(3)));
+            harvest.commit();
+        });
+        let harvest = epoch.harvest(ALL).unwrap();
+        assert!(harvest.contains(gpa(3)));
+        harvest.commit();
+        other.join().unwrap();
+    });
+}
