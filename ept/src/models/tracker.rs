@@ -28,41 +28,46 @@ fn tracker(region: GpaRange) -> (Arc<Tracker>, Epoch) {
     (tracker, epoch)
 }
 
-/// A writer that stores data and then marks its page, against a harvest that clears and then reads the data; a harvest
-/// after both finds what is left. What was read last must be what was written last.
-fn nothing_is_lost(region: GpaRange, page: u64, reserve: GpaRange) {
+/// A writer that stores data and then marks its page, for one page after the other, against a harvest that clears and
+/// then reads the data; a harvest after both finds what is left. What was read last must be what was written last.
+fn nothing_is_lost(region: GpaRange, written: [u64; 2], reserve: GpaRange) {
     let (tracker, epoch) = tracker(region);
     tracker.reserve(reserve).unwrap();
-    let data = Arc::new(AtomicU64::new(0));
+    let data = Arc::new([0, 1].map(|_| AtomicU64::new(0)));
     let writer = {
         let (tracker, data) = (tracker.clone(), data.clone());
         spawn(move || {
-            for value in 1..=2 {
+            for (page, data) in written.into_iter().zip(data.iter()) {
                 // A plain store: it is the mark that orders it.
-                data.store(value, Ordering::Relaxed);
+                data.store(data.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
                 tracker.mark(gpa(page), 1, Source::Vcpu);
             }
         })
     };
-    let mut copy = 0;
-    let harvest = |copy: &mut u64| {
+    let mut copies = [0, 0];
+    let harvest = |copies: &mut [u64; 2]| {
         let harvest = epoch.harvest(ALL).unwrap();
-        if harvest.contains(gpa(page)) {
-            *copy = data.load(Ordering::Relaxed);
+        for ((page, data), copy) in written.into_iter().zip(data.iter()).zip(copies) {
+            if harvest.contains(gpa(page)) {
+                *copy = data.load(Ordering::Relaxed);
+            }
         }
         harvest.commit();
     };
-    harvest(&mut copy);
+    harvest(&mut copies);
     writer.join().unwrap();
-    harvest(&mut copy);
-    assert_eq!(copy, 2);
+    harvest(&mut copies);
+    assert_eq!(copies, [1, 1]);
 }
+
+/// Pages of one leaf table, in two words of its plane.
+const NEIGHBOURS: [u64; 2] = [3, 100];
 
 /// S16: with one level of summary bits above the leaf table.
 #[test]
 fn a_mark_is_harvested() {
-    explore("mark against harvest", 20, || {
-        nothing_is_lost(pages(0, 1024), 3, pages(0, 512));
+    explore("mark against harvest", 10, || {
+        nothing_is_lost(pages(0, 1024), NEIGHBOURS, pages(0, 512));
     });
 }
 
@@ -70,15 +75,46 @@ fn a_mark_is_harvested() {
 #[test]
 fn a_mark_is_harvested_through_two_levels() {
     explore("mark against harvest, two levels", 30, || {
-        nothing_is_lost(pages(0, 1 << 19), 3, pages(0, 512));
+        nothing_is_lost(pages(0, 1 << 19), NEIGHBOURS, pages(0, 512));
+    });
+}
+
+/// S16: the same page twice, which is taken while it is marked again.
+#[test]
+fn a_second_mark_is_harvested() {
+    explore("mark against harvest, twice", 10, || {
+        let (tracker, epoch) = tracker(pages(0, 1024));
+        tracker.reserve(pages(0, 512)).unwrap();
+        let data = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let (tracker, data) = (tracker.clone(), data.clone());
+            spawn(move || {
+                for value in 1..=2 {
+                    data.store(value, Ordering::Relaxed);
+                    tracker.mark(gpa(3), 1, Source::Vcpu);
+                }
+            })
+        };
+        let mut copy = 0;
+        let mut harvest = || {
+            let harvest = epoch.harvest(ALL).unwrap();
+            if harvest.contains(gpa(3)) {
+                copy = data.load(Ordering::Relaxed);
+            }
+            harvest.commit();
+        };
+        harvest();
+        writer.join().unwrap();
+        harvest();
+        assert_eq!(copy, 2);
     });
 }
 
 /// S16: where detail has to be made first.
 #[test]
 fn a_mark_that_makes_detail_is_harvested() {
-    explore("first mark against harvest", 20, || {
-        nothing_is_lost(pages(0, 1024), 3, pages(512, 512));
+    explore("first mark against harvest", 10, || {
+        nothing_is_lost(pages(0, 1024), NEIGHBOURS, pages(512, 512));
     });
 }
 

@@ -9,8 +9,8 @@ pub(crate) use modelled::*;
 
 /// Loom has no total order of `SeqCst` accesses: it takes them for `AcqRel`, and lets a load return what was there
 /// before another thread's store. Here a `SeqCst` load is a read-modify-write that changes nothing, which returns the
-/// latest value: all `SeqCst` accesses are in the one order in which loom runs them, as the language says. Loads of any
-/// other strength are loom's own.
+/// latest value: all `SeqCst` accesses are in the one order in which loom runs them, as the language says. It acquires
+/// as a load does, and releases nothing. Loads of any other strength are loom's own.
 #[cfg(loom)]
 mod modelled {
     #![allow(
@@ -34,7 +34,7 @@ mod modelled {
 
                 pub fn load(&self, order: Ordering) -> $value {
                     match order {
-                        Ordering::SeqCst => self.0.$load($nothing, order),
+                        Ordering::SeqCst => self.0.$load($nothing, Ordering::Acquire),
                         other => self.0.load(other),
                     }
                 }
