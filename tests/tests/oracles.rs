@@ -4,14 +4,17 @@
 //! What stands here about a format is from its manual, and in no case from the crate: how far addresses reach,
 //! which leaves there are, what they can say, and how a processor tells why it refused an access.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use ept::format::{
     ArmFlags, ArmStage2, Entry, Ept, EptFeatures, EptLevels, Format, GStage, GStageMemory,
-    GStageMode, Leaf, MemoryType, Npt, Permissions, TableId,
+    GStageMode, Leaf, MemoryType, Npt, Permissions, TableId, Tables,
 };
-use ept::{Hpa, Level};
-use ferry_tests::oracle::model::{Refusal, Shape};
+use ept::stage2::{Attributes, ChangeError, Flush, Stage2, WriteFault};
+use ept::{Gpa, GpaRange, Hpa, Level, Notifier};
+use ferry_tests::oracle::model::{self, Refusal, Shape};
 use ferry_tests::oracle::proof::{Effort, Subject, prove};
-use ferry_tests::oracle::{self, Access};
+use ferry_tests::oracle::{self, Access, Oracle, Outcome, Probe, Scenario};
 
 const NONE: Permissions = Permissions::NONE;
 const R: Permissions = Permissions::READ;
@@ -29,7 +32,7 @@ const GIB: u32 = 2;
 /// For each of the formats of a machine.
 const EFFORT: Effort = Effort {
     rounds: 9,
-    operations: 250,
+    operations: 320,
     probes: 1500,
 };
 
@@ -58,6 +61,7 @@ fn intel_ept() {
                     MemoryType::Other(5),
                 ],
                 no_memory: MemoryType::Other(2),
+                breaks: false,
             },
             control: |format, root| [format.pointer(root), 1, 0, 0],
             syndrome: ept_qualification,
@@ -110,6 +114,7 @@ fn amd_npt() {
                     MemoryType::Other(7),
                 ],
                 no_memory: MemoryType::Other(8),
+                breaks: false,
             },
             control: npt_control,
             syndrome: npt_exit_info,
@@ -164,10 +169,12 @@ fn arm_stage_2() {
                     MemoryType::Other(0b1010),
                 ],
                 no_memory: MemoryType::Other(16),
+                // D8.16.1.
+                breaks: true,
             },
             control: |format, TableId(root)| [root, format.vtcr() | ARM_REST_OF_VTCR, 0, 0],
             syndrome: arm_syndrome,
-            syndrome_mask: 0x3f << 26 | 1 << 6 | 0x3f,
+            syndrome_mask: ARM_SYNDROME_MASK,
             logs: false,
             marks_refused: None,
         };
@@ -178,6 +185,9 @@ fn arm_stage_2() {
 /// What is not the format's in VTCR_EL2: RES1, 48 bits of physical address (PS), and table walks through caches,
 /// inner shareable (SH0, ORGN0, IRGN0).
 const ARM_REST_OF_VTCR: u64 = 1 << 31 | 0b101 << 16 | 0b11 << 12 | 0b01 << 10 | 0b01 << 8;
+
+/// What [`arm_syndrome`] tells.
+const ARM_SYNDROME_MASK: u64 = 0x3f << 26 | 1 << 6 | 0x3f;
 
 /// ESR_EL2 of an abort: the exception class, whether it was a write, and the fault status with the level, which
 /// Arm counts downwards.
@@ -209,6 +219,211 @@ fn arm_execute_never_is_for_everybody() {
     }
 }
 
+/// Leaves of 2 MiB and of 1 GiB, whose pages are tried in the emulator while changes of them wait for their flush.
+struct Breaking<'m> {
+    stage2: &'m Stage2<'m, ArmStage2>,
+    words: &'m [AtomicU64],
+}
+
+/// Each leaf: its level, where the guest sees it, and where it is. The frames are in both.
+const LEAVES: [(u32, u64, u64); 2] = [(MIB2, 4 << 30, 0x4400_0000), (GIB, 8 << 30, 0x4000_0000)];
+
+/// A frame in each, as a distance from its first byte.
+const PROBED: [u64; 2] = [0x1_f000, 0x400_5000];
+
+impl Breaking<'_> {
+    fn map(&self) {
+        let attributes = Attributes {
+            permissions: RWX,
+            memory: MemoryType::WriteBack,
+            largest: Level::GIB,
+        };
+        let map = |gpa: u64, pages, hpa| {
+            let range = GpaRange::from_pages(gpa >> 12, pages).unwrap();
+            self.stage2.map(range, Hpa(hpa), attributes).unwrap();
+        };
+        for page in oracle::Arm.layout().guest_pages {
+            map(page.gpa, 1, page.hpa);
+        }
+        for (level, gpa, hpa) in LEAVES {
+            map(gpa, model::pages(level), hpa);
+        }
+    }
+
+    /// What becomes of an access to the probed page of each leaf.
+    fn ask(&self, access: Access) -> Vec<Outcome> {
+        let words = self.words.iter().map(|word| word.load(Ordering::SeqCst));
+        let words: Vec<u64> = words.collect();
+        // These are left to software, belong to features that are off, or are RES0.
+        let odd = words.iter().find(|&&raw| raw & 1 == 1 && raw >> 57 != 0);
+        assert_eq!(odd, None, "an entry says more than it should");
+        let TableId(root) = self.stage2.root_id();
+        let vtcr = self.stage2.format().vtcr() | ARM_REST_OF_VTCR;
+        let probe = |((_, gpa, _), offset)| Probe {
+            gpa: gpa + offset,
+            access,
+        };
+        let scenario = Scenario {
+            control: [root, vtcr, 0, 0],
+            probes: LEAVES.into_iter().zip(PROBED).map(probe).collect(),
+            tables: words.into_iter().flat_map(u64::to_le_bytes).collect(),
+        };
+        oracle::Arm.ask(&scenario).unwrap().outcomes
+    }
+
+    /// Both leaves are there.
+    fn check_reads(&self, when: &str) {
+        let done = |((_, _, hpa), offset)| Outcome::Done {
+            value: hpa + offset,
+        };
+        let expected: Vec<_> = LEAVES.into_iter().zip(PROBED).map(done).collect();
+        assert_eq!(self.ask(Access::Read), expected, "{when}");
+    }
+
+    /// Both leaves refuse an access, at these levels.
+    fn check_refused(
+        &self,
+        access: Access,
+        levels: [u32; 2],
+        permissions: Option<Permissions>,
+        when: &str,
+    ) {
+        let refused = |level| {
+            let refusal = Refusal {
+                level,
+                permissions,
+                withheld: false,
+            };
+            arm_syndrome(access, refusal)
+        };
+        let syndromes = self.ask(access).into_iter().map(|outcome| match outcome {
+            Outcome::Violation { syndrome, .. } => syndrome & ARM_SYNDROME_MASK,
+            other => panic!("{when}: {other:x?}"),
+        });
+        assert!(syndromes.eq(levels.map(refused)), "{when}");
+    }
+
+    /// For the hardware there is nothing where the leaves were; for the crate there is what was there before.
+    fn check_broken(&self, when: &str) {
+        self.check_refused(Access::Read, [MIB2, GIB], None, when);
+        for ((_, gpa, hpa), offset) in LEAVES.into_iter().zip(PROBED) {
+            let page = (gpa + offset) >> 12;
+            let (level, Entry::Leaf(leaf)) = self.stage2.lookup(page) else {
+                panic!("{when}: nothing at {page:#x}");
+            };
+            let found = leaf.hpa.0 + (page << 12) % level.span();
+            assert_eq!(found, hpa + offset, "{when}");
+        }
+    }
+
+    /// A change of both leaves, whose flush is not done.
+    fn change<'f>(&self, how: impl Fn(GpaRange, Level) -> Changed<'f>) -> Vec<Owed<'f>> {
+        let change = |(level, gpa, _): (u32, u64, u64)| {
+            let range = GpaRange::from_pages(gpa >> 12, model::pages(level)).unwrap();
+            let (flush, result) = how(range, Level::new(u8::try_from(level).unwrap()).unwrap());
+            result.unwrap();
+            flush
+        };
+        LEAVES.map(change).into()
+    }
+}
+
+type Owed<'f> = Flush<'f, 'f, ArmStage2>;
+type Changed<'f> = (Owed<'f>, Result<(), ChangeError>);
+
+fn flushed(flushes: Vec<Owed<'_>>) {
+    flushes.into_iter().for_each(Flush::done);
+}
+
+/// DDI 0487, D8.16.1: what was split or collapsed is invalid until what was cached of it is forgotten.
+#[test]
+fn arm_breaks_before_it_makes() {
+    let format = ArmStage2::new(40, ArmFlags::AccessedDirty).unwrap();
+    let words: Vec<_> = (0..64 * 512).map(|_| AtomicU64::new(0)).collect();
+    let base = Hpa(oracle::Arm.layout().tables);
+    let stage2 = &Stage2::new(format, &words, base).unwrap();
+    let notifier = Notifier::new();
+    let open = &notifier.open(GpaRange::ALL).unwrap();
+    let breaking = Breaking {
+        stage2,
+        words: &words,
+    };
+    breaking.map();
+    breaking.check_reads("mapped");
+    let split = |range, level: Level| {
+        let below = Level::new(level.number() - 1).unwrap();
+        stage2.split(range, below, open)
+    };
+    let collapse = |range, level| stage2.collapse(range, level, open);
+    let read_only = |range, _| stage2.protect(range, R, open);
+
+    let owed = breaking.change(split);
+    breaking.check_broken("split");
+    flushed(owed);
+    breaking.check_reads("split and flushed");
+    let owed = breaking.change(collapse);
+    breaking.check_broken("collapsed");
+    flushed(owed);
+    breaking.check_reads("collapsed and flushed");
+
+    // Whoever broke an entry makes it, whatever was changed below it meanwhile.
+    let owed = breaking.change(split);
+    flushed(breaking.change(read_only));
+    breaking.check_broken("split, and what was changed since is flushed");
+    flushed(owed);
+    breaking.check_reads("split and changed");
+    let below = [MIB2 - 1, GIB - 1];
+    breaking.check_refused(Access::Write, below, Some(R), "split and changed");
+
+    // Whoever broke it last makes it.
+    flushed(breaking.change(collapse));
+    let first = breaking.change(split);
+    let second = breaking.change(collapse);
+    flushed(first);
+    breaking.check_broken("split and collapsed, the split is flushed");
+    flushed(second);
+    breaking.check_reads("split and collapsed");
+    breaking.check_refused(Access::Write, [MIB2, GIB], Some(R), "split and collapsed");
+}
+
+/// A write fault splits, and what it splits is out of reach until it is flushed.
+#[test]
+fn arm_breaks_for_a_write_fault() {
+    let format = ArmStage2::new(40, ArmFlags::AccessedDirty).unwrap();
+    let words: Vec<_> = (0..64 * 512).map(|_| AtomicU64::new(0)).collect();
+    let base = Hpa(oracle::Arm.layout().tables);
+    let stage2 = &Stage2::new(format, &words, base).unwrap();
+    let notifier = Notifier::new();
+    let open = &notifier.open(GpaRange::ALL).unwrap();
+    let breaking = Breaking {
+        stage2,
+        words: &words,
+    };
+    breaking.map();
+    flushed(breaking.change(|range, _| stage2.track_writes(range, open)));
+    breaking.check_reads("tracked");
+    let levels = [MIB2, GIB];
+    breaking.check_refused(Access::Write, levels, Some(RX), "tracked");
+    let fault = |page: u64| {
+        let (flush, result) = stage2.write_fault(Gpa(page), drop);
+        let released = GpaRange::from_pages(page >> 12, 1).unwrap();
+        assert_eq!(result, Ok(WriteFault::Released(released)));
+        flush
+    };
+    let pages = LEAVES.into_iter().zip(PROBED);
+    let pages: Vec<_> = pages.map(|((_, gpa, _), offset)| gpa + offset).collect();
+    let owed: Vec<_> = pages.iter().map(|page| fault(page ^ 0x1000)).collect();
+    breaking.check_broken("released a page beside");
+    flushed(owed);
+    breaking.check_reads("flushed");
+    breaking.check_refused(Access::Write, [0, 0], Some(RX), "still tracked");
+    // Nothing is left to be split.
+    let owed: Vec<_> = pages.iter().map(|page| fault(*page)).collect();
+    assert!(owed.iter().all(|flush| flush.interval().is_none()));
+    assert_eq!(breaking.ask(Access::Write), [Outcome::Done { value: 0 }; 2]);
+    flushed(owed);
+}
+
 /// The upper half of the addresses too, which QEMU takes for negative.
 #[test]
 fn riscv_g_stage() {
@@ -233,6 +448,7 @@ fn riscv_g_stage() {
                 permissions: &[R, RW, RX, RWX, X],
                 memory: &[MemoryType::WriteBack],
                 no_memory: MemoryType::Uncached,
+                breaks: false,
             },
             control: |format, root| [format.hgatp(root, VMID), 1, 1, 0],
             syndrome: |access, _| match access {

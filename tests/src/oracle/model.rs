@@ -48,6 +48,9 @@ pub struct Shape {
     pub memory: &'static [MemoryType],
     /// A memory type that leaves cannot have.
     pub no_memory: MemoryType,
+    /// Whether the translations of a leaf must be forgotten before a table may stand in its place, though it says
+    /// the same (break-before-make).
+    pub breaks: bool,
 }
 
 impl Shape {
@@ -64,7 +67,7 @@ pub struct Leaf {
     pub level: u32,
     /// The first byte that it maps to.
     pub hpa: u64,
-    /// What it allows.
+    /// What it is to allow.
     pub permissions: Permissions,
     /// How it is cached.
     pub memory: MemoryType,
@@ -72,6 +75,8 @@ pub struct Leaf {
     pub accessed: bool,
     /// Whether the guest has written to it.
     pub dirty: bool,
+    /// Whether the right to write, which is among `permissions`, is withheld until the guest uses it.
+    pub tracked: bool,
 }
 
 /// What holds for all that is mapped at once.
@@ -133,6 +138,21 @@ pub enum Operation {
         /// The pages.
         range: Pages,
     },
+    /// Withholds the right to write, so that it is told when the guest uses it.
+    TrackWrites {
+        /// The pages.
+        range: Pages,
+    },
+    /// Withholds it no longer.
+    UntrackWrites {
+        /// The pages.
+        range: Pages,
+    },
+    /// Tells that the guest's write to a page was refused.
+    WriteFault {
+        /// The one page.
+        range: Pages,
+    },
 }
 
 impl Operation {
@@ -145,7 +165,10 @@ impl Operation {
             | Self::Split { range, .. }
             | Self::Collapse { range, .. }
             | Self::Clean { range }
-            | Self::Age { range } => range,
+            | Self::Age { range }
+            | Self::TrackWrites { range }
+            | Self::UntrackWrites { range }
+            | Self::WriteFault { range } => range,
         }
     }
 
@@ -159,10 +182,21 @@ impl Operation {
             Self::Collapse { .. } => "collapse",
             Self::Clean { .. } => "clean",
             Self::Age { .. } => "age",
+            Self::TrackWrites { .. } => "track_writes",
+            Self::UntrackWrites { .. } => "untrack_writes",
+            Self::WriteFault { .. } => "write_fault",
         }
     }
 
-    /// The same about other pages.
+    /// Whether nobody may use the translations meanwhile: not where the guest may only do more than before.
+    pub const fn needs_open(&self) -> bool {
+        !matches!(
+            self,
+            Self::Map { .. } | Self::UntrackWrites { .. } | Self::WriteFault { .. }
+        )
+    }
+
+    /// The same about other pages; a write fault is about the last of them.
     #[must_use]
     pub fn at(mut self, pages: Pages) -> Self {
         match &mut self {
@@ -172,7 +206,10 @@ impl Operation {
             | Self::Split { range, .. }
             | Self::Collapse { range, .. }
             | Self::Clean { range }
-            | Self::Age { range } => *range = pages,
+            | Self::Age { range }
+            | Self::TrackWrites { range }
+            | Self::UntrackWrites { range } => *range = pages,
+            Self::WriteFault { range } => *range = pages.end - 1..pages.end,
         }
         self
     }
@@ -197,6 +234,19 @@ pub enum Failure {
     Exhausted(u64),
 }
 
+/// What a refused write was about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The right to write was withheld, and no longer is from these pages.
+    Released(Pages),
+    /// The page may be written.
+    Writable,
+    /// The page may not be written.
+    Denied,
+    /// There is no page.
+    Absent,
+}
+
 /// What became of an operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
@@ -212,6 +262,8 @@ pub struct Report {
     pub tables: u64,
     /// What was recorded, in ascending order, neighbours joined.
     pub recorded: Vec<Pages>,
+    /// What a write fault was about.
+    pub fault: Option<Fault>,
 }
 
 impl Report {
@@ -224,6 +276,7 @@ impl Report {
             splits: 0,
             tables: 0,
             recorded: Vec::new(),
+            fault: None,
         }
     }
 
@@ -269,8 +322,10 @@ pub enum Verdict {
 pub struct Refusal {
     /// The level at which the walk ends.
     pub level: u32,
-    /// What the leaf allows; `None` where there is none.
+    /// What the leaf allows now; `None` where there is none.
     pub permissions: Option<Permissions>,
+    /// Whether just this right is withheld: the write is to be told, and then done.
+    pub withheld: bool,
 }
 
 /// A table that does what it should.
@@ -329,12 +384,14 @@ impl Model {
             return Verdict::Refused(Refusal {
                 level: self.hole_level(page),
                 permissions: None,
+                withheld: false,
             });
         };
-        if !leaf.permissions.allows(needed(access)) {
+        if !leaf.allows(access) {
             return Verdict::Refused(Refusal {
                 level: leaf.level,
-                permissions: Some(leaf.permissions),
+                permissions: Some(leaf.allowed()),
+                withheld: leaf.permissions.allows(needed(access)),
             });
         }
         let writes = access == Access::Write;
@@ -418,6 +475,18 @@ impl Model {
             }
             Operation::Clean { range } => self.take(range, report, |leaf| &mut leaf.dirty),
             Operation::Age { range } => self.take(range, report, |leaf| &mut leaf.accessed),
+            Operation::TrackWrites { range } => self.replace(range, report, |leaf| Leaf {
+                tracked: leaf.permissions.allows(Permissions::WRITE),
+                ..leaf
+            }),
+            Operation::UntrackWrites { range } => self.replace(range, report, |leaf| Leaf {
+                tracked: false,
+                ..leaf
+            }),
+            Operation::WriteFault { range } => {
+                report.fault = Some(self.write_fault(range.start, report));
+                Ok(())
+            }
         }
     }
 
@@ -437,6 +506,7 @@ impl Model {
                 memory: attributes.memory,
                 accessed: false,
                 dirty: false,
+                tracked: false,
             };
             self.leaves.insert(page, leaf);
             page += pages(level);
@@ -507,24 +577,68 @@ impl Model {
         level < self.shape.root_level && within(&(first..first + pages(level + 1)), range)
     }
 
+    /// What is tracked stays so while it has the right that is withheld.
     fn protect(
         &mut self,
         range: &Pages,
         permissions: Permissions,
         report: &mut Report,
     ) -> Result<(), Failure> {
+        self.replace(range, report, |leaf| Leaf {
+            permissions,
+            tracked: leaf.tracked && permissions.allows(Permissions::WRITE),
+            ..leaf
+        })
+    }
+
+    /// Replaces leaves, of which only what is in `range` changes.
+    fn replace(
+        &mut self,
+        range: &Pages,
+        report: &mut Report,
+        by: impl Fn(Leaf) -> Leaf,
+    ) -> Result<(), Failure> {
         self.each_leaf(range, report, |span, leaf| {
-            if leaf.permissions == permissions {
+            let new = by(leaf);
+            if new == leaf {
                 Step::Keep
             } else if within(span, range) {
-                Step::Replace(Leaf {
-                    permissions,
-                    ..leaf
-                })
+                Step::Replace(new)
             } else {
                 Step::Split
             }
         })
+    }
+
+    /// Gives a page, or all of a leaf that cannot be split, the right to write back. Nothing need be forgotten for
+    /// that, so that it is no change to be flushed; but a split may be one.
+    fn write_fault(&mut self, page: u64, report: &mut Report) -> Fault {
+        loop {
+            let Some((first, &leaf)) = self.at(page) else {
+                return Fault::Absent;
+            };
+            if leaf.allows(Access::Write) {
+                return Fault::Writable;
+            }
+            if !leaf.tracked {
+                return Fault::Denied;
+            }
+            let span = first..first + pages(leaf.level);
+            if leaf.level > 0 && self.split(first, page).is_ok() {
+                report.splits += 1;
+                if self.shape.breaks {
+                    report.touched(&span);
+                }
+                continue;
+            }
+            let released = Leaf {
+                tracked: false,
+                ..leaf
+            };
+            self.leaves.insert(first, released);
+            report.record(&span);
+            return Fault::Released(span);
+        }
     }
 
     /// Records and clears a flag, of a leaf always as a whole.
@@ -657,6 +771,20 @@ impl Model {
 }
 
 impl Leaf {
+    /// What it allows now.
+    pub const fn allowed(&self) -> Permissions {
+        if self.tracked {
+            self.permissions.without(Permissions::WRITE)
+        } else {
+            self.permissions
+        }
+    }
+
+    /// Whether it allows an access now.
+    pub const fn allows(&self, access: Access) -> bool {
+        self.allowed().allows(needed(access))
+    }
+
     /// Its part `index`, one level lower.
     const fn part(self, index: u64) -> Self {
         Self {
@@ -672,7 +800,7 @@ fn within(span: &Pages, range: &Pages) -> bool {
 }
 
 /// The permission that an access takes.
-pub const fn needed(access: Access) -> Permissions {
+const fn needed(access: Access) -> Permissions {
     match access {
         Access::Read => Permissions::READ,
         Access::Write => Permissions::WRITE,

@@ -11,12 +11,14 @@
 //! 3. The machine's tables, with the flags that it has set, are loaded into the crate's memory. Each leaf, decoded
 //!    by the crate, is what the model says, flags included. The accessed flags that hardware sets in the entries
 //!    of tables stay, and must harm no later operation.
-//! 4. In every second round the crate cleans everything, and records just what the model says is dirty.
+//! 4. In every third round each refused write to a page whose writes are tracked is handled as a write fault. It is
+//!    tried again, as is a write to the page beside it, and 3 follows once more.
+//! 5. In every second round the crate cleans everything, and records just what the model says is dirty.
 //!
 //! The next round goes on with the same table. The crate is never asked what is right.
 //!
 //! What this cannot see: anything that hardware keeps, as each probe walks anew (what is to be flushed is compared
-//! with the model); what memory types do, as emulators do nothing with them; and what only another privilege level
+//! with the model); what it meets before a flush is done (Arm's broken entries have tests of their own); what memory types do, as emulators do nothing with them; and what only another privilege level
 //! would meet.
 //!
 //! All is drawn from one number, which stands in every message. The variable `FERRY_SEED` sets it.
@@ -29,12 +31,15 @@ mod probes;
 mod seen;
 mod table;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 
 use ept::format::{HardwareFormat, TableId};
 
-use crate::oracle::model::{Attributes, Failure, Model, Operation, Pages, Refusal, Report, Shape};
-use crate::oracle::{Access, Oracle};
+use crate::oracle::model::{
+    Attributes, Failure, Fault, Model, Operation, Pages, Refusal, Report, Shape,
+};
+use crate::oracle::{Access, Oracle, Probe};
 
 use attempts::Attempt;
 use chance::Chance;
@@ -48,6 +53,9 @@ const PAGE_SHIFT: u32 = 12;
 const TABLES: u64 = 320;
 
 const TABLE_ENTRIES: u64 = 512;
+
+/// So many write faults are handled at once: each may take as many tables as there are levels.
+const FAULTS: usize = 60;
 
 const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::Execute];
 
@@ -97,7 +105,7 @@ pub fn prove<F: HardwareFormat>(subject: &Subject<'_, F>, effort: Effort) {
     proof.map_reserved();
     for number in 0..effort.rounds {
         proof.context = format!("{context}, round {number}");
-        proof.round(effort);
+        proof.round(effort, number % 3 == 1);
         if number % 2 == 0 {
             proof.clean();
         }
@@ -152,7 +160,7 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
     }
 
     /// Operations, and what the machine makes of it.
-    fn round(&mut self, effort: Effort) {
+    fn round(&mut self, effort: Effort, handles_faults: bool) {
         for _ in 0..effort.operations {
             self.operate();
         }
@@ -161,7 +169,36 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         }
         let everything = 0..self.subject.shape.end();
         self.compare(&everything, "after the operations");
-        self.ask(effort.probes);
+        let model = &self.model;
+        let probes = self.ground.probes(&mut self.chance, model, effort.probes);
+        let refused = self.ask(probes);
+        if handles_faults {
+            self.handle(&refused);
+        }
+    }
+
+    /// Handles refused writes to pages whose writes are tracked, and lets the guest try again.
+    fn handle(&mut self, refused: &[Probe]) {
+        let mut again = Vec::new();
+        for probe in &refused[..refused.len().min(FAULTS)] {
+            let page = probe.gpa >> PAGE_SHIFT;
+            let range = page..page + 1;
+            self.attempt(&Attempt::new(Operation::WriteFault { range }));
+            again.extend([page, page ^ 1]);
+        }
+        again.retain(|&page| self.ground.can_be_probed(&self.model, page, Access::Write));
+        let is_released = |page: &&u64| {
+            let leaf = self.model.at(**page);
+            leaf.is_some_and(|(_, leaf)| leaf.allows(Access::Write))
+        };
+        let released = again.iter().filter(is_released).count();
+        let probe = |page| Probe {
+            gpa: page << PAGE_SHIFT,
+            access: Access::Write,
+        };
+        let refused = self.ask(again.into_iter().map(probe).collect());
+        self.seen.add(Event::Resumed, released as u64);
+        self.seen.add(Event::StillTracked, refused.len() as u64);
     }
 
     fn operate(&mut self) {
@@ -173,11 +210,11 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
     /// Does something with the crate's table and with the model.
     fn attempt(&mut self, attempt: &Attempt) {
         let Attempt { operation, open } = attempt;
-        let leaves_before = self.leaves_by_level(operation);
+        let before = Leaves::of(&self.model, operation);
         let mut report = self.table.perform(operation, open);
         let expected = self.expected(operation, open);
-        self.note(operation, &expected, leaves_before);
-        if let Err(Failure::Exhausted(_)) = expected.result {
+        self.note(operation, &expected, &before);
+        if self.wanted_table(&expected) {
             // A split that did not come about may be flushed, too.
             self.check_covers(operation, &report, &expected);
             report.interval.clone_from(&expected.interval);
@@ -199,10 +236,19 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
     fn expected(&mut self, operation: &Operation, open: &Pages) -> Report {
         let range = operation.range();
         let is_open = open.start <= range.start && range.end <= open.end;
-        if is_open {
+        if is_open || !operation.needs_open() {
             self.model.perform(operation)
         } else {
             Report::new(Err(Failure::NotOpen))
+        }
+    }
+
+    /// Whether a split did not come about for want of a table.
+    fn wanted_table(&self, report: &Report) -> bool {
+        match (&report.result, &report.fault) {
+            (Err(Failure::Exhausted(_)), _) => true,
+            (_, Some(Fault::Released(span))) => self.subject.shape.breaks && is_large(span),
+            _ => false,
         }
     }
 
@@ -231,20 +277,8 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         start..(range.end.max(changed.end) + 1).min(end)
     }
 
-    /// The leaves at each level in an operation's range.
-    fn leaves_by_level(&self, operation: &Operation) -> Vec<usize> {
-        let levels = 0..=self.subject.shape.largest_leaf;
-        let mut counts = vec![0; levels.count()];
-        if let Operation::Collapse { range, .. } = operation {
-            for (_, leaf) in self.model.leaves(range.clone()) {
-                counts[leaf.level as usize] += 1;
-            }
-        }
-        counts
-    }
-
-    fn note(&mut self, operation: &Operation, report: &Report, leaves_before: Vec<usize>) {
-        let leaves_after = self.leaves_by_level(operation);
+    fn note(&mut self, operation: &Operation, report: &Report, before: &Leaves) {
+        let after = Leaves::of(&self.model, operation);
         let event = match report.result {
             Ok(()) => Event::Done(operation.name()),
             Err(Failure::Occupied(_)) => Event::Failed(Failure::Occupied(0)),
@@ -253,11 +287,19 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         };
         self.seen.add(event, 1);
         self.seen.add(Event::Split, report.splits);
-        let counts = leaves_before.into_iter().zip(leaves_after);
-        for (level, (before, after)) in (0..).zip(counts) {
-            if after > before {
-                self.seen.add(Event::Collapsed(level), 1);
+        if let (Event::Done(name), true) = (event, before.are_tracked()) {
+            self.seen.add(Event::OnTracked(name), 1);
+        }
+        if matches!(operation, Operation::Collapse { .. }) {
+            for level in 1..=self.subject.shape.largest_leaf {
+                let more = after.count(level) > before.count(level);
+                self.seen.add(Event::Collapsed(level), more.into());
+                let more = after.count_tracked(level) > before.count_tracked(level);
+                self.seen.add(Event::CollapsedTracked(level), more.into());
             }
+        }
+        if let Some(fault) = &report.fault {
+            self.seen.add(Event::of_fault(fault), 1);
         }
         if matches!(operation, Operation::Clean { .. }) {
             let pages = report.recorded.iter().map(|run| run.end - run.start);
@@ -285,4 +327,33 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         let range = 0..self.subject.shape.end();
         self.attempt(&Attempt::new(Operation::Clean { range }));
     }
+}
+
+/// How many leaves there are in an operation's range.
+struct Leaves(BTreeMap<(u32, bool), u64>);
+
+impl Leaves {
+    fn of(model: &Model, operation: &Operation) -> Self {
+        let mut counts = BTreeMap::new();
+        for (_, leaf) in model.leaves(operation.range().clone()) {
+            *counts.entry((leaf.level, leaf.tracked)).or_default() += 1;
+        }
+        Self(counts)
+    }
+
+    fn count_tracked(&self, level: u32) -> u64 {
+        *self.0.get(&(level, true)).unwrap_or(&0)
+    }
+
+    fn count(&self, level: u32) -> u64 {
+        self.count_tracked(level) + self.0.get(&(level, false)).unwrap_or(&0)
+    }
+
+    fn are_tracked(&self) -> bool {
+        self.0.keys().any(|(_, tracked)| *tracked)
+    }
+}
+
+const fn is_large(span: &Pages) -> bool {
+    span.end - span.start > 1
 }

@@ -11,6 +11,7 @@ const SHAPE: Shape = Shape {
     permissions: &[Permissions::READ, READ_WRITE],
     memory: &[MemoryType::WriteBack],
     no_memory: MemoryType::Other(7),
+    breaks: false,
 };
 
 const MIB2: u64 = 512;
@@ -156,7 +157,13 @@ fn flags_are_taken_from_whole_leaves() {
 #[test]
 fn accesses_end_where_the_walk_does() {
     let mut model = with(&[map(0..1, PAGE, 0), map(GIB..2 * GIB, 0, 2)]);
-    let refused = |level, permissions| Verdict::Refused(Refusal { level, permissions });
+    let refused = |level, permissions| {
+        Verdict::Refused(Refusal {
+            level,
+            permissions,
+            withheld: false,
+        })
+    };
     assert_eq!(model.access(1, Access::Read), refused(0, None));
     assert_eq!(model.access(MIB2, Access::Read), refused(1, None));
     assert_eq!(model.access(2 * GIB, Access::Read), refused(2, None));
@@ -168,4 +175,111 @@ fn accesses_end_where_the_walk_does() {
         first_write: false,
     };
     assert_eq!(model.access(GIB + 9, Access::Read), allowed);
+}
+
+const TRACK: fn(Pages) -> Operation = |range| Operation::TrackWrites { range };
+const UNTRACK: fn(Pages) -> Operation = |range| Operation::UntrackWrites { range };
+
+fn write_fault(model: &mut Model, page: u64) -> Report {
+    model.perform(&Operation::WriteFault {
+        range: page..page + 1,
+    })
+}
+
+/// What becomes of a write, once more than it is asked for.
+fn may_write(model: &Model, page: u64) -> bool {
+    let verdict = model.clone().access(page, Access::Write);
+    matches!(verdict, Verdict::Allowed { .. })
+}
+
+#[test]
+fn a_write_that_is_tracked_is_refused_until_it_is_told() {
+    let mut model = with(&[map(0..MIB2, 0, 1), TRACK(0..MIB2)]);
+    let refused = Verdict::Refused(Refusal {
+        level: 1,
+        permissions: Some(Permissions::READ),
+        withheld: true,
+    });
+    assert_eq!(model.access(7, Access::Write), refused);
+    let (_, leaf) = model.at(7).unwrap();
+    assert!(!leaf.accessed && !leaf.dirty);
+    let report = write_fault(&mut model, 7);
+    let mut expected = Report {
+        splits: 1,
+        fault: Some(Fault::Released(7..8)),
+        ..Report::new(Ok(()))
+    };
+    expected.record(&(7..8));
+    assert_eq!(report, expected);
+    assert!(may_write(&model, 7) && !may_write(&model, 6) && !may_write(&model, 8));
+    assert_eq!(write_fault(&mut model, 7).fault, Some(Fault::Writable));
+    assert_eq!(write_fault(&mut model, MIB2).fault, Some(Fault::Absent));
+}
+
+#[test]
+fn without_tables_a_leaf_is_released_whole() {
+    let mut model = with(&[map(GIB..2 * GIB, 0, 2), TRACK(GIB..2 * GIB)]);
+    model.free = 1;
+    let report = write_fault(&mut model, GIB + 7);
+    let whole = GIB..GIB + MIB2;
+    assert_eq!(report.fault, Some(Fault::Released(whole.clone())));
+    assert_eq!((report.splits, report.recorded), (1, vec![whole]));
+    assert!(may_write(&model, GIB + 8) && !may_write(&model, GIB + MIB2));
+}
+
+#[test]
+fn a_split_for_a_fault_is_flushed_only_where_it_breaks() {
+    for (breaks, interval) in [(false, None), (true, Some(0..MIB2))] {
+        let mut model = with(&[map(0..MIB2, 0, 1), TRACK(0..MIB2)]);
+        model.shape.breaks = breaks;
+        assert_eq!(write_fault(&mut model, 0).interval, interval);
+    }
+}
+
+#[test]
+fn tracking_counts_what_it_changes() {
+    let mut model = with(&[map(0..2 * MIB2, 0, 1)]);
+    let protect = |range, permissions| Operation::Protect { range, permissions };
+    model.perform(&protect(0..4, Permissions::READ));
+    let report = model.perform(&TRACK(2..MIB2 + 1));
+    assert_eq!((report.entries, report.splits), (MIB2 - 4 + 1, 1));
+    assert_eq!(report.interval, Some(4..2 * MIB2));
+    assert_eq!(model.perform(&TRACK(2..MIB2)), Report::new(Ok(())));
+    assert_eq!(write_fault(&mut model, 3).fault, Some(Fault::Denied));
+    let report = model.perform(&UNTRACK(0..2 * MIB2));
+    assert_eq!(
+        (report.entries, report.interval),
+        (MIB2 - 3, Some(4..MIB2 + 1))
+    );
+}
+
+#[test]
+fn protection_keeps_tracking_while_there_is_something_to_withhold() {
+    let mut model = with(&[map(0..2, 0, 0), TRACK(0..2)]);
+    let protect = |permissions| Operation::Protect {
+        range: 0..1,
+        permissions,
+    };
+    assert_eq!(model.perform(&protect(READ_WRITE)).entries, 0);
+    assert!(!may_write(&model, 0));
+    assert_eq!(model.perform(&protect(Permissions::READ)).entries, 1);
+    assert_eq!(write_fault(&mut model, 0).fault, Some(Fault::Denied));
+    assert_eq!(model.perform(&protect(READ_WRITE)).entries, 1);
+    assert!(may_write(&model, 0) && !may_write(&model, 1));
+}
+
+#[test]
+fn what_is_not_tracked_alike_stays_apart() {
+    let mut model = with(&[map(0..MIB2, 0, 0), TRACK(0..MIB2)]);
+    write_fault(&mut model, 9);
+    let collapse = Operation::Collapse {
+        range: 0..MIB2,
+        to: 1,
+    };
+    assert_eq!(model.perform(&collapse).entries, 0);
+    model.perform(&TRACK(9..10));
+    assert_eq!(model.perform(&collapse).entries, 1);
+    assert!(!may_write(&model, 9));
+    model.perform(&UNTRACK(0..MIB2));
+    assert!(may_write(&model, 9));
 }

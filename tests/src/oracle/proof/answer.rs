@@ -16,12 +16,14 @@ struct Expected {
     log: Vec<u64>,
     /// The first pages of leaves that the machine may have marked accessed, or not.
     unsure: BTreeSet<u64>,
+    /// Writes that are refused because the right is withheld.
+    withheld: Vec<Probe>,
 }
 
 impl<F: HardwareFormat> Proof<'_, F> {
-    /// Lets the machine try things, and compares.
-    pub(super) fn ask(&mut self, count: usize) {
-        let probes = self.ground.probes(&mut self.chance, &self.model, count);
+    /// Lets the machine try things, and compares. The result are the writes that were refused because the right was
+    /// withheld.
+    pub(super) fn ask(&mut self, probes: Vec<Probe>) -> Vec<Probe> {
         for probe in &probes {
             self.check_lookup(probe.gpa >> PAGE_SHIFT);
         }
@@ -38,6 +40,7 @@ impl<F: HardwareFormat> Proof<'_, F> {
         self.learn(&expected.unsure);
         let everything = 0..self.subject.shape.end();
         self.compare(&everything, "as the machine left it");
+        expected.withheld
     }
 
     /// Before the machine walks to a page, the crate finds what the model says.
@@ -57,6 +60,7 @@ impl<F: HardwareFormat> Proof<'_, F> {
             writers: vec![0; self.ground.frame_count()],
             log: Vec::new(),
             unsure: BTreeSet::new(),
+            withheld: Vec::new(),
         };
         for (number, probe) in (1..).zip(probes) {
             let page = probe.gpa >> PAGE_SHIFT;
@@ -72,6 +76,9 @@ impl<F: HardwareFormat> Proof<'_, F> {
                     self.expect_done(number, probe.access, hpa, &mut expected.writers)
                 }
                 Verdict::Refused(refusal) => {
+                    if refusal.withheld {
+                        expected.withheld.push(*probe);
+                    }
                     if self.may_mark(refusal) {
                         expected.unsure.insert(page - page % pages(refusal.level));
                     }
@@ -113,9 +120,14 @@ impl<F: HardwareFormat> Proof<'_, F> {
                 seen.add(Event::High, self.ground.is_high(page).into());
                 seen.add(Event::Dirtied(level), first_write.into());
             }
-            Verdict::Refused(Refusal { level, permissions }) if permissions.is_some() => {
+            Verdict::Refused(Refusal {
+                level,
+                permissions: Some(_),
+                withheld,
+            }) => {
                 seen.add(Event::Refused(access), 1);
                 seen.add(Event::RefusedAt(level), 1);
+                seen.add(Event::Withheld(level), withheld.into());
             }
             Verdict::Refused(Refusal { level, .. }) => {
                 seen.add(Event::Absent(access), 1);

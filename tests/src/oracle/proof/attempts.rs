@@ -2,10 +2,10 @@
 
 use ept::format::Permissions;
 
-use crate::oracle::model::{Attributes, Model, Operation, Pages};
+use crate::oracle::model::{Attributes, Leaf, Model, Operation, Pages, pages};
 use crate::oracle::proof::PAGE_SHIFT;
 use crate::oracle::proof::chance::Chance;
-use crate::oracle::proof::ground::{GIB, Ground, MIB2, is_large, small_range};
+use crate::oracle::proof::ground::{GIB, Ground, MIB2, is_large, page_in, small_range, within};
 
 /// With so few tables left some part of the ground is cleared sometimes, so that not everything fails.
 const SCARCE: u64 = 24;
@@ -40,16 +40,18 @@ impl Ground {
     pub(super) fn attempts(&self, chance: &mut Chance, model: &Model) -> Vec<Attempt> {
         let operations = if model.free() < SCARCE && chance.one_in(4) {
             vec![self.clearing(chance)]
+        } else if model.free() == 0 && chance.one_in(2) {
+            self.fault_without_tables(chance, model)
         } else {
-            self.operations(chance)
+            self.operations(chance, model)
         };
         let attempt = |operation| self.attempt(chance, operation);
         operations.into_iter().map(attempt).collect()
     }
 
-    fn operations(&self, chance: &mut Chance) -> Vec<Operation> {
+    fn operations(&self, chance: &mut Chance, model: &Model) -> Vec<Operation> {
         let range = self.range(chance);
-        let one = match chance.below(20) {
+        let one = match chance.below(26) {
             0..=6 => return self.mapping(chance),
             7 | 8 => Operation::Unmap { range },
             9..=12 => Operation::Protect {
@@ -59,24 +61,80 @@ impl Ground {
             13 | 14 => return self.splitting(chance, range),
             15 | 16 => self.collapsing(chance, range),
             17 | 18 => Operation::Clean { range },
-            _ => Operation::Age { range },
+            19 => Operation::Age { range },
+            20 | 21 => return self.tracking(chance, range),
+            22 => Operation::UntrackWrites { range },
+            _ => self.write_fault(chance, model),
         };
         vec![one]
     }
 
-    /// A leaf of 1 GiB and of each level above, and one for the highest GiB, some of them put together from their
-    /// parts. They would be rare, as nearly everything that is done to them splits them.
+    /// Begins to track writes. Sometimes a page is written at once, which then keeps the others from being put together
+    /// until they are no longer tracked.
+    fn tracking(&self, chance: &mut Chance, range: Pages) -> Vec<Operation> {
+        let track = Operation::TrackWrites {
+            range: range.clone(),
+        };
+        if !chance.one_in(3) {
+            return vec![track];
+        }
+        let page = range.start + within(chance, range.end - range.start);
+        let collapse = Operation::Collapse {
+            range: self.place_of(&range),
+            to: 1,
+        };
+        let untrack = Operation::UntrackWrites { range };
+        vec![track, fault(page), collapse.clone(), untrack, collapse]
+    }
+
+    /// A refused write, as often as not to a page whose writes are tracked.
+    fn write_fault(&self, chance: &mut Chance, model: &Model) -> Operation {
+        let place = chance.pick(&self.places);
+        let page = page_in(chance, place);
+        if chance.one_in(2) {
+            return fault(page);
+        }
+        let mut behind = model.leaves(page..place.range.end);
+        let tracked = behind.find(|(_, leaf)| leaf.tracked);
+        let page = tracked.map_or(page, |(first, leaf)| {
+            page.max(first + within(chance, pages(leaf.level)))
+        });
+        fault(page)
+    }
+
+    /// A refused write to a leaf that cannot be split, if one can be found that has the right to write.
+    fn fault_without_tables(&self, chance: &mut Chance, model: &Model) -> Vec<Operation> {
+        let place = chance.pick(&self.places);
+        let mut leaves = model.leaves(place.range.clone());
+        let is_right = |(_, leaf): &(u64, &Leaf)| {
+            leaf.level > 0 && leaf.permissions.allows(Permissions::WRITE)
+        };
+        let Some((first, leaf)) = leaves.find(is_right) else {
+            return Vec::new();
+        };
+        let range = first..first + pages(leaf.level);
+        let page = first + within(chance, pages(leaf.level));
+        vec![Operation::TrackWrites { range }, fault(page)]
+    }
+
+    /// A leaf of 1 GiB and of each level above, one more of each whose writes are tracked, and one for the highest
+    /// GiB, some of them put together from their parts. They would be rare, as nearly everything that is done to them
+    /// splits them.
     pub(super) fn large_leaves(&self, chance: &mut Chance) -> Vec<Attempt> {
         let mut operations = Vec::new();
         for level in 2..=self.shape.largest_leaf {
             let places = self.places.iter().filter(|place| place.level == level);
-            let place = *chance.pick(&places.collect::<Vec<_>>());
-            let (range, hpa) = self.span(chance, place, level);
-            operations.extend(self.large_leaf(chance, &range, hpa, level));
+            let mut places: Vec<_> = places.collect();
+            let first = chance.below(places.len() as u64);
+            places.rotate_left(usize::try_from(first).unwrap_or(0));
+            for (place, tracked) in places.into_iter().zip([false, true]) {
+                let (range, hpa) = self.span(chance, place, level);
+                operations.extend(self.large_leaf(chance, &range, hpa, level, tracked));
+            }
         }
         if self.shape.largest_leaf >= 2 {
             let (range, hpa) = (self.end - GIB..self.end, self.frames.start / GIB * GIB);
-            operations.extend(self.large_leaf(chance, &range, hpa, 2));
+            operations.extend(self.large_leaf(chance, &range, hpa, 2, false));
         }
         operations.into_iter().map(Attempt::new).collect()
     }
@@ -88,29 +146,38 @@ impl Ground {
         range: &Pages,
         hpa: u64,
         level: u32,
+        tracked: bool,
     ) -> Vec<Operation> {
         if self.meets_reserved(range) {
             return Vec::new();
         }
-        let attributes = Attributes {
+        let mut attributes = Attributes {
             largest: level,
             ..self.attributes(chance, range)
         };
+        if tracked || chance.one_in(2) {
+            attributes.permissions = self.writable(chance);
+        }
         let unmap = Operation::Unmap {
             range: range.clone(),
         };
         let mut operations = vec![unmap, map(range, hpa, attributes)];
+        let track = tracked.then(|| Operation::TrackWrites {
+            range: range.clone(),
+        });
         if chance.one_in(2) {
             let largest = level - 1;
-            let split = Operation::Split {
+            operations.push(Operation::Split {
                 range: range.clone(),
                 largest,
-            };
-            let collapse = Operation::Collapse {
+            });
+            operations.extend(track);
+            operations.push(Operation::Collapse {
                 range: range.clone(),
                 to: level,
-            };
-            operations.extend([split, collapse]);
+            });
+        } else {
+            operations.extend(track);
         }
         operations
     }
@@ -153,12 +220,16 @@ impl Ground {
             let hpa = self.frames_for(chance, &range);
             (range, hpa)
         };
-        let map = map(&range, hpa, self.attributes(chance, &range));
+        let mut operations = Vec::new();
         if is_large(&range) && !chance.one_in(4) {
-            vec![Operation::Unmap { range }, map]
-        } else {
-            vec![map]
+            let range = range.clone();
+            operations.push(Operation::Unmap { range });
         }
+        operations.push(map(&range, hpa, self.attributes(chance, &range)));
+        if chance.one_in(3) {
+            operations.push(Operation::TrackWrites { range });
+        }
+        operations
     }
 
     fn attributes(&self, chance: &mut Chance, range: &Pages) -> Attributes {
@@ -213,7 +284,7 @@ impl Ground {
     fn sparing(&self, chance: &mut Chance, mut operation: Operation) -> Operation {
         let takes_away = matches!(
             operation,
-            Operation::Unmap { .. } | Operation::Protect { .. }
+            Operation::Unmap { .. } | Operation::Protect { .. } | Operation::TrackWrites { .. }
         );
         while takes_away && self.meets_reserved(operation.range()) {
             operation = operation.at(self.range(chance));
@@ -225,7 +296,6 @@ impl Ground {
     fn spoil(&self, chance: &mut Chance, attempt: &mut Attempt, flaw: Flaw) {
         let range = attempt.operation.range().clone();
         match (flaw, &mut attempt.operation) {
-            (Flaw::NotOpen, Operation::Map { .. }) => {}
             (Flaw::NotOpen, _) => attempt.open = range.end..range.end + 1,
             (Flaw::Beyond, operation) => {
                 let end = self.shape.end();
@@ -251,6 +321,13 @@ impl Ground {
         }
     }
 
+    /// Permissions with the right to write.
+    fn writable(&self, chance: &mut Chance) -> Permissions {
+        let all = self.shape.permissions.iter();
+        let writable = all.filter(|one| one.allows(Permissions::WRITE));
+        **chance.pick(&writable.collect::<Vec<_>>())
+    }
+
     /// Permissions that no leaf has, or any at all where all are possible.
     fn refused_permissions(&self, chance: &mut Chance) -> Permissions {
         let refused: Vec<_> = all_permissions()
@@ -269,6 +346,12 @@ fn map(range: &Pages, host_page: u64, attributes: Attributes) -> Operation {
         range: range.clone(),
         hpa: host_page << PAGE_SHIFT,
         attributes,
+    }
+}
+
+const fn fault(page: u64) -> Operation {
+    Operation::WriteFault {
+        range: page..page + 1,
     }
 }
 

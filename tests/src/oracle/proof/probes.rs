@@ -2,26 +2,28 @@
 
 use std::collections::BTreeMap;
 
-use crate::oracle::model::{Leaf, Model, needed, pages};
+use crate::oracle::model::{Leaf, Model, pages};
 use crate::oracle::proof::chance::Chance;
 use crate::oracle::proof::ground::{Ground, page_in, within};
 use crate::oracle::proof::{ACCESSES, PAGE_SHIFT};
 use crate::oracle::{Access, Probe};
 
-/// Leaves of one level, each with its first page.
+/// Leaves of one level, whose writes are tracked or not, each with its first page.
 type Leaves = Vec<(u64, Leaf)>;
 
 impl Ground {
     /// So many probes, half of them on mapped pages or more. None leads out of the frames.
     pub(super) fn probes(&self, chance: &mut Chance, model: &Model, count: usize) -> Vec<Probe> {
-        let mut by_level = BTreeMap::<u32, Leaves>::new();
+        let mut by_kind = BTreeMap::<(u32, bool), Leaves>::new();
         for (first, leaf) in model.leaves(0..self.end) {
-            by_level.entry(leaf.level).or_default().push((first, *leaf));
+            let kind = by_kind.entry((leaf.level, leaf.tracked)).or_default();
+            kind.push((first, *leaf));
         }
-        let leaves: Vec<_> = by_level.into_values().collect();
+        let leaves: Vec<_> = by_kind.into_values().collect();
+        let holes = holes(model.leaves(0..self.end));
         let mut probes = Vec::new();
         while probes.len() < count {
-            let page = self.page(chance, &leaves);
+            let page = self.page(chance, &leaves, &holes);
             let access = *chance.pick(&ACCESSES);
             if self.can_be_probed(model, page, access) {
                 let gpa = page << PAGE_SHIFT;
@@ -32,10 +34,14 @@ impl Ground {
     }
 
     /// A page of a leaf, or beside one, or where operations are, or anywhere.
-    fn page(&self, chance: &mut Chance, leaves: &[Leaves]) -> u64 {
+    fn page(&self, chance: &mut Chance, leaves: &[Leaves], holes: &[Vec<u64>]) -> u64 {
         match chance.below(16) {
             0..=7 if !leaves.is_empty() => self.mapped_page(chance, leaves),
-            8..=11 if !leaves.is_empty() => page_beside(chance, leaves),
+            8 | 9 if !leaves.is_empty() => page_beside(chance, leaves),
+            10 | 11 if !holes.is_empty() => {
+                let at_level = chance.pick(holes);
+                *chance.pick(at_level)
+            }
             12 => chance.below(self.end),
             _ => {
                 let place = chance.pick(&self.places);
@@ -44,10 +50,11 @@ impl Ground {
         }
     }
 
-    /// A page of a leaf, in the frames if the leaf has any. Every level has its turn.
+    /// A page of a leaf, in the frames if the leaf has any. Every level has its turn, with tracked
+    /// writes and without.
     fn mapped_page(&self, chance: &mut Chance, leaves: &[Leaves]) -> u64 {
-        let of_level = chance.pick(leaves);
-        let (first, leaf) = *chance.pick(of_level);
+        let of_kind = chance.pick(leaves);
+        let (first, leaf) = *chance.pick(of_kind);
         let host = leaf.hpa >> PAGE_SHIFT;
         let start = self.frames.start.max(host);
         let end = self.frames.end.min(host + pages(leaf.level));
@@ -58,18 +65,32 @@ impl Ground {
     }
 
     /// Whether a page can be reached, is not the machine's own, and an access would not be done out of the frames.
-    fn can_be_probed(&self, model: &Model, page: u64, access: Access) -> bool {
+    pub(super) fn can_be_probed(&self, model: &Model, page: u64, access: Access) -> bool {
         let is_done_elsewhere = model.at(page).is_some_and(|(first, leaf)| {
             let hpa = leaf.hpa + ((page - first) << PAGE_SHIFT);
-            leaf.permissions.allows(needed(access)) && self.frame(hpa).is_none()
+            leaf.allows(access) && self.frame(hpa).is_none()
         });
         page < self.end && !self.is_reserved(page) && !is_done_elsewhere
     }
 }
 
+/// The pages between leaves that are right beside one of them, by its level.
+fn holes<'a>(leaves: impl Iterator<Item = (u64, &'a Leaf)>) -> Vec<Vec<u64>> {
+    let mut by_level = BTreeMap::<u32, Vec<u64>>::new();
+    let mut before: Option<(u64, u32)> = None;
+    for (first, leaf) in leaves {
+        if let Some((end, level)) = before.filter(|(end, _)| *end < first) {
+            by_level.entry(level).or_default().push(end);
+            by_level.entry(leaf.level).or_default().push(first - 1);
+        }
+        before = Some((first + pages(leaf.level), leaf.level));
+    }
+    by_level.into_values().collect()
+}
+
 fn page_beside(chance: &mut Chance, leaves: &[Leaves]) -> u64 {
-    let of_level = chance.pick(leaves);
-    let (first, leaf) = chance.pick(of_level);
+    let of_kind = chance.pick(leaves);
+    let (first, leaf) = chance.pick(of_kind);
     if chance.one_in(2) {
         first + pages(leaf.level)
     } else {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::oracle::Access;
-use crate::oracle::model::{Failure, Shape};
+use crate::oracle::model::{Failure, Fault, Shape};
 use crate::oracle::proof::ACCESSES;
 
 /// Combinations of read, write and execute.
@@ -39,6 +39,39 @@ pub(super) enum Event {
     High,
     /// A page was recorded dirty.
     Cleaned,
+    /// An operation of this name was done where writes were tracked.
+    OnTracked(&'static str),
+    /// A table of leaves whose writes are tracked became one of this level.
+    CollapsedTracked(u32),
+    /// A leaf of this level refused a write that is only to be told.
+    Withheld(u32),
+    /// A write fault released one page.
+    Released,
+    /// It released a leaf that could not be split.
+    ReleasedLarge,
+    /// It was about a page that may be written.
+    FaultWritable,
+    /// It was about a page that may not be written.
+    FaultDenied,
+    /// It was about no page.
+    FaultAbsent,
+    /// The machine did a write that it had refused.
+    Resumed,
+    /// It refused one to a page beside one that was released.
+    StillTracked,
+}
+
+impl Event {
+    /// What a write fault was about.
+    pub(super) const fn of_fault(fault: &Fault) -> Self {
+        match fault {
+            Fault::Released(pages) if pages.end - pages.start == 1 => Self::Released,
+            Fault::Released(_) => Self::ReleasedLarge,
+            Fault::Writable => Self::FaultWritable,
+            Fault::Denied => Self::FaultDenied,
+            Fault::Absent => Self::FaultAbsent,
+        }
+    }
 }
 
 /// How often.
@@ -65,16 +98,29 @@ impl Seen {
 /// What must happen often.
 fn often(shape: &Shape) -> Vec<Event> {
     let levels = 0..=shape.largest_leaf;
-    let operations = [
-        "map", "unmap", "protect", "split", "collapse", "clean", "age",
+    let changes = ["unmap", "protect", "split", "collapse", "clean"];
+    let tracking = ["track_writes", "untrack_writes", "write_fault"];
+    let mut events = vec![
+        Event::Split,
+        Event::Cleaned,
+        Event::Released,
+        Event::FaultWritable,
+        Event::FaultDenied,
+        Event::FaultAbsent,
+        Event::Resumed,
+        Event::StillTracked,
     ];
-    let mut events = vec![Event::Split, Event::Cleaned];
-    events.extend(operations.map(Event::Done));
+    events.extend(["map", "age"].map(Event::Done));
+    events.extend(changes.map(Event::Done));
+    events.extend(changes.map(Event::OnTracked));
+    events.extend(tracking.map(Event::Done));
+    events.extend(tracking.map(Event::OnTracked));
     events.extend(ACCESSES.map(Event::Allowed));
     events.extend(ACCESSES.map(Event::Refused));
     events.extend(ACCESSES.map(Event::Absent));
     events.extend(levels.clone().map(Event::AllowedAt));
-    events.extend(levels.map(Event::RefusedAt));
+    events.extend(levels.clone().map(Event::RefusedAt));
+    events.extend(levels.map(Event::Withheld));
     events
 }
 
@@ -88,6 +134,8 @@ fn sometimes(shape: &Shape) -> Vec<Event> {
         Event::Failed(Failure::Address),
         Event::Failed(Failure::Occupied(0)),
         Event::Failed(Failure::Exhausted(0)),
+        Event::OnTracked("age"),
+        Event::ReleasedLarge,
     ];
     if shape.permissions.len() < ALL_PERMISSIONS {
         events.push(Event::Failed(Failure::Permissions));
@@ -95,6 +143,7 @@ fn sometimes(shape: &Shape) -> Vec<Event> {
     events.extend((0..shape.root_level).map(Event::AbsentAt));
     events.extend((0..=shape.largest_leaf).map(Event::Dirtied));
     events.extend((1..=shape.largest_leaf).map(Event::Collapsed));
+    events.extend((1..=shape.largest_leaf).map(Event::CollapsedTracked));
     events
 }
 

@@ -4,13 +4,13 @@
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ept::format::{self, Entry, HardwareFormat, TableId, Unsupported};
-use ept::stage2::{self, ChangeError, Flush, MapError, Stage2};
+use ept::format::{self, Entry, HardwareFormat, Permissions, TableId, Unsupported};
+use ept::stage2::{self, ChangeError, Flush, MapError, Stage2, WriteFault};
 use ept::walk::{Action, EachEntry, Look, Page, PageVisitor, Place, Run, Walk};
 use ept::{GpaRange, Hpa, Level, Notifier};
 
 use crate::oracle::emulator::{bytes, words};
-use crate::oracle::model::{Attributes, Failure, Leaf, Operation, Pages, Report};
+use crate::oracle::model::{Attributes, Failure, Fault, Leaf, Operation, Pages, Report};
 
 /// A table of the crate's.
 pub(super) struct Table<'m, F> {
@@ -66,6 +66,14 @@ impl<'m, F: HardwareFormat> Table<'m, F> {
             Operation::Collapse { to, .. } => stage2.collapse(range, level_of(*to), open),
             Operation::Clean { .. } => stage2.clean(range, open, record),
             Operation::Age { .. } => stage2.age(range, open, record),
+            Operation::TrackWrites { .. } => stage2.track_writes(range, open),
+            Operation::UntrackWrites { .. } => stage2.untrack_writes(range),
+            Operation::WriteFault { .. } => {
+                let (flush, result) = stage2.write_fault(range.start(), record);
+                let fault = result.ok().map(fault_of);
+                let report = report((flush, result.map(|_| ())), &recorded);
+                return Report { fault, ..report };
+            }
         };
         report(done, &recorded)
     }
@@ -148,14 +156,33 @@ where
     }
 }
 
+/// # Panics
+/// The leaf allows what it withholds.
 fn leaf_of(leaf: format::Leaf, level: Level) -> Leaf {
+    let withheld = if leaf.write_tracked {
+        Permissions::WRITE
+    } else {
+        Permissions::NONE
+    };
+    let both = leaf.write_tracked && leaf.permissions.allows(withheld);
+    assert!(!both, "writable and tracked at once: {leaf:x?}");
     Leaf {
         level: level.number().into(),
         hpa: leaf.hpa.0,
-        permissions: leaf.permissions,
+        permissions: leaf.permissions.union(withheld),
         memory: leaf.memory,
         accessed: leaf.accessed,
         dirty: leaf.dirty,
+        tracked: leaf.write_tracked,
+    }
+}
+
+fn fault_of(fault: WriteFault) -> Fault {
+    match fault {
+        WriteFault::Released(range) => Fault::Released(pages_of(range)),
+        WriteFault::Writable => Fault::Writable,
+        WriteFault::Denied => Fault::Denied,
+        WriteFault::Absent => Fault::Absent,
     }
 }
 
