@@ -13,9 +13,9 @@ use super::{Contestant, Figure, Role, Round, Sizes, Target, Unit, pattern, threa
 
 const PAGES: u64 = 64 * Sizes::PAGES_PER_GIB;
 /// Single pages that one thread marks in a round.
-const SINGLE: usize = 1 << 16;
+const SINGLE: usize = 1 << 20;
 /// Runs that one thread marks in a round.
-const RUNS: usize = 1 << 12;
+const RUNS: usize = 1 << 16;
 
 const PAGE_NANOS: f64 = 12.0;
 const RUN_NANOS: f64 = 60.0;

@@ -1,10 +1,28 @@
 //! A plain array of atomic words: read one after the other, exchanged where there is something, and scanned.
+//!
+//! Some words are taken before any is scanned: an exchange is a barrier, and what comes before it and after it is
+//! not done at once.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Consumer, Dirt, DirtySet, RUN, SharedMarks, scan};
 
 pub(crate) struct Words(Vec<AtomicU64>);
+
+/// Words that are taken at once.
+const TAKEN: usize = 64;
+
+/// Takes up to [`TAKEN`] words; there are zeroes in place of more.
+#[inline]
+fn take(words: &[AtomicU64]) -> [u64; TAKEN] {
+    let mut taken = [0; TAKEN];
+    for (taken, word) in taken.iter_mut().zip(words) {
+        if word.load(Ordering::SeqCst) != 0 {
+            *taken = word.swap(0, Ordering::SeqCst);
+        }
+    }
+    taken
+}
 
 fn index(page: u64) -> usize {
     usize::try_from(page / 64).expect("64 bits")
@@ -24,11 +42,8 @@ impl DirtySet for Words {
     }
 
     fn harvest(&mut self, consumer: &mut Consumer) {
-        let taken = self.0.iter().map(|word| match word.load(Ordering::SeqCst) {
-            0 => 0,
-            _ => word.swap(0, Ordering::SeqCst),
-        });
-        scan::runs(taken, consumer);
+        let taken = self.0.chunks(TAKEN).map(take);
+        scan::runs(taken.flatten(), consumer);
     }
 
     fn bytes(&self) -> usize {

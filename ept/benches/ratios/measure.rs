@@ -1,7 +1,7 @@
 //! Rounds: contestants take turns, so that what disturbs one disturbs all.
 
 use std::fmt;
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 
 use crate::contest::{Contestant, Figure, Role, Target, Unit};
 
@@ -101,8 +101,14 @@ fn median(sorted: &[f64]) -> f64 {
     }
 }
 
+/// A line for each figure, and on a terminal the round in it.
 fn progress(figure: &Figure, round: u32, rounds: u32) {
-    eprint!("\r{} {}: {round}/{rounds}", figure.number, figure.what);
+    let Figure { number, what, .. } = figure;
+    match (io::stderr().is_terminal(), round) {
+        (true, _) => eprint!("\r{number} {what}: {round}/{rounds} "),
+        (false, 0) => eprint!("{number} {what}"),
+        (false, _) => {}
+    }
     // A line that is not shown is no reason to stop.
     _ = io::stderr().flush();
 }
