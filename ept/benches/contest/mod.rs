@@ -109,8 +109,6 @@ pub(crate) enum Target {
     NotSlower,
     /// At least this many times as fast as on one thread.
     Speedup(f64),
-    /// Shown only.
-    None,
 }
 
 /// What is counted.

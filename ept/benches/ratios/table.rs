@@ -85,7 +85,6 @@ pub(crate) fn target(figure: &Measured) -> String {
         Target::AtMost(most) => format!("<= {}", amount(most, figure.unit)),
         Target::NotSlower => "not slower than any".to_owned(),
         Target::Speedup(least) => format!(">= {least} x one thread"),
-        Target::None => none(),
     }
 }
 

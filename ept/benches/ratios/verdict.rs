@@ -43,7 +43,7 @@ impl Measured {
         Some(by.of(self.with(alone)?) / by.of(self.with(together)?))
     }
 
-    /// Whether the target is met; nothing where there is no target, or nobody to compare with.
+    /// Whether the target is met; nothing where there is nobody to compare with.
     pub(crate) fn met(&self, by: By) -> Option<bool> {
         let plain = || self.ratio(self.with(Role::Plain), by);
         let peer = || self.ratio(self.best_peer(by), by);
@@ -59,7 +59,6 @@ impl Measured {
                 Some(self.ratio(others, by)? <= 1.0)
             }
             Target::Speedup(least) => Some(self.speedup(Role::Alone, Role::Ferry, by)? >= least),
-            Target::None => None,
         }
     }
 }
