@@ -1,0 +1,10 @@
+//! What the fuzz targets share: the models, and the scripts that fuzzed bytes are read as.
+
+pub mod decode;
+mod formats;
+// Written from the manuals, with nothing of the crate.
+#[path = "../../tests/mmu/mod.rs"]
+mod mmu;
+mod pages;
+pub mod stage2;
+pub mod tracker;
