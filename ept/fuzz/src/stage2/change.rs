@@ -15,10 +15,9 @@ pub(super) fn open(range: GpaRange, how: Open) -> OpenRange {
     let open = match how {
         Open::All => GpaRange::ALL,
         Open::Exact => range,
-        Open::Short => {
-            let end = range.end_page() - 1;
-            pages(range.first_page().min(end), end.max(1))
-        }
+        // A range of one page is missed altogether.
+        Open::Short if range.pages() == 1 => pages(range.end_page(), range.end_page() + 1),
+        Open::Short => pages(range.first_page(), range.end_page() - 1),
     };
     Notifier::new().open(open).expect("nobody objects")
 }

@@ -262,7 +262,7 @@ impl Job for Script {
         let root = format.geometry().root_entries().div_ceil(512);
         let tables = match self.tables {
             Supply::Few(tables) => usize::from(tables % 16),
-            Supply::Many => 96,
+            Supply::Many => 40,
         };
         // Only the root is promised to be looked at before it is written.
         let words: Vec<AtomicU64> = (0..(root + tables) * 512)
