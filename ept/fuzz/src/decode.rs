@@ -5,22 +5,38 @@ use ept::format::{Entry, HardwareFormat, Leaf, Permissions};
 use ept::{Hpa, Level};
 
 use crate::formats::{Choice, Hardware, Job, Kept};
+use crate::hostile::Hostile;
 
-/// A word for every level of a format.
+/// Words, alone or by the table.
 #[derive(Arbitrary, Debug)]
-pub struct Raw {
-    format: Choice,
-    raw: u64,
-    permissions: u8,
+pub enum Raw {
+    /// One for every level of a format.
+    Word {
+        /// The format.
+        format: Choice,
+        /// The word.
+        raw: u64,
+        /// Permissions to give it.
+        permissions: u8,
+    },
+    /// Leaf tables full of them.
+    Tables(Hostile),
 }
 
 impl Raw {
-    /// Decodes it everywhere, and asks the format all that can be asked of it.
+    /// Decodes them everywhere, and asks the format all that can be asked of them.
     pub fn run(self) {
-        self.format.with(Word {
-            raw: self.raw,
-            permissions: permissions(self.permissions),
-        });
+        match self {
+            Self::Word {
+                format,
+                raw,
+                permissions: bits,
+            } => format.with(Word {
+                raw,
+                permissions: permissions(bits),
+            }),
+            Self::Tables(tables) => tables.run(),
+        }
     }
 }
 

@@ -13,7 +13,7 @@ const DBM: u64 = 1 << 51;
 
 /// A format with all that can be chosen about it.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Choice {
+pub enum Choice {
     Ept {
         levels: Levels,
         execute_only: bool,
@@ -28,14 +28,14 @@ pub(crate) enum Choice {
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Levels {
+pub enum Levels {
     Four,
     Five,
 }
 
 /// Bits of guest-physical address: every root level, one table or many.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Size {
+pub enum Size {
     Bits31,
     Bits34,
     Bits40,
@@ -45,14 +45,14 @@ pub(crate) enum Size {
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Flags {
+pub enum Flags {
     Software,
     Accessed,
     AccessedDirty,
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Mode {
+pub enum Mode {
     Sv39x4,
     Sv48x4,
     Sv57x4,

@@ -2,6 +2,7 @@
 
 pub mod decode;
 mod formats;
+mod hostile;
 // Written from the manuals, with nothing of the crate.
 #[path = "../../tests/mmu/mod.rs"]
 mod mmu;

@@ -46,7 +46,10 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
         let mut seen = Vec::new();
         let result = self.call(apply, range, &open, &mut seen);
         assert!(may_be_called || seen.is_empty());
-        assert!(seen.windows(2).all(|pair| pair[0] < pair[1]), "in order, once");
+        assert!(
+            seen.windows(2).all(|pair| pair[0] < pair[1]),
+            "in order, once"
+        );
         assert!(seen.iter().all(|page| range.contains(Gpa(page << 12))));
         let huge = leaves.iter().find(|leaf| leaf.pages() > 1);
         let refused = huge.filter(|_| apply.function.refuses());
@@ -62,7 +65,10 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
                     return;
                 }
                 ApplyError::Callback { at, error: Enough } => {
-                    assert_eq!(seen.len(), usize::from(apply.fails_at.expect("it failed")) + 1);
+                    assert_eq!(
+                        seen.len(),
+                        usize::from(apply.fails_at.expect("it failed")) + 1
+                    );
                     assert_eq!(seen.last(), Some(&at.page()));
                     at.page() + 1
                 }
@@ -134,7 +140,10 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
     fn check_seen(&self, function: Function, reached: GpaRange, leaves: &[GpaRange], seen: &[u64]) {
         if function.fills() {
             let all = reached.first_page()..reached.end_page();
-            assert!(seen.iter().copied().eq(all), "pages of {reached} are left out");
+            assert!(
+                seen.iter().copied().eq(all),
+                "pages of {reached} are left out"
+            );
             return;
         }
         for leaf in leaves.iter().filter(|leaf| reached.overlaps(leaf)) {
@@ -148,7 +157,9 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
     fn follow_protection(&mut self, reached: GpaRange, seen: &[u64]) {
         for (run, _) in self.model.runs(reached) {
             let from = seen.partition_point(|page| *page < run.first_page());
-            let shown = seen[from..].iter().take_while(|page| **page < run.end_page());
+            let shown = seen[from..]
+                .iter()
+                .take_while(|page| **page < run.end_page());
             for page in shown.copied() {
                 self.changed(pages(page, page + 1), |guest, page| {
                     guest.permitted(page, Permissions::READ)

@@ -4,7 +4,7 @@ use ept::format::HardwareFormat;
 use ept::stage2::{ChangeError, Flush};
 use ept::{GpaRange, Notifier, OpenRange};
 
-use crate::pages::{pages, Pages};
+use crate::pages::{Pages, pages};
 use crate::stage2::guest::{Guest, Page};
 use crate::stage2::script::{Change, Fate, Open};
 

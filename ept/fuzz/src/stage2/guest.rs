@@ -310,8 +310,15 @@ impl<'t, 'm, F: HardwareFormat> Guest<'t, 'm, F> {
             if first.first_page() == run.first_page() {
                 let starts = format!("{}..=", run.start());
                 let line = lines.find(|line| line.starts_with(&starts));
-                let leads = format!(" -> {} {} ", Hpa(page.leads_to(run.first_page())), page.permissions);
-                assert!(line.is_some_and(|line| line.contains(&leads)), "{run}: {dump}");
+                let leads = format!(
+                    " -> {} {} ",
+                    Hpa(page.leads_to(run.first_page())),
+                    page.permissions
+                );
+                assert!(
+                    line.is_some_and(|line| line.contains(&leads)),
+                    "{run}: {dump}"
+                );
             }
         }
     }
@@ -337,7 +344,11 @@ impl<'t, 'm, F: HardwareFormat> Guest<'t, 'm, F> {
             }
             // A hole is one entry: whatever reads it finds the same for all of it.
             let probes = [first, next, span.end_page() - 1];
-            let probes = if expected.is_empty() { &probes[..1] } else { &probes };
+            let probes = if expected.is_empty() {
+                &probes[..1]
+            } else {
+                &probes
+            };
             for page in probes.iter().copied() {
                 let found = self.mmu.translate(gpa(page).0);
                 let expected = self.model.get(page);
@@ -363,7 +374,11 @@ impl<'t, 'm, F: HardwareFormat> Guest<'t, 'm, F> {
             assert!(flush.tally().entries > 0);
         }
         flush.done();
-        assert_eq!(self.stage2.available(), tables - self.lost, "tables were lost");
+        assert_eq!(
+            self.stage2.available(),
+            tables - self.lost,
+            "tables were lost"
+        );
         assert_eq!(self.stage2.dump(whole).to_string(), "");
     }
 }

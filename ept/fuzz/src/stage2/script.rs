@@ -246,7 +246,10 @@ impl Window {
         let end = first + (u64::from(span.count) % most + 1) * unit;
         let first = first.saturating_add_signed(span.before.into());
         let end = end.saturating_add_signed(span.after.into());
-        pages(first, end.clamp(first + 1, self.span.end_page().max(first + 1)))
+        pages(
+            first,
+            end.clamp(first + 1, self.span.end_page().max(first + 1)),
+        )
     }
 }
 
@@ -273,7 +276,10 @@ impl Job for Script {
             .for_each(|word| word.store(0, Ordering::SeqCst));
         let stage2 = Stage2::new(format, &words, BASE).expect("room for the root");
         assert_eq!(stage2.available(), tables);
-        assert_eq!(stage2.geometry().span().pages(), 1 << (hardware.gpa_bits - 12));
+        assert_eq!(
+            stage2.geometry().span().pages(),
+            1 << (hardware.gpa_bits - 12)
+        );
         let window = Window::new(format, self.place);
         let mmu = Mmu::new(hardware.kind, &words, BASE.0);
         let mut guest = Guest::new(&stage2, format, hardware, mmu, window);
