@@ -5,37 +5,31 @@ use ept::format::{Entry, HardwareFormat, Leaf, Permissions};
 use ept::{Hpa, Level};
 
 use crate::formats::{Choice, Hardware, Job, Kept};
-use crate::hostile::Hostile;
+use crate::hostile::{Hostile, Step};
 
-/// Words, alone or by the table.
+/// Words for every level of a format, and for leaf tables.
 #[derive(Arbitrary, Debug)]
-pub enum Raw {
-    /// One for every level of a format.
-    Word {
-        /// The format.
-        format: Choice,
-        /// The word.
-        raw: u64,
-        /// Permissions to give it.
-        permissions: u8,
-    },
-    /// Leaf tables full of them.
-    Tables(Hostile),
+pub struct Raw {
+    format: Choice,
+    permissions: u8,
+    words: Vec<u64>,
+    tables: Option<[Step; 4]>,
 }
 
 impl Raw {
     /// Decodes them everywhere, and asks the format all that can be asked of them.
     pub fn run(self) {
-        match self {
-            Self::Word {
-                format,
+        for raw in self.words.iter().copied() {
+            self.format.with(Word {
                 raw,
-                permissions: bits,
-            } => format.with(Word {
-                raw,
-                permissions: permissions(bits),
-            }),
-            Self::Tables(tables) => tables.run(),
+                permissions: permissions(self.permissions),
+            });
+        }
+        if let Some(steps) = self.tables {
+            self.format.with(Hostile {
+                words: &self.words,
+                steps,
+            });
         }
     }
 }

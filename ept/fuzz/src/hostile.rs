@@ -12,7 +12,7 @@ use ept::stage2::{Attributes, ChangeError, Flush, Stage2};
 use ept::{Gpa, GpaRange, Hpa, Level, Notifier};
 
 use crate::decode::permissions;
-use crate::formats::{Choice, Hardware, Job};
+use crate::formats::{Hardware, Job};
 use crate::pages::pages;
 
 const TABLES: usize = 8;
@@ -23,17 +23,15 @@ const WINDOW: GpaRange = match GpaRange::from_pages(0, 1024) {
     Err(_) => panic!("two tables"),
 };
 
-/// Words for leaf tables, and what is done to them.
-#[derive(Arbitrary, Debug)]
-pub struct Hostile {
-    format: Choice,
-    /// They are repeated.
-    words: Vec<u64>,
-    steps: [Step; 4],
+/// Words for leaf tables, repeated, and what is done to them.
+pub(crate) struct Hostile<'a> {
+    pub(crate) words: &'a [u64],
+    pub(crate) steps: [Step; 4],
 }
 
+/// One thing that is done.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-enum Step {
+pub enum Step {
     Unmap(u16, u16),
     Protect(u16, u16, u8),
     Clean,
@@ -43,13 +41,7 @@ enum Step {
     Map(u16, u16),
 }
 
-impl Hostile {
-    pub(crate) fn run(self) {
-        self.format.with(self);
-    }
-}
-
-impl Job for Hostile {
+impl Job for Hostile<'_> {
     fn run<F: HardwareFormat>(self, format: F, _: Hardware) {
         let root = format.geometry().root_entries().div_ceil(512);
         let words: Vec<AtomicU64> = (0..(root + TABLES) * 512)
@@ -57,7 +49,7 @@ impl Job for Hostile {
             .collect();
         let stage2 = Stage2::new(format, &words, BASE).expect("room for the root");
         map(&stage2, WINDOW);
-        scribble(&stage2, format, &self.words);
+        scribble(&stage2, format, self.words);
         for step in self.steps {
             act(&stage2, step);
             let pages = WINDOW.first_page()..WINDOW.end_page();
