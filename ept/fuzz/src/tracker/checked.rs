@@ -196,50 +196,56 @@ impl Checked {
     }
 
     fn harvest(&mut self, number: u8, range: GpaRange, most: u64, fate: Fate) {
-        let regions = self.regions.clone();
         let Some(consumer) = self.consumer(number) else {
             return;
         };
+        let number = consumer.number;
         let harvest = consumer.epoch.harvest_up_to(range, most).expect("memory");
-        let (enough, coarse) = (self.enough, self.is_coarse());
-        let Some(consumer) = self.consumer(number) else {
-            return;
-        };
         let found = read(&harvest, range);
+        self.check_found(number, &harvest, &found, range, most.max(1));
+        let mut consumers = self.consumers.iter_mut();
+        let consumer = consumers.find(|one| one.number == number);
+        let consumer = consumer.expect("it has just harvested");
+        found.iter().for_each(|run| consumer.dirty.clear(*run));
+        self.counted = None;
+        let held = Held {
+            harvest,
+            number,
+            pages: found,
+        };
+        self.settle(held, fate);
+    }
+
+    /// Nothing is lost, nothing is made up, and a bounded harvest ends where it should.
+    fn check_found(
+        &self,
+        number: u64,
+        harvest: &Harvest,
+        found: &[GpaRange],
+        range: GpaRange,
+        most: u64,
+    ) {
         let end = harvest.rest().map_or(range.end_page(), |rest| {
             assert_eq!(rest.end_page(), range.end_page());
-            assert!(harvest.pages() >= most.max(1), "{rest} is left of {range}");
+            assert!(harvest.pages() >= most, "{rest} is left of {range}");
             rest.first_page()
         });
         let looked_at = (range.first_page() < end).then(|| pages(range.first_page(), end));
         let within = |set: &Set| looked_at.map_or(Vec::new(), |part| set.ranges(part, |()| true));
-        let owed = within(&consumer.dirty);
-        if enough {
+        let mut consumers = self.consumers.iter();
+        let consumer = consumers.find(|one| one.number == number);
+        let consumer = consumer.expect("it has just harvested");
+        let (owed, ever) = (within(&consumer.dirty), within(&consumer.ever));
+        if self.enough {
             assert_eq!(found, owed);
-            assert!(harvest.pages() < most.max(1).saturating_add(512));
+            assert!(harvest.pages() < most.saturating_add(512));
         }
-        assert!(
-            covers(&found, &owed),
-            "{owed:?} was dirty, {found:?} was found"
-        );
-        if !coarse {
-            assert!(
-                covers(&within(&consumer.ever), &found),
-                "{found:?} is made up"
-            );
+        assert!(covers(found, &owed), "{owed:?} was dirty, {found:?} found");
+        if !self.is_coarse() {
+            assert!(covers(&ever, found), "{found:?} is made up");
         }
-        let tracked: Vec<_> = regions.iter().map(|region| region.range).collect();
+        let tracked: Vec<_> = self.regions.iter().map(|region| region.range).collect();
         assert!(found.iter().all(|run| is_in(&tracked, *run)), "{found:?}");
-        for run in &found {
-            consumer.dirty.clear(*run);
-        }
-        let held = Held {
-            harvest,
-            number: consumer.number,
-            pages: found,
-        };
-        self.counted = None;
-        self.settle(held, fate);
     }
 
     fn settle(&mut self, held: Held, fate: Fate) {
@@ -249,6 +255,8 @@ impl Checked {
             Fate::Rollback => held.harvest.rollback(),
             Fate::Drop | Fate::Hold => drop(held.harvest),
         }
+        // Entries that it marks whole are not counted, other than those of marks.
+        self.coarse |= !self.enough;
         // Its epoch may have ended.
         let mut consumers = self.consumers.iter_mut();
         if let Some(consumer) = consumers.find(|one| one.number == held.number) {
