@@ -8,4 +8,5 @@ mod hostile;
 mod mmu;
 mod pages;
 pub mod stage2;
+mod steps;
 pub mod tracker;

@@ -12,19 +12,14 @@ type Changed<'t, 'm, F> = (Flush<'t, 'm, F>, Result<(), ChangeError>);
 
 /// The notifier range that is open while `range` is changed.
 pub(super) fn open(range: GpaRange, how: Open) -> OpenRange {
-    let open = match how {
-        Open::All => GpaRange::ALL,
-        Open::Exact => range,
-        // A range of one page is missed altogether.
-        Open::Short if range.pages() == 1 => pages(range.end_page(), range.end_page() + 1),
-        Open::Short => pages(range.first_page(), range.end_page() - 1),
-    };
-    Notifier::new().open(open).expect("nobody objects")
+    Notifier::new()
+        .open(how.range(range))
+        .expect("nobody objects")
 }
 
 impl<'t, 'm, F: HardwareFormat> Guest<'t, 'm, F> {
     pub(super) fn unmapped(&self, range: GpaRange) -> Changed<'t, 'm, F> {
-        self.stage2.unmap(range, &open(range, Open::All))
+        self.stage2.unmap(range, &open(range, Open::ALL))
     }
 
     pub(super) fn change(&mut self, change: Change, range: GpaRange, how: Open, fate: Fate) {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Result, Unstructured};
 use ept::format::{HardwareFormat, MemoryType, Permissions, Tables};
 use ept::stage2::{Attributes, Stage2};
 use ept::{GpaRange, Hpa, Level};
@@ -12,9 +12,9 @@ use crate::formats::{Choice, Hardware, Job};
 use crate::mmu::Mmu;
 use crate::pages::pages;
 use crate::stage2::guest::Guest;
+use crate::steps::Steps;
 
 const BASE: Hpa = Hpa(0x10_0000_0000);
-const MOST_STEPS: usize = 48;
 /// Pages of the window in which operations on small pages take place.
 const WINDOW: u64 = 4096;
 
@@ -26,7 +26,7 @@ pub struct Script {
     place: Base,
     /// What the lent memory holds, the root apart.
     rubbish: u64,
-    steps: Vec<Step>,
+    steps: Steps<Step>,
 }
 
 /// How many tables there are beside the root.
@@ -45,7 +45,7 @@ enum Base {
 }
 
 /// One thing that happens.
-#[derive(Arbitrary, Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Step {
     Map(Span, Lead, Looks),
     Change(Change, Span, Open, Fate),
@@ -60,6 +60,30 @@ pub(crate) enum Step {
     Dump(Span),
     /// All flushes that were put off are done now.
     Flush,
+}
+
+impl<'a> Arbitrary<'a> for Step {
+    /// Changes are what there is most to be said of.
+    fn arbitrary(bytes: &mut Unstructured<'a>) -> Result<Self> {
+        Ok(match bytes.arbitrary::<u8>()? % 16 {
+            0..=2 => Self::Map(bytes.arbitrary()?, bytes.arbitrary()?, bytes.arbitrary()?),
+            3 | 4 => Self::Touch {
+                at: bytes.arbitrary()?,
+                write: bytes.arbitrary()?,
+                stride: bytes.arbitrary()?,
+            },
+            5 | 6 => Self::Apply(bytes.arbitrary()?, bytes.arbitrary()?, bytes.arbitrary()?),
+            7 => Self::Lookup(bytes.arbitrary()?),
+            8 => Self::Dump(bytes.arbitrary()?),
+            9 => Self::Flush,
+            _ => Self::Change(
+                bytes.arbitrary()?,
+                bytes.arbitrary()?,
+                bytes.arbitrary()?,
+                bytes.arbitrary()?,
+            ),
+        })
+    }
 }
 
 /// A change that owes a flush.
@@ -99,13 +123,23 @@ pub(crate) enum Fate {
     Never,
 }
 
-/// The notifier range that is open.
+/// The notifier range that is open: all of the space or just what is changed, and at times too little.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Open {
-    All,
-    Exact,
-    /// All of the range but its last page.
-    Short,
+pub(crate) struct Open(u8);
+
+impl Open {
+    pub(crate) const ALL: Self = Self(0);
+
+    pub(crate) fn range(self, changed: GpaRange) -> GpaRange {
+        let (first, end) = (changed.first_page(), changed.end_page());
+        match self.0 % 16 {
+            0..=7 => GpaRange::ALL,
+            8..=14 => changed,
+            // All but the last page; a range of one page is missed altogether.
+            _ if changed.pages() == 1 => pages(end, end + 1),
+            _ => pages(first, end - 1),
+        }
+    }
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -123,39 +157,20 @@ impl Height {
     }
 }
 
-/// Pages: some entries of a level, and a little more or less at either end.
+/// Pages: some entries of a level, and at times a little more or less at either end.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub(crate) struct Span {
-    unit: Unit,
+    unit: u8,
     first: u16,
     count: u8,
-    before: i8,
-    after: i8,
-}
-
-#[derive(Arbitrary, Clone, Copy, Debug)]
-enum Unit {
-    Page,
-    Mib2,
-    Gib,
-    /// Entries of the level under the root's.
-    Root,
-    /// All that the table describes.
-    Whole,
-    /// More than that.
-    Beyond,
+    edges: Option<(i8, i8)>,
 }
 
 /// Where a map leads to.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub(crate) enum Lead {
-    /// The same distance for all, so that huge leaves fit and collapse.
-    Along,
-    /// The same, so many pages on.
-    Shifted(u8),
-    /// So many bytes before the end of what an entry can hold.
-    ToTheEnd(u8),
-    Anywhere(u64),
+pub(crate) struct Lead {
+    how: u8,
+    number: u64,
 }
 
 /// Attributes of a map.
@@ -163,13 +178,13 @@ pub(crate) enum Lead {
 pub(crate) struct Looks {
     /// All, most of the time.
     permissions: Option<u8>,
-    memory: Memory,
+    /// Write-back, most of the time.
+    memory: Option<Memory>,
     largest: Height,
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Memory {
-    WriteBack,
     WriteCombining,
     Uncached,
     Other(u8),
@@ -180,10 +195,10 @@ impl Looks {
         Attributes {
             permissions: self.permissions.map_or(Permissions::ALL, permissions),
             memory: match self.memory {
-                Memory::WriteBack => MemoryType::WriteBack,
-                Memory::WriteCombining => MemoryType::WriteCombining,
-                Memory::Uncached => MemoryType::Uncached,
-                Memory::Other(bits) => MemoryType::Other(bits),
+                None => MemoryType::WriteBack,
+                Some(Memory::WriteCombining) => MemoryType::WriteCombining,
+                Some(Memory::Uncached) => MemoryType::Uncached,
+                Some(Memory::Other(bits)) => MemoryType::Other(bits),
             },
             largest: self.largest.level(),
         }
@@ -191,16 +206,16 @@ impl Looks {
 }
 
 impl Lead {
+    /// Mostly the same distance for all, so that huge leaves fit and collapse.
     pub(crate) fn hpa(self, range: GpaRange, hpa_bits: u32) -> Hpa {
         let along = (range.first_page() << 12) % (1 << 40);
-        Hpa(match self {
-            Self::Along => along,
-            Self::Shifted(pages) => along + (u64::from(pages) << 12),
-            Self::ToTheEnd(pages) => {
-                let end = (1 << hpa_bits) + (u64::from(pages) << 12);
-                u64::saturating_sub(end, range.pages() << 12)
-            }
-            Self::Anywhere(hpa) => hpa,
+        let some_pages = (self.number & 0xff) << 12;
+        Hpa(match self.how % 8 {
+            0..=4 => along,
+            5 => along + some_pages,
+            // To the end of what an entry can hold, or beyond it.
+            6 => u64::saturating_sub((1 << hpa_bits) + some_pages, range.pages() << 12),
+            _ => self.number,
         })
     }
 }
@@ -231,25 +246,26 @@ impl Window {
     }
 
     pub(crate) fn range(&self, span: Span) -> GpaRange {
-        let (unit, most) = match span.unit {
-            Unit::Page => (1, 512),
-            Unit::Mib2 => (512, 4),
-            Unit::Gib => (1 << 18, 2),
-            Unit::Root => (self.root, 2),
-            Unit::Whole => return self.span,
-            Unit::Beyond => {
-                let end = self.span.end_page();
-                return pages(end - u64::from(span.count), end + 1 + u64::from(span.first));
+        let last = self.span.end_page();
+        let (unit, most) = match span.unit % 16 {
+            0..=4 => (1, 512),
+            5..=9 => (512, 4),
+            10 | 11 => (1 << 18, 2),
+            12 | 13 => (self.root, 2),
+            14 => return self.span,
+            _ => {
+                return pages(
+                    last - u64::from(span.count),
+                    last + 1 + u64::from(span.first),
+                );
             }
         };
+        let (before, after) = span.edges.unwrap_or_default();
         let first = self.base / unit * unit + u64::from(span.first) * unit % WINDOW;
         let end = first + (u64::from(span.count) % most + 1) * unit;
-        let first = first.saturating_add_signed(span.before.into());
-        let end = end.saturating_add_signed(span.after.into());
-        pages(
-            first,
-            end.clamp(first + 1, self.span.end_page().max(first + 1)),
-        )
+        let first = first.saturating_add_signed(before.into());
+        let end = end.saturating_add_signed(after.into());
+        pages(first, end.clamp(first + 1, last.max(first + 1)))
     }
 }
 
@@ -283,7 +299,7 @@ impl Job for Script {
         let window = Window::new(format, self.place);
         let mmu = Mmu::new(hardware.kind, &words, BASE.0);
         let mut guest = Guest::new(&stage2, format, hardware, mmu, window);
-        for step in self.steps.into_iter().take(MOST_STEPS) {
+        for step in self.steps.0 {
             guest.step(step);
         }
         guest.audit();

@@ -4,9 +4,9 @@ use arbitrary::Arbitrary;
 use ept::{GpaRange, Region, RegionKind, Source, Start, Tracker, TrackerError};
 
 use crate::pages::pages;
+use crate::steps::Steps;
 use crate::tracker::checked::Checked;
 
-const MOST_STEPS: usize = 64;
 const MOST_REGIONS: usize = 6;
 const MOST_WORDS: usize = 24;
 /// Pages in the 64-bit space.
@@ -20,7 +20,7 @@ pub struct Script {
     regions: Vec<Part>,
     at_the_end_of_the_space: bool,
     tables: Tables,
-    steps: Vec<Step>,
+    steps: Steps<Step>,
 }
 
 /// A gap and a region behind it.
@@ -215,7 +215,7 @@ impl Script {
         };
         assert!(!regions.is_empty());
         let mut checked = Checked::new(tracker, enough);
-        for step in self.steps.into_iter().take(MOST_STEPS) {
+        for step in self.steps.0 {
             checked.step(step);
         }
         checked.end();
