@@ -56,8 +56,11 @@ pub(crate) const EPT4: Kind = kind(3, 48, ept, ept_touch);
 pub(crate) const EPT5: Kind = kind(4, 57, ept, ept_touch);
 pub(crate) const NPT4: Kind = kind(3, 48, npt, npt_touch);
 pub(crate) const NPT5: Kind = kind(4, 57, npt, npt_touch);
+pub(crate) const ARM31: Kind = kind(1, 31, arm, arm_touch);
 pub(crate) const ARM34: Kind = kind(1, 34, arm, arm_touch);
 pub(crate) const ARM40: Kind = kind(2, 40, arm, arm_touch);
+pub(crate) const ARM43: Kind = kind(2, 43, arm, arm_touch);
+pub(crate) const ARM44: Kind = kind(3, 44, arm, arm_touch);
 pub(crate) const ARM48: Kind = kind(3, 48, arm, arm_touch);
 pub(crate) const SV39X4: Kind = kind(2, 41, riscv, riscv_touch);
 pub(crate) const SV48X4: Kind = kind(3, 50, riscv, riscv_touch);
@@ -182,6 +185,11 @@ impl<'w> Mmu<'w> {
             "misaligned leaf"
         );
         Some((address + inside, permissions))
+    }
+
+    /// Pages that the leaf over `gpa` maps.
+    pub(crate) fn leaf_pages(&self, gpa: u64) -> Option<u64> {
+        self.leaf(gpa).map(|(_, level, ..)| 1 << (9 * level))
     }
 
     /// Sets the flags that hardware sets when a guest does this.
