@@ -103,7 +103,8 @@ impl Epoch {
         match start {
             Start::Clean => {}
             Start::AllDirty => {
-                consumer.mark(GpaRange::ALL);
+                let tally = consumer.mark(GpaRange::ALL);
+                tracker.all_counters().coarse(tally.coarse);
             }
         }
         register(tracker, consumer.clone(), start)?;
@@ -143,7 +144,7 @@ impl Epoch {
     pub fn harvest_up_to(&self, range: GpaRange, max_pages: u64) -> Result<Harvest, HarvestError> {
         // Made first: should anything unwind below, its drop makes all it holds dirty again, after
         // the lock is free.
-        let mut harvest = Harvest::new(self.consumer.clone());
+        let mut harvest = Harvest::new(self.tracker.clone(), self.consumer.clone());
         let taken = self.take_timed(range, max_pages.max(1), harvest.pieces_mut());
         match taken {
             Taken::All => Ok(harvest),

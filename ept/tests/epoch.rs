@@ -71,3 +71,20 @@ fn p9_gaps_between_regions_cost_nothing() {
     // One table of 512 entries and their summary for each GiB that was taken in parts.
     assert!(tracker.memory_bytes() - before <= 2 * (4096 + 64));
 }
+
+/// S5: what a rollback marks coarsely is counted, too.
+#[test]
+fn s5_a_coarse_rollback_is_counted() {
+    let region = Region {
+        range: pages(0, 2048),
+        kind: RegionKind::Ram,
+    };
+    let tracker = Arc::new(Tracker::with_table_limit(&[region], 1).unwrap());
+    let epoch = Epoch::begin(&tracker, "one", Start::Clean).unwrap();
+    tracker.mark(gpa(5), 1, Source::Vcpu);
+    let harvest = epoch.harvest(region.range).unwrap();
+    epoch.mark(pages(600, 601));
+    assert_eq!(tracker.counters().coarse, 0);
+    harvest.rollback();
+    assert_eq!(tracker.counters().coarse, 1);
+}

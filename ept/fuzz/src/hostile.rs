@@ -91,7 +91,9 @@ fn scribble<F: HardwareFormat>(stage2: &Stage2<'_, F>, format: F, words: &[u64])
         }
         Ok::<(), ()>(())
     };
-    apply_to_pfn_range(stage2, WINDOW, &open, Existing::Refuse, write).expect("small pages");
+    let (flush, result) = apply_to_pfn_range(stage2, WINDOW, &open, Existing::Refuse, write);
+    result.expect("small pages");
+    flush.done();
 }
 
 /// Pages between the two, in any order.

@@ -76,7 +76,8 @@ pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
     /// The bit that hardware sets when the guest writes through a leaf; cleared with one atomic and, the
     /// leaf is clean and its translation as before.
     ///
-    /// Zero where a leaf like `raw` does not keep it: such a leaf counts as dirty while it is writable.
+    /// Where hardware does not keep it for a leaf like `raw`, the bit in which software does, or zero: such a leaf
+    /// counts as dirty while it is writable.
     fn dirty_bits(&self, raw: u64) -> u64;
 
     /// The bit that hardware sets when the guest uses a leaf; as above. Zero where clearing it would make the

@@ -89,8 +89,9 @@ impl Format for GStage {
     type Leaf = Leaf;
 
     #[inline]
-    fn decode(&self, raw: u64, _: Level) -> Entry<Leaf> {
-        if raw & VALID == 0 {
+    fn decode(&self, raw: u64, level: Level) -> Entry<Leaf> {
+        // At level 0 there is no table to point to: the hardware faults.
+        if raw & VALID == 0 || raw & ANY == 0 && level == Level::PAGE {
             return Entry::Absent;
         }
         let address = (raw & PAGE_NUMBER) << PAGE_NUMBER_SHIFT;

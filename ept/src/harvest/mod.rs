@@ -7,6 +7,7 @@ use alloc::sync::Arc;
 
 use crate::addr::{Gpa, GpaRange};
 use crate::epoch::Consumer;
+use crate::tracker::Tracker;
 use crate::tracking::Bitmap;
 
 pub use iter::{Runs, Words};
@@ -19,14 +20,16 @@ pub(crate) use pieces::Pieces;
 #[derive(Debug)]
 #[must_use = "a harvest that is dropped is rolled back"]
 pub struct Harvest {
+    tracker: Arc<Tracker>,
     consumer: Arc<Consumer>,
     pieces: Pieces,
     rest: Option<GpaRange>,
 }
 
 impl Harvest {
-    pub(crate) fn new(consumer: Arc<Consumer>) -> Self {
+    pub(crate) fn new(tracker: Arc<Tracker>, consumer: Arc<Consumer>) -> Self {
         Self {
+            tracker,
             consumer,
             pieces: Pieces::default(),
             rest: None,
@@ -96,15 +99,17 @@ impl Harvest {
 
 impl Drop for Harvest {
     fn drop(&mut self) {
+        let mut coarse = 0;
         for range in self.pieces.ranges() {
-            self.consumer.pending.mark(*range, range);
+            coarse += self.consumer.pending.mark(*range, range).coarse;
         }
         for leaf in self.pieces.leaves() {
             let bits = Bitmap {
                 first_page: leaf.base,
                 words: &leaf.words,
             };
-            self.consumer.pending.mark(leaf.span(), &bits);
+            coarse += self.consumer.pending.mark(leaf.span(), &bits).coarse;
         }
+        self.tracker.all_counters().coarse(coarse);
     }
 }

@@ -43,7 +43,8 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
     }
 
     /// What is to be flushed: the smallest range with everything that was changed, and with all that was asked for
-    /// where somebody else's flush of it is not done yet. None where nothing is to be flushed.
+    /// where somebody else's flush of it is not done yet. None where nothing is to be flushed. It may be larger than
+    /// needed: by a huge leaf, for example, that was to be split and for which there was no table.
     pub fn interval(&self) -> Option<GpaRange> {
         self.interval
     }

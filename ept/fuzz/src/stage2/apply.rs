@@ -76,7 +76,9 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
                     assert_eq!(Some(at.page()), refused);
                     at.page()
                 }
-                error @ ApplyError::Contended { .. } => panic!("{error}"),
+                error @ (ApplyError::Contended { .. } | ApplyError::Unflushed) => {
+                    panic!("{error}")
+                }
             },
             Err(AllocatingError::Exhausted(exhausted)) => {
                 assert!(apply.function.fills());
@@ -119,12 +121,16 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
             }
         };
         let plain = AllocatingError::Apply;
-        match apply.function {
+        let (flush, result) = match apply.function {
             Function::Refusing => {
-                apply_to_pfn_range(stage2, range, open, Existing::Refuse, callback).map_err(plain)
+                let refuse = Existing::Refuse;
+                let (flush, result) = apply_to_pfn_range(stage2, range, open, refuse, callback);
+                (flush, result.map_err(plain))
             }
             Function::Skipping => {
-                apply_to_pfn_range(stage2, range, open, Existing::Skip, callback).map_err(plain)
+                let skip = Existing::Skip;
+                let (flush, result) = apply_to_pfn_range(stage2, range, open, skip, callback);
+                (flush, result.map_err(plain))
             }
             Function::FillingRefusing => {
                 apply_to_pfn_range_allocating(stage2, range, open, Missing::Refuse, callback)
@@ -133,7 +139,9 @@ impl<F: HardwareFormat> Guest<'_, '_, F> {
                 apply_to_pfn_range_allocating(stage2, range, open, Missing::Split, callback)
             }
             Function::PageRange => apply_to_page_range(stage2, range, open, callback),
-        }
+        };
+        flush.done();
+        result
     }
 
     /// Every page that has an entry of its own was shown; where missing tables are filled in, every page at all.

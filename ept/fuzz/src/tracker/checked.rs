@@ -255,8 +255,6 @@ impl Checked {
             Fate::Rollback => held.harvest.rollback(),
             Fate::Drop | Fate::Hold => drop(held.harvest),
         }
-        // Entries that it marks whole are not counted, other than those of marks.
-        self.coarse |= !self.enough;
         // Its epoch may have ended.
         let mut consumers = self.consumers.iter_mut();
         if let Some(consumer) = consumers.find(|one| one.number == held.number) {
