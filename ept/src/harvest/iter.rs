@@ -1,15 +1,17 @@
 //! The ways to read a harvest.
 
 use crate::addr::GpaRange;
-use crate::harvest::pieces::{LeafWords, next_run};
+use crate::harvest::pieces::LeafWords;
 
 /// The pages of both lists in order, cut to a range, not joined.
 #[derive(Clone, Debug)]
 pub(crate) struct Spans<'a> {
     ranges: &'a [GpaRange],
     leaves: &'a [LeafWords],
-    /// The next bit to look at in the first leaf.
-    bit: usize,
+    /// The first leaf's word that is looked at.
+    word: usize,
+    /// What is left of it, once it was begun.
+    bits: u64,
     range: GpaRange,
 }
 
@@ -18,7 +20,8 @@ impl<'a> Spans<'a> {
         Self {
             ranges,
             leaves,
-            bit: 0,
+            word: 0,
+            bits: leaves.first().map_or(0, |leaf| leaf.words[0]),
             range,
         }
     }
@@ -30,24 +33,50 @@ impl<'a> Spans<'a> {
     }
 
     /// The next run of the first leaf; moves on to the next leaf at its end.
+    #[inline]
     fn next_in_leaf(&mut self) -> Option<GpaRange> {
         let (leaf, rest) = self.leaves.split_first()?;
-        let Some((first, end)) = next_run(&leaf.words, self.bit) else {
-            self.leaves = rest;
-            self.bit = 0;
-            return None;
-        };
-        self.bit = end;
-        Some(GpaRange::of(
-            leaf.base + first as u64,
-            leaf.base + end as u64,
-        ))
+        while self.bits == 0 {
+            self.word += 1;
+            let Some(word) = leaf.words.get(self.word) else {
+                self.leaves = rest;
+                self.word = 0;
+                self.bits = rest.first().map_or(0, |leaf| leaf.words[0]);
+                return None;
+            };
+            self.bits = *word;
+        }
+        let from = self.bits.trailing_zeros();
+        let first = leaf.base + 64 * self.word as u64 + u64::from(from);
+        // The lowest run of ones is carried out of by an addition; what is left is above it.
+        let (above, beyond) = self.bits.overflowing_add(1 << from);
+        self.bits &= above;
+        if !beyond {
+            let end = leaf.base + 64 * self.word as u64 + u64::from(above.trailing_zeros());
+            return Some(GpaRange::of(first, end));
+        }
+        Some(GpaRange::of(first, self.end_in_next_words(leaf)))
+    }
+
+    /// Where a run ends that goes on in the first leaf's next word.
+    fn end_in_next_words(&mut self, leaf: &LeafWords) -> u64 {
+        self.bits = 0;
+        for word in &leaf.words[self.word + 1..] {
+            self.word += 1;
+            if *word != u64::MAX {
+                let ones = word.trailing_ones();
+                self.bits = word & u64::MAX << ones;
+                return leaf.base + 64 * self.word as u64 + u64::from(ones);
+            }
+        }
+        leaf.span().end_page()
     }
 }
 
 impl Iterator for Spans<'_> {
     type Item = GpaRange;
 
+    #[inline]
     fn next(&mut self) -> Option<GpaRange> {
         loop {
             let next = match (self.ranges.first(), self.leaves.first()) {
@@ -84,6 +113,7 @@ impl<'a> Runs<'a> {
 impl Iterator for Runs<'_> {
     type Item = GpaRange;
 
+    #[inline]
     fn next(&mut self) -> Option<GpaRange> {
         let mut run = self.ahead?;
         loop {

@@ -119,7 +119,7 @@ fn count_runs(words: &[u64; PLANE_WORDS]) -> usize {
 
 /// The first run of ones from bit `from` on, as its first bit and the bit after it.
 #[inline]
-pub(crate) fn next_run(words: &[u64; PLANE_WORDS], from: usize) -> Option<(usize, usize)> {
+fn next_run(words: &[u64; PLANE_WORDS], from: usize) -> Option<(usize, usize)> {
     let first = next_bit(words, from, 0)?;
     let end = next_bit(words, first, u64::MAX).unwrap_or(64 * PLANE_WORDS);
     Some((first, end))
