@@ -32,7 +32,7 @@ const GIB: u32 = 2;
 /// For each of the formats of a machine.
 const EFFORT: Effort = Effort {
     rounds: 9,
-    operations: 320,
+    operations: 420,
     probes: 1500,
 };
 
@@ -71,6 +71,7 @@ fn intel_ept() {
         },
         Effort {
             rounds: 15,
+            operations: 500,
             ..EFFORT
         },
     );

@@ -173,12 +173,14 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         let probes = self.ground.probes(&mut self.chance, model, effort.probes);
         let refused = self.ask(probes);
         if handles_faults {
-            self.handle(&refused);
+            self.handle(refused);
         }
     }
 
     /// Handles refused writes to pages whose writes are tracked, and lets the guest try again.
-    fn handle(&mut self, refused: &[Probe]) {
+    fn handle(&mut self, mut refused: Vec<Probe>) {
+        // Others cannot be tried again.
+        refused.sort_by_key(|probe| !self.leads_to_frames(probe.gpa >> PAGE_SHIFT));
         let mut again = Vec::new();
         for probe in &refused[..refused.len().min(FAULTS)] {
             let page = probe.gpa >> PAGE_SHIFT;
@@ -199,6 +201,13 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         let refused = self.ask(again.into_iter().map(probe).collect());
         self.seen.add(Event::Resumed, released as u64);
         self.seen.add(Event::StillTracked, refused.len() as u64);
+    }
+
+    fn leads_to_frames(&self, page: u64) -> bool {
+        self.model.at(page).is_some_and(|(first, leaf)| {
+            let hpa = leaf.hpa + ((page - first) << PAGE_SHIFT);
+            self.ground.frame(hpa).is_some()
+        })
     }
 
     fn operate(&mut self) {

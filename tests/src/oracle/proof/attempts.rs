@@ -5,7 +5,9 @@ use ept::format::Permissions;
 use crate::oracle::model::{Attributes, Leaf, Model, Operation, Pages, pages};
 use crate::oracle::proof::PAGE_SHIFT;
 use crate::oracle::proof::chance::Chance;
-use crate::oracle::proof::ground::{GIB, Ground, MIB2, is_large, page_in, small_range, within};
+use crate::oracle::proof::ground::{
+    GIB, Ground, MIB2, Place, is_large, page_in, small_range, within,
+};
 
 /// With so few tables left some part of the ground is cleared sometimes, so that not everything fails.
 const SCARCE: u64 = 24;
@@ -40,7 +42,7 @@ impl Ground {
     pub(super) fn attempts(&self, chance: &mut Chance, model: &Model) -> Vec<Attempt> {
         let operations = if model.free() < SCARCE && chance.one_in(4) {
             vec![self.clearing(chance)]
-        } else if model.free() == 0 && chance.one_in(2) {
+        } else if model.free() == 0 && !chance.one_in(4) {
             self.fault_without_tables(chance, model)
         } else {
             self.operations(chance, model)
@@ -117,19 +119,27 @@ impl Ground {
         vec![Operation::TrackWrites { range }, fault(page)]
     }
 
-    /// A leaf of 1 GiB and of each level above, one more of each whose writes are tracked, and one for the highest
-    /// GiB, some of them put together from their parts. They would be rare, as nearly everything that is done to them
-    /// splits them.
+    /// A leaf of each level from 2 MiB on, one more of each whose writes are tracked, and one for the highest GiB, some
+    /// of them put together from their parts. They would be rare, as nearly everything that is done to them splits
+    /// them.
     pub(super) fn large_leaves(&self, chance: &mut Chance) -> Vec<Attempt> {
-        let mut operations = Vec::new();
+        let ranges = self.places.iter().map(|place| place.range.clone());
+        let free: Vec<_> = ranges.filter(|one| !self.meets_reserved(one)).collect();
+        let range = chance.pick(&free).clone();
+        // Otherwise there may be no table to split anything with.
+        let mut operations = vec![Operation::Unmap { range }];
         for level in 2..=self.shape.largest_leaf {
             let places = self.places.iter().filter(|place| place.level == level);
             let mut places: Vec<_> = places.collect();
             let first = chance.below(places.len() as u64);
             places.rotate_left(usize::try_from(first).unwrap_or(0));
-            for (place, tracked) in places.into_iter().zip([false, true]) {
+            for (place, tracked) in places.iter().zip([false, true]) {
                 let (range, hpa) = self.span(chance, place, level);
                 operations.extend(self.large_leaf(chance, &range, hpa, level, tracked));
+            }
+            // Only of the places for leaves of 1 GiB there are so many.
+            if let [_, _, third, ..] = places[..] {
+                operations.extend(self.leaves_of_2_mib(chance, third));
             }
         }
         if self.shape.largest_leaf >= 2 {
@@ -137,6 +147,18 @@ impl Ground {
             operations.extend(self.large_leaf(chance, &range, hpa, 2, false));
         }
         operations.into_iter().map(Attempt::new).collect()
+    }
+
+    /// One whose writes are tracked, and one more.
+    fn leaves_of_2_mib(&self, chance: &mut Chance, place: &Place) -> Vec<Operation> {
+        let mut operations = Vec::new();
+        for (stretch, tracked) in [(3, false), (4, true)] {
+            let start = place.range.start + stretch * MIB2;
+            let range = start..start + MIB2;
+            let hpa = self.frames.start + chance.below(self.frame_count() as u64 / MIB2) * MIB2;
+            operations.extend(self.large_leaf(chance, &range, hpa, 1, tracked));
+        }
+        operations
     }
 
     /// Maps a leaf, unless the machine has pages of its own there.
@@ -165,7 +187,7 @@ impl Ground {
         let track = tracked.then(|| Operation::TrackWrites {
             range: range.clone(),
         });
-        if chance.one_in(2) {
+        if !chance.one_in(if tracked { 4 } else { 2 }) {
             let largest = level - 1;
             operations.push(Operation::Split {
                 range: range.clone(),
