@@ -147,7 +147,10 @@ impl<F: HardwareFormat> Checked<F> {
     fn loses_flags(&self) {
         let found = self.decode(self.raw & !self.format.dirty_bits(self.raw));
         let needs = self.hardware.dirty_needs;
-        let kept = needs == 0 || self.raw & needs != 0;
+        let kept = match needs {
+            0 => self.hardware.dirty != Kept::Always,
+            needs => self.raw & needs != 0,
+        };
         let counts = self.leaf.permissions.allows(Permissions::WRITE) && !kept;
         let dirty = self.leaf.dirty && counts;
         assert_eq!(found, Leaf { dirty, ..self.leaf }, "{self}");

@@ -106,14 +106,15 @@ impl Choice {
                 let on = |on, feature| if on { feature } else { EptFeatures::NONE };
                 let features = on(execute_only, EptFeatures::EXECUTE_ONLY)
                     .with(on(accessed_dirty, EptFeatures::ACCESSED_DIRTY));
-                let kept = if accessed_dirty {
-                    Kept::Hardware
+                // Without the flags, the dirty bit is the software's.
+                let (accessed, dirty, bits) = if accessed_dirty {
+                    (Kept::Hardware, Kept::Hardware, 0b111)
                 } else {
-                    Kept::Never
+                    (Kept::Never, Kept::Always, 0b111 | 1 << 9)
                 };
                 job.run(
                     Ept { levels, features },
-                    hardware(kind, gpa_bits, kept, kept, 0b111),
+                    hardware(kind, gpa_bits, accessed, dirty, bits),
                 );
             }
             Self::Npt(levels) => {

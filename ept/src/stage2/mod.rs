@@ -178,9 +178,10 @@ pub(crate) const UNFLUSHED: &str =
 /// What a change really changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Entries; a huge leaf is one.
+    /// Entries whose old translation is to be flushed; a huge leaf is one. What a write fault gave back is not counted:
+    /// a stale translation there only faults once more.
     pub entries: u64,
-    /// Huge leaves that were split for it.
+    /// Huge leaves that were split for it. A write fault's split is to be flushed only where the format breaks.
     pub splits: u64,
     /// Tables that became huge leaves; each counts as an entry, too.
     pub collapses: u64,
@@ -285,6 +286,9 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         open: &'o OpenRange,
         body: impl FnOnce(Walk<'t, Self, Change<'o>>, &mut Flush<'t, 'm, F>) -> Result<(), E>,
     ) -> (Flush<'t, 'm, F>, Result<(), E>) {
+        if let Err(refused) = self.inside(range) {
+            return (Flush::nothing(self), Err(refused.into()));
+        }
         let walk = match Walk::change(self, range, open) {
             Ok(walk) => walk,
             Err(error) => return (Flush::nothing(self), Err(error.into())),
@@ -311,12 +315,19 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
 
     /// Waits for the turn of a change of `range`.
     fn turn(&self, range: GpaRange) -> Result<Turn<'_>, Refused> {
-        let span = self.geometry.span();
-        if !span.covers(&range) {
-            return Err(Refused::Beyond { range, span });
-        }
+        self.inside(range)?;
         let turn = self.order.turn(range);
         turn.map_err(|NoPlace| Refused::Unflushed)
+    }
+
+    /// Whether the tables can describe all of `range`.
+    fn inside(&self, range: GpaRange) -> Result<(), Refused> {
+        let span = self.geometry.span();
+        if span.covers(&range) {
+            Ok(())
+        } else {
+            Err(Refused::Beyond { range, span })
+        }
     }
 }
 

@@ -23,6 +23,9 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         permissions: Permissions,
         open: &OpenRange,
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
+        if let Err(refused) = self.inside(range) {
+            return (Flush::nothing(self), Err(refused.into()));
+        }
         let leaf = Leaf::new(Hpa(0), permissions, MemoryType::WriteBack);
         if let Err(unsupported) = self.format.check(&leaf, Level::PAGE) {
             let error = ChangeError::Unsupported(unsupported);

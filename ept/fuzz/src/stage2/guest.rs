@@ -275,9 +275,11 @@ impl<'t, 'm, F: HardwareFormat> Guest<'t, 'm, F> {
         }
     }
 
-    /// The pages of the leaf over `page`, as hardware reads it.
+    /// The pages of the leaf over `page`, as hardware reads it; as the crate does, while hardware is not to use it.
     pub(super) fn leaf(&self, page: u64) -> GpaRange {
-        let span = self.mmu.leaf_pages(gpa(page).0).expect("a page is mapped");
+        let found = self.mmu.leaf_pages(gpa(page).0);
+        let broken = || F::BREAKS.then(|| self.stage2.lookup(page).0.pages());
+        let span = found.or_else(broken).expect("a page is mapped");
         let first = page & !(span - 1);
         pages(first, first + span)
     }
