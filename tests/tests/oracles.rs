@@ -336,15 +336,23 @@ fn flushed(flushes: Vec<Owed<'_>>) {
     flushes.into_iter().for_each(Flush::done);
 }
 
+fn memory_for_arm() -> Vec<AtomicU64> {
+    (0..64 * 512).map(|_| AtomicU64::new(0)).collect()
+}
+
+/// An empty table for 40 bits, in memory that the machine has at its place for tables.
+fn arm_table(words: &[AtomicU64]) -> Stage2<'_, ArmStage2> {
+    let format = ArmStage2::new(40, ArmFlags::AccessedDirty).unwrap();
+    let base = Hpa(oracle::Arm.layout().tables);
+    Stage2::new(format, words, base).unwrap()
+}
+
 /// DDI 0487, D8.16.1: what was split or collapsed is invalid until what was cached of it is forgotten.
 #[test]
 fn arm_breaks_before_it_makes() {
-    let format = ArmStage2::new(40, ArmFlags::AccessedDirty).unwrap();
-    let words: Vec<_> = (0..64 * 512).map(|_| AtomicU64::new(0)).collect();
-    let base = Hpa(oracle::Arm.layout().tables);
-    let stage2 = &Stage2::new(format, &words, base).unwrap();
-    let notifier = Notifier::new();
-    let open = &notifier.open(GpaRange::ALL).unwrap();
+    let words = memory_for_arm();
+    let stage2 = &arm_table(&words);
+    let open = &Notifier::new().open(GpaRange::ALL).unwrap();
     let breaking = Breaking {
         stage2,
         words: &words,
@@ -390,12 +398,9 @@ fn arm_breaks_before_it_makes() {
 /// A write fault splits, and what it splits is out of reach until it is flushed.
 #[test]
 fn arm_breaks_for_a_write_fault() {
-    let format = ArmStage2::new(40, ArmFlags::AccessedDirty).unwrap();
-    let words: Vec<_> = (0..64 * 512).map(|_| AtomicU64::new(0)).collect();
-    let base = Hpa(oracle::Arm.layout().tables);
-    let stage2 = &Stage2::new(format, &words, base).unwrap();
-    let notifier = Notifier::new();
-    let open = &notifier.open(GpaRange::ALL).unwrap();
+    let words = memory_for_arm();
+    let stage2 = &arm_table(&words);
+    let open = &Notifier::new().open(GpaRange::ALL).unwrap();
     let breaking = Breaking {
         stage2,
         words: &words,

@@ -75,7 +75,7 @@ impl<F: HardwareFormat> Stage2<'_, F> {
     /// Maps `range`, of which nothing is mapped, to the memory from `hpa` on, with the largest leaves that fit.
     ///
     /// No notifier range is needed and nothing is to be flushed: nobody can have a translation of what was
-    /// absent.
+    /// absent. Of what was unmapped somebody can, until that flush is done: map such a range only after it.
     ///
     /// # Errors
     /// [`MapError`]; except where it says otherwise, everything before the page that it names is mapped. With

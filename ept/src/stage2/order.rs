@@ -14,7 +14,7 @@ use crate::stage2::figures::Figures;
 use crate::sync::{SpinLock, relax};
 
 /// Changes that are going on or wait for their flush at one time.
-pub(super) const PLACES: usize = 64;
+const PLACES: usize = 64;
 
 /// Turns of waiting for a place before it is said that there is none.
 const PATIENCE: u32 = 1 << 16;

@@ -71,7 +71,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// writable. A huge leaf is split down to 4 KiB for it; where no table is left it is released whole.
     ///
     /// No notifier range is needed: the guest may only do more than before. The flush has an interval only where a
-    /// split needs break-before-make.
+    /// split needs break-before-make, or where somebody else's flush of the page is not done yet.
     ///
     /// # Errors
     /// [`ChangeError::Beyond`], [`ChangeError::Contended`], [`ChangeError::Unflushed`]; nothing was released.
