@@ -2,16 +2,16 @@
 
 use alloc::sync::Arc;
 
-use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
 
 use crate::addr::Gpa;
 use crate::counters::Source;
 use crate::tracker::Tracker;
 
-/// The dirty bitmap of one memory region, or of a slice of it: offsets count from its base.
+/// The dirty bitmap of one memory region: offsets count from its base.
 ///
-/// For `MmapRegionBuilder::new_with_bitmap` and `GuestMemoryMmap<TrackerBitmap>`. It is its own
-/// slice type, so a slice keeps the tracker alive.
+/// For `MmapRegionBuilder::new_with_bitmap` and `GuestMemoryMmap<TrackerBitmap>`. A slice of it borrows it, so that
+/// making one, as every access does, costs nothing.
 #[derive(Clone, Debug)]
 pub struct TrackerBitmap {
     tracker: Arc<Tracker>,
@@ -35,11 +35,9 @@ impl TrackerBitmap {
     }
 }
 
-impl WithBitmapSlice<'_> for TrackerBitmap {
-    type S = Self;
+impl<'a> WithBitmapSlice<'a> for TrackerBitmap {
+    type S = RefSlice<'a, Self>;
 }
-
-impl BitmapSlice for TrackerBitmap {}
 
 impl Bitmap for TrackerBitmap {
     fn mark_dirty(&self, offset: usize, len: usize) {
@@ -50,11 +48,7 @@ impl Bitmap for TrackerBitmap {
         self.tracker.dirty_at(self.gpa(offset))
     }
 
-    fn slice_at(&self, offset: usize) -> Self {
-        Self {
-            tracker: self.tracker.clone(),
-            base: self.gpa(offset),
-            source: self.source,
-        }
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
     }
 }

@@ -1,5 +1,9 @@
 //! Figures that a tracker keeps.
 
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Who wrote to a page.
@@ -85,18 +89,71 @@ impl Padded {
     }
 }
 
-#[derive(Debug, Default)]
+/// The figure of one marker, which is the only one to write it: no locked operation.
+#[repr(align(64))]
+#[derive(Debug)]
+pub(crate) struct Tally {
+    source: Source,
+    newly: AtomicU64,
+}
+
+impl Tally {
+    pub(crate) fn source(&self) -> Source {
+        self.source
+    }
+
+    /// Adds `pages`. For the marker that it belongs to, which is borrowed mutably meanwhile.
+    #[inline]
+    pub(crate) fn add(&self, pages: u64) {
+        let before = self.newly.load(Ordering::Relaxed);
+        self.newly.store(before + pages, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.newly.load(Ordering::Relaxed)
+    }
+}
+
 pub(crate) struct Counters {
+    /// By source, of all but the markers that are there.
     newly: [Padded; Source::ALL.len()],
+    markers: SpinLock<Vec<Arc<Tally>>>,
     outside: Padded,
     coarse: Padded,
     longest_harvest_ns: Padded,
 }
 
 impl Counters {
+    pub(crate) fn new() -> Self {
+        Self {
+            newly: Default::default(),
+            markers: SpinLock::new(Vec::new()),
+            outside: Padded::default(),
+            coarse: Padded::default(),
+            longest_harvest_ns: Padded::default(),
+        }
+    }
+
     #[inline]
     pub(crate) fn dirtied(&self, source: Source, pages: u64) {
         self.newly[source as usize].add(pages);
+    }
+
+    /// A figure for a new marker; `None` where there is no memory to note it.
+    pub(crate) fn enter(&self, source: Source) -> Option<Arc<Tally>> {
+        let newly = AtomicU64::new(0);
+        let tally = Arc::new(Tally { source, newly });
+        let mut markers = self.markers.lock();
+        markers.try_reserve(1).ok()?;
+        markers.push(tally.clone());
+        Some(tally)
+    }
+
+    /// Takes the figure of a marker that goes to those of all others.
+    pub(crate) fn leave(&self, tally: &Arc<Tally>) {
+        let mut markers = self.markers.lock();
+        markers.retain(|other| !Arc::ptr_eq(other, tally));
+        self.dirtied(tally.source, tally.get());
     }
 
     pub(crate) fn outside(&self, pages: u64) {
@@ -116,10 +173,20 @@ impl Counters {
 
     pub(crate) fn snapshot(&self) -> CountersSnapshot {
         CountersSnapshot {
-            newly: core::array::from_fn(|source| self.newly[source].get()),
+            newly: self.newly(),
             outside: self.outside.get(),
             coarse: self.coarse.get(),
             longest_harvest_ns: self.longest_harvest_ns.get(),
         }
+    }
+
+    /// By source. The lock keeps a marker that goes from being counted twice, or not at all.
+    fn newly(&self) -> [u64; Source::ALL.len()] {
+        let markers = self.markers.lock();
+        let mut newly = core::array::from_fn(|source| self.newly[source].get());
+        for tally in markers.iter() {
+            newly[tally.source as usize] += tally.get();
+        }
+        newly
     }
 }

@@ -8,7 +8,9 @@ use crate::addr::{Gpa, GpaRange};
 use crate::counters::Counters;
 use crate::harvest::{Harvest, Pieces};
 use crate::tracker::Tracker;
-use crate::tracking::{Bitmap, Bits, MarkTally, PLANE_WORDS, Plane, Sink, Taken, Tracked, Tree};
+use crate::tracking::{
+    Bitmap, Bits, Every, MarkTally, PLANE_WORDS, Plane, Sink, Taken, Tracked, Tree,
+};
 
 /// Consumers that one tracker can have at a time.
 pub const MAX_EPOCHS: usize = 16;
@@ -271,7 +273,7 @@ impl Sink for Pending<'_> {
     }
 
     fn range(&mut self, part: GpaRange) {
-        self.mark(part, &part);
+        self.mark(part, &Every);
     }
 
     fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS]) {

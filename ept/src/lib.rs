@@ -83,6 +83,7 @@ mod epoch;
 pub mod format;
 mod geometry;
 mod harvest;
+mod marker;
 #[cfg(all(test, loom))]
 mod models;
 mod notify;
@@ -101,6 +102,7 @@ pub use counters::{CountersSnapshot, Source};
 pub use epoch::{Epoch, EpochError, HarvestError, MAX_EPOCHS, Start};
 pub use geometry::{Geometry, GeometryError};
 pub use harvest::{Harvest, Runs, Words};
+pub use marker::Marker;
 pub use notify::{
     Notifier, OpenError, OpenRange, ReadTicket, Subscriber, Subscription, Unresponsive,
 };

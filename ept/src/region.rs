@@ -42,21 +42,32 @@ pub struct Region {
 #[derive(Debug)]
 pub(crate) struct Regions {
     sorted: Vec<Region>,
+    /// The one with the most pages, which is asked first: most pages lie there.
+    largest: GpaRange,
 }
 
-/// The first two regions found to overlap.
+/// Why regions cannot be tracked.
 #[derive(Debug)]
-pub(crate) struct Overlap(pub(crate) GpaRange, pub(crate) GpaRange);
+pub(crate) enum Unfit {
+    /// There is none.
+    Empty,
+    /// The first two that overlap.
+    Overlap(GpaRange, GpaRange),
+}
 
 impl Regions {
-    pub(crate) fn new(mut regions: Vec<Region>) -> Result<Self, Overlap> {
+    pub(crate) fn new(mut regions: Vec<Region>) -> Result<Self, Unfit> {
         regions.sort_unstable_by_key(|region| region.range);
         for pair in regions.windows(2) {
             if pair[0].range.overlaps(&pair[1].range) {
-                return Err(Overlap(pair[0].range, pair[1].range));
+                return Err(Unfit::Overlap(pair[0].range, pair[1].range));
             }
         }
-        Ok(Self { sorted: regions })
+        let ranges = regions.iter().map(|region| region.range);
+        Ok(Self {
+            largest: ranges.max_by_key(GpaRange::pages).ok_or(Unfit::Empty)?,
+            sorted: regions,
+        })
     }
 
     pub(crate) fn as_slice(&self) -> &[Region] {
@@ -66,6 +77,12 @@ impl Regions {
     /// The page after the last region.
     pub(crate) fn end_page(&self) -> u64 {
         self.sorted.last().map_or(0, |last| last.range.end_page())
+    }
+
+    /// Whether a region has page `page`.
+    #[inline]
+    pub(crate) fn have_page(&self, page: u64) -> bool {
+        self.largest.contains_page(page) || self.at(page).is_some()
     }
 
     /// The region that has page `page`.

@@ -4,14 +4,15 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::thread;
 
 use common::{
     SPACE, any_page, any_range, config, gpa, pages, ragged_regions, ram, read, tracked,
     tracked_pages, within,
 };
 use ept::{
-    Epoch, EpochError, Gpa, GpaRange, MAX_EPOCHS, Region, RegionKind, Source, Start, Tracker,
-    TrackerError,
+    Epoch, EpochError, Gpa, GpaRange, MAX_EPOCHS, Marker, Region, RegionKind, Source, Start,
+    Tracker, TrackerError,
 };
 use proptest::prelude::*;
 
@@ -20,10 +21,12 @@ enum Step {
     Mark {
         byte: u64,
         len: u64,
+        marker: bool,
     },
     MarkWords {
         first: u64,
         words: Vec<u64>,
+        marker: bool,
     },
     MarkEpoch {
         epoch: usize,
@@ -54,10 +57,10 @@ fn any_step() -> impl Strategy<Value = Step> {
     ];
     let epoch = 0..2_usize;
     prop_oneof![
-        4 => (any_page(), 0..4096_u64, prop_oneof![0..9000_u64, 0..4_000_000_u64])
-            .prop_map(|(page, offset, len)| Step::Mark { byte: gpa(page).0 + offset, len }),
-        3 => (any_page(), prop::collection::vec(word, 0..20))
-            .prop_map(|(first, words)| Step::MarkWords { first, words }),
+        4 => (any_page(), 0..4096_u64, prop_oneof![0..9000_u64, 0..4_000_000_u64], any::<bool>())
+            .prop_map(|(page, offset, len, marker)| Step::Mark { byte: gpa(page).0 + offset, len, marker }),
+        3 => (any_page(), prop::collection::vec(word, 0..20), any::<bool>())
+            .prop_map(|(first, words, marker)| Step::MarkWords { first, words, marker }),
         1 => (epoch.clone(), prop_oneof![any_range(1500), Just(GpaRange::ALL)])
             .prop_map(|(epoch, range)| Step::MarkEpoch { epoch, range }),
         4 => (epoch.clone(), any_range(1200), prop_oneof![Just(u64::MAX), 1..600_u64], any::<bool>())
@@ -72,6 +75,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 /// A tracker with two epochs, and what each of them should find.
 struct Checked {
     tracker: Arc<Tracker>,
+    marker: Marker,
     regions: Vec<Region>,
     epochs: [Epoch; 2],
     dirty: [BTreeSet<u64>; 2],
@@ -85,6 +89,7 @@ impl Checked {
         let begin = |name| Epoch::begin(&tracker, name, Start::Clean).unwrap();
         Self {
             epochs: [begin("one"), begin("two")],
+            marker: tracker.marker(Source::Device).unwrap(),
             tracker,
             regions,
             dirty: Default::default(),
@@ -104,15 +109,27 @@ impl Checked {
 
     fn apply(&mut self, step: Step) {
         match step {
-            Step::Mark { byte, len } => {
-                self.tracker.mark(Gpa(byte), len, Source::Device);
+            Step::Mark { byte, len, marker } => {
+                if marker {
+                    self.marker.mark(Gpa(byte), len);
+                } else {
+                    self.tracker.mark(Gpa(byte), len, Source::Device);
+                }
                 if len > 0 {
                     let last = byte.saturating_add(len - 1) >> 12;
                     (byte >> 12..=last).for_each(|page| self.note(page));
                 }
             }
-            Step::MarkWords { first, words } => {
-                self.tracker.mark_words(gpa(first), &words, Source::Vcpu);
+            Step::MarkWords {
+                first,
+                words,
+                marker,
+            } => {
+                if marker {
+                    self.marker.mark_words(gpa(first), &words);
+                } else {
+                    self.tracker.mark_words(gpa(first), &words, Source::Vcpu);
+                }
                 for bit in 0..64 * words.len() as u64 {
                     let set = words[usize::try_from(bit / 64).unwrap()] >> (bit % 64) & 1 == 1;
                     if set && first + bit < SPACE {
@@ -298,6 +315,61 @@ fn s18_each_source_is_counted_once_a_page() {
     );
     assert_eq!(counters.dirtied(), 12);
     assert_eq!(counters.outside, 94);
+}
+
+/// Each marker counts for itself, and what it counted stays when it goes.
+#[test]
+fn s18_markers_count_every_page() {
+    const PAGES: u64 = 2000;
+    let tracker = Arc::new(ram(3 * PAGES));
+    let sources = [Source::Device, Source::Device, Source::VhostUser];
+    thread::scope(|scope| {
+        for (source, first) in sources.into_iter().zip([0, PAGES, 2 * PAGES]) {
+            let mut marker = tracker.marker(source).unwrap();
+            scope.spawn(move || {
+                for page in first..first + PAGES {
+                    // Twice, and the second time it is dirty.
+                    marker.mark(gpa(page), 1);
+                    marker.mark(gpa(page), 4096);
+                }
+            });
+        }
+    });
+    let mut later = tracker.marker(Source::VhostUser).unwrap();
+    later.mark(gpa(3 * PAGES), 1);
+    Epoch::begin(&tracker, "clean", Start::Clean).unwrap();
+    later.mark(gpa(7), 1);
+    let counters = tracker.counters();
+    assert_eq!(counters.dirtied_by(Source::Device), 2 * PAGES);
+    assert_eq!(counters.dirtied_by(Source::VhostUser), PAGES + 1);
+    assert_eq!(counters.outside, 1);
+}
+
+/// A tree is as high as its regions need: marks of single pages and of runs, where there is no leaf table yet and
+/// where there is one, in trees of every height.
+#[test]
+fn s18_trees_of_every_height_are_marked() {
+    for pages in [1 << 18, 1 << 27, 1 << 36, 1 << 45, SPACE] {
+        let range = GpaRange::from_pages(pages - 2048, 2048).unwrap();
+        let kind = RegionKind::Ram;
+        let tracker = Arc::new(Tracker::new(&[Region { range, kind }]).unwrap());
+        let epoch = Epoch::begin(&tracker, "all", Start::Clean).unwrap();
+        let edge = pages - 512;
+        for marked in [1, 2, 3] {
+            tracker.mark(gpa(edge - 3), 1, Source::Device);
+            tracker.mark(gpa(edge - 2), 5 << 12, Source::Device);
+            tracker.mark(gpa(pages - 1), 4096, Source::Device);
+            let harvest = epoch.harvest(GpaRange::ALL).unwrap();
+            let runs: Vec<_> = harvest.runs().collect();
+            let expected = [
+                GpaRange::from_pages(edge - 3, 6).unwrap(),
+                GpaRange::from_pages(pages - 1, 1).unwrap(),
+            ];
+            assert_eq!(runs, expected, "of {pages:#x} pages");
+            harvest.commit();
+            assert_eq!(tracker.counters().dirtied_by(Source::Device), 7 * marked);
+        }
+    }
 }
 
 #[test]

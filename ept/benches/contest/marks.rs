@@ -5,8 +5,8 @@
 use std::rc::Rc;
 
 use crate::peers::{
-    Consumer, Dirt, Marks, RUN, SharedMarks, atomic_bitmap::Atomic, ferry_tracker::Ferry,
-    roaring::Roaring, words::Words,
+    Consumer, Dirt, DirtySet, MarkedSet, Marks, RUN, SharedSet, atomic_bitmap::Atomic,
+    ferry_tracker::Ferry, ferry_tracker::FerryWithoutMarker, roaring::Roaring, words::Words,
 };
 
 use super::{Contestant, Figure, Role, Round, Sizes, Target, Unit, pattern, threads, timed};
@@ -61,6 +61,17 @@ enum Which {
     Runs,
 }
 
+impl Which {
+    fn mark(self, marks: &mut impl Marks, list: &[u32]) {
+        match self {
+            Self::Pages => list.iter().for_each(|page| marks.mark_page((*page).into())),
+            Self::Runs => list
+                .iter()
+                .for_each(|first| marks.mark_run((*first).into())),
+        }
+    }
+}
+
 fn some_pages(seed: u64) -> Vec<u32> {
     pattern::random_pages(seed, PAGES, SINGLE)
 }
@@ -79,6 +90,7 @@ fn single(what: &str, nanos: f64, marked: Rc<Vec<u32>>, which: Which) -> Figure 
         target: Target::AtMost(nanos),
         contestants: vec![
             alone::<Ferry>(Role::Ferry, &dirt, &marked, which),
+            alone::<FerryWithoutMarker>(Role::Variant, &dirt, &marked, which),
             alone::<Words>(Role::Plain, &dirt, &marked, which),
             alone::<Atomic>(Role::Peer, &dirt, &marked, which),
             alone::<Roaring>(Role::Peer, &dirt, &marked, which),
@@ -86,7 +98,7 @@ fn single(what: &str, nanos: f64, marked: Rc<Vec<u32>>, which: Which) -> Figure 
     }
 }
 
-fn alone<T: Marks + 'static>(
+fn alone<T: MarkedSet + 'static>(
     role: Role,
     dirt: &Dirt,
     marked: &Rc<Vec<u32>>,
@@ -96,10 +108,7 @@ fn alone<T: Marks + 'static>(
     let marked = Rc::clone(marked);
     let mark = move || {
         let mut round = timed(marked.len() as u64, || {
-            match which {
-                Which::Pages => set.mark_pages(&marked),
-                Which::Runs => set.mark_runs(&marked),
-            }
+            which.mark(&mut set.marks(), &marked);
             0
         });
         round.result = harvested(&mut set);
@@ -126,13 +135,14 @@ fn double(what: &str, nanos: f64, marked: [Vec<u32>; 2], which: Which) -> Figure
         target: Target::AtMost(nanos),
         contestants: vec![
             together::<Ferry>(Role::Ferry, &dirt, &marked, which),
+            together::<FerryWithoutMarker>(Role::Variant, &dirt, &marked, which),
             together::<Words>(Role::Plain, &dirt, &marked, which),
             together::<Atomic>(Role::Peer, &dirt, &marked, which),
         ],
     }
 }
 
-fn together<T: SharedMarks + 'static>(
+fn together<T: SharedSet + 'static>(
     role: Role,
     dirt: &Dirt,
     marked: &Rc<[Vec<u32>; 2]>,
@@ -144,12 +154,7 @@ fn together<T: SharedMarks + 'static>(
         let lists = &*marked;
         let shared = &set;
         let amount = threads::two_threads(|thread| {
-            for page in &lists[thread] {
-                match which {
-                    Which::Pages => shared.mark_page(u64::from(*page)),
-                    Which::Runs => shared.mark_run(u64::from(*page)),
-                }
-            }
+            which.mark(&mut shared.shared_marks(), &lists[thread]);
         });
         Round {
             amount,
@@ -161,7 +166,7 @@ fn together<T: SharedMarks + 'static>(
 }
 
 /// What was marked; the set is clean after that.
-fn harvested<T: Marks>(set: &mut T) -> u64 {
+fn harvested<T: DirtySet>(set: &mut T) -> u64 {
     let mut consumer = Consumer::default();
     set.harvest(&mut consumer);
     consumer.digest()

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 
 use vm_memory::bitmap::AtomicBitmap;
 
-use super::{Consumer, Dirt, DirtySet, PAGE, RUN, SharedMarks, scan};
+use super::{Consumer, Dirt, DirtySet, Marks, PAGE, RUN, SharedSet, scan};
 
 pub(crate) struct Atomic(AtomicBitmap);
 
@@ -40,15 +40,20 @@ impl DirtySet for Atomic {
     }
 }
 
-impl SharedMarks for Atomic {
+impl SharedSet for Atomic {
+    fn shared_marks(&self) -> impl Marks {
+        &self.0
+    }
+}
+
+impl Marks for &AtomicBitmap {
     #[inline]
-    fn mark_page(&self, page: u64) {
-        self.0.set_bit(size(page));
+    fn mark_page(&mut self, page: u64) {
+        self.set_bit(size(page));
     }
 
     #[inline]
-    fn mark_run(&self, first_page: u64) {
-        self.0
-            .set_addr_range(size(first_page * PAGE), size(RUN * PAGE));
+    fn mark_run(&mut self, first_page: u64) {
+        self.set_addr_range(size(first_page * PAGE), size(RUN * PAGE));
     }
 }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use ept::{Epoch, Gpa, GpaRange, Region, RegionKind, Source, Start, Tracker};
+use ept::{Epoch, Gpa, GpaRange, Marker, Region, RegionKind, Source, Start, Tracker};
 
-use super::{Consumer, Dirt, DirtySet, PAGE, RUN, SharedMarks};
+use super::{Consumer, Dirt, DirtySet, Marks, PAGE, RUN, SharedSet};
 
 /// 4 KiB detail was made where something is marked, and nowhere else.
 pub(crate) struct FerryAsMarked {
@@ -53,16 +53,28 @@ impl FerryAsMarked {
     }
 }
 
-impl SharedMarks for FerryAsMarked {
+impl Marks for Marker {
     #[inline]
-    fn mark_page(&self, page: u64) {
-        self.tracker.mark(Gpa(page * PAGE), PAGE, Source::Device);
+    fn mark_page(&mut self, page: u64) {
+        self.mark(Gpa(page * PAGE), PAGE);
     }
 
     #[inline]
-    fn mark_run(&self, first_page: u64) {
+    fn mark_run(&mut self, first_page: u64) {
+        self.mark(Gpa(first_page * PAGE), RUN * PAGE);
+    }
+}
+
+impl Marks for &Tracker {
+    #[inline]
+    fn mark_page(&mut self, page: u64) {
+        self.mark(Gpa(page * PAGE), PAGE, Source::Device);
+    }
+
+    #[inline]
+    fn mark_run(&mut self, first_page: u64) {
         let first = Gpa(first_page * PAGE);
-        self.tracker.mark(first, RUN * PAGE, Source::Device);
+        self.mark(first, RUN * PAGE, Source::Device);
     }
 }
 
@@ -91,14 +103,38 @@ impl DirtySet for Ferry {
     }
 }
 
-impl SharedMarks for Ferry {
-    #[inline]
-    fn mark_page(&self, page: u64) {
-        self.0.mark_page(page);
+impl SharedSet for Ferry {
+    /// Each thread has a marker.
+    fn shared_marks(&self) -> impl Marks {
+        self.0.tracker.marker(Source::Device).expect("memory")
+    }
+}
+
+/// As [`Ferry`], with one figure that all threads count on.
+pub(crate) struct FerryWithoutMarker(Ferry);
+
+impl DirtySet for FerryWithoutMarker {
+    const NAME: &'static str = "ferry, no marker";
+
+    fn new(dirt: &Dirt) -> Self {
+        Self(Ferry::new(dirt))
     }
 
-    #[inline]
-    fn mark_run(&self, first_page: u64) {
-        self.0.mark_run(first_page);
+    fn dirty(&mut self, dirt: &Dirt) {
+        self.0.dirty(dirt);
+    }
+
+    fn harvest(&mut self, consumer: &mut Consumer) {
+        self.0.harvest(consumer);
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+impl SharedSet for FerryWithoutMarker {
+    fn shared_marks(&self) -> impl Marks {
+        &*self.0.0.tracker
     }
 }

@@ -118,31 +118,27 @@ pub(crate) trait DirtySet {
 /// Pages of a run that is marked.
 pub(crate) const RUN: u64 = 256;
 
-/// A set that is marked by one thread at a time.
-pub(crate) trait Marks: DirtySet {
-    fn mark_pages(&mut self, pages: &[u32]);
+/// Marks pages of a set, for one thread.
+pub(crate) trait Marks {
+    fn mark_page(&mut self, page: u64);
 
-    /// Runs of [`RUN`] pages, by their first pages.
-    fn mark_runs(&mut self, firsts: &[u32]);
+    /// Marks [`RUN`] pages from `first_page` on.
+    fn mark_run(&mut self, first_page: u64);
+}
+
+/// A set that one thread marks.
+pub(crate) trait MarkedSet: DirtySet {
+    fn marks(&mut self) -> impl Marks;
 }
 
 /// A set that threads mark at the same time.
-pub(crate) trait SharedMarks: DirtySet + Sync {
-    fn mark_page(&self, page: u64);
-
-    fn mark_run(&self, first_page: u64);
+pub(crate) trait SharedSet: DirtySet + Sync {
+    /// What one of them needs for that.
+    fn shared_marks(&self) -> impl Marks;
 }
 
-impl<T: SharedMarks> Marks for T {
-    fn mark_pages(&mut self, pages: &[u32]) {
-        for page in pages {
-            self.mark_page(u64::from(*page));
-        }
-    }
-
-    fn mark_runs(&mut self, firsts: &[u32]) {
-        for first in firsts {
-            self.mark_run(u64::from(*first));
-        }
+impl<T: SharedSet> MarkedSet for T {
+    fn marks(&mut self) -> impl Marks {
+        self.shared_marks()
     }
 }

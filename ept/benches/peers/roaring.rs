@@ -6,7 +6,7 @@ use std::mem;
 
 use roaring::RoaringBitmap;
 
-use super::{Consumer, Dirt, DirtySet, Marks, RUN};
+use super::{Consumer, Dirt, DirtySet, MarkedSet, Marks, RUN};
 
 pub(crate) struct Roaring {
     set: RoaringBitmap,
@@ -59,17 +59,24 @@ impl DirtySet for Roaring {
     }
 }
 
-impl Marks for Roaring {
-    fn mark_pages(&mut self, pages: &[u32]) {
-        for page in pages {
-            self.set.insert(*page);
-        }
+impl MarkedSet for Roaring {
+    fn marks(&mut self) -> impl Marks {
+        &mut self.set
+    }
+}
+
+impl Marks for &mut RoaringBitmap {
+    #[inline]
+    fn mark_page(&mut self, page: u64) {
+        self.insert(number(page));
     }
 
-    fn mark_runs(&mut self, firsts: &[u32]) {
-        let pages = u32::try_from(RUN).expect("256");
-        for first in firsts {
-            self.set.insert_range(*first..first + pages);
-        }
+    #[inline]
+    fn mark_run(&mut self, first_page: u64) {
+        self.insert_range(number(first_page)..number(first_page + RUN));
     }
+}
+
+fn number(page: u64) -> u32 {
+    u32::try_from(page).expect("below 16 TiB")
 }

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Consumer, Dirt, DirtySet, RUN, SharedMarks, scan};
+use super::{Consumer, Dirt, DirtySet, Marks, RUN, SharedSet, scan};
 
 pub(crate) struct Words(Vec<AtomicU64>);
 
@@ -51,14 +51,20 @@ impl DirtySet for Words {
     }
 }
 
-impl SharedMarks for Words {
+impl SharedSet for Words {
+    fn shared_marks(&self) -> impl Marks {
+        self
+    }
+}
+
+impl Marks for &Words {
     #[inline]
-    fn mark_page(&self, page: u64) {
+    fn mark_page(&mut self, page: u64) {
         self.0[index(page)].fetch_or(1 << (page % 64), Ordering::SeqCst);
     }
 
     #[inline]
-    fn mark_run(&self, first_page: u64) {
+    fn mark_run(&mut self, first_page: u64) {
         let end = first_page + RUN;
         let mut page = first_page;
         while page < end {

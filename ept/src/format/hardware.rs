@@ -1,6 +1,6 @@
 //! What all formats that hardware walks have in common.
 
-use crate::addr::{Hpa, Level};
+use crate::addr::{Hpa, Level, PAGE_SIZE};
 use crate::format::{Entry, Format, Leaf, MemoryType, Permissions, Unsupported};
 use crate::geometry::Geometry;
 
@@ -12,6 +12,11 @@ pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
 
     /// A bit of leaves that hardware ignores: [`Leaf::write_tracked`].
     const WRITE_TRACKED: u64;
+
+    /// How much more the raw leaf of a page is than that of the page before, where they map alike to neighbours: one
+    /// in the number of the page, whose bits are together in all these formats. At higher levels, as many times that
+    /// as a leaf has pages.
+    const PAGE_STEP: u64 = PAGE_SIZE;
 
     /// The tree's shape.
     fn geometry(&self) -> Geometry;

@@ -134,6 +134,7 @@ impl Format for GStage {
 
 impl HardwareFormat for GStage {
     const WRITE_TRACKED: u64 = WRITE_TRACKED;
+    const PAGE_STEP: u64 = PAGE_NUMBER & PAGE_NUMBER.wrapping_neg();
 
     fn geometry(&self) -> Geometry {
         let root = match self.mode {

@@ -8,7 +8,7 @@ use alloc::sync::Arc;
 use crate::addr::{Gpa, GpaRange};
 use crate::epoch::Consumer;
 use crate::tracker::Tracker;
-use crate::tracking::Bitmap;
+use crate::tracking::{Bitmap, Every};
 
 pub use iter::{Runs, Words};
 pub(crate) use pieces::Pieces;
@@ -101,7 +101,7 @@ impl Drop for Harvest {
     fn drop(&mut self) {
         let mut coarse = 0;
         for range in self.pieces.ranges() {
-            coarse += self.consumer.pending.mark(*range, range).coarse;
+            coarse += self.consumer.pending.mark(*range, &Every).coarse;
         }
         for leaf in self.pieces.leaves() {
             let bits = Bitmap {

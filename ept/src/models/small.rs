@@ -38,6 +38,7 @@ impl<F: Format> Format for Small<F> {
 impl<F: HardwareFormat> HardwareFormat for Small<F> {
     const BREAKS: bool = F::BREAKS;
     const WRITE_TRACKED: u64 = F::WRITE_TRACKED;
+    const PAGE_STEP: u64 = F::PAGE_STEP;
 
     fn geometry(&self) -> Geometry {
         Geometry::with_root(1, 4)

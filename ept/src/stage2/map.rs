@@ -158,8 +158,10 @@ impl<F: HardwareFormat> Mapping<'_, '_, F> {
         let Ok(table) = self.stage2.pool.allocate() else {
             return Action::Descend;
         };
-        for (page, word) in (place.span().first_page()..).zip(self.stage2.pool.table(table)) {
-            word.store(self.raw(page, Level::PAGE), Ordering::Relaxed);
+        let mut raw = self.raw(place.span().first_page(), Level::PAGE);
+        for word in self.stage2.pool.table(table) {
+            word.store(raw, Ordering::Relaxed);
+            raw = raw.wrapping_add(F::PAGE_STEP);
         }
         let entry = Entry::Table(table);
         let new = self.stage2.format.encode(entry, place.level());

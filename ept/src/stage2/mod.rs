@@ -380,16 +380,17 @@ impl<F: HardwareFormat> Tables for Stage2<'_, F> {
 impl<F: HardwareFormat> Allocate for Stage2<'_, F> {
     fn grow(&self, level: Level, _: u64, entry: Entry<Leaf>) -> Result<TableId, OutOfTables> {
         let table = self.pool.allocate()?;
-        for (index, word) in self.pool.table(table).iter().enumerate() {
-            let raw = match entry {
-                Entry::Leaf(leaf) => {
-                    let part = Entry::Leaf(leaf.part(index, level));
-                    self.format.encode(part, level)
-                }
-                Entry::Absent | Entry::Table(_) => 0,
-            };
+        let (mut raw, step) = match entry {
+            Entry::Leaf(_) => (
+                self.format.encode(entry, level),
+                F::PAGE_STEP << level.shift(),
+            ),
+            Entry::Absent | Entry::Table(_) => (0, 0),
+        };
+        for word in self.pool.table(table) {
             // Nobody has the table yet; the exchange that links it publishes it.
             word.store(raw, Ordering::Relaxed);
+            raw = raw.wrapping_add(step);
         }
         Ok(table)
     }

@@ -10,14 +10,15 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use crate::addr::{Gpa, GpaRange, PAGE_SHIFT, SPACE_PAGES};
+use crate::addr::{Gpa, GpaRange, PAGE_SHIFT, PAGE_SIZE, SPACE_PAGES};
 use crate::clock::Clock;
 use crate::counters::{Counters, CountersSnapshot, Source};
 use crate::epoch::Consumer;
 use crate::format::OutOfTables;
-use crate::region::{Overlap, Region, Regions};
+use crate::marker::Marker;
+use crate::region::{Region, Regions, Unfit};
 use crate::sync::SpinLock;
-use crate::tracking::{Bitmap, Bits, MarkTally, Plane, Tree};
+use crate::tracking::{Bitmap, Bits, Every, MarkTally, Plane, Tree};
 
 pub use protect::{Fault, ProtectError};
 
@@ -74,16 +75,15 @@ impl Tracker {
         regions: &[Region],
         max_leaf_tables: usize,
     ) -> Result<Self, TrackerError> {
-        if regions.is_empty() {
-            return Err(TrackerError::NoRegions);
-        }
         let mut owned = Vec::new();
         owned
             .try_reserve_exact(regions.len())
             .map_err(|_| TrackerError::OutOfMemory)?;
         owned.extend_from_slice(regions);
-        let regions = Regions::new(owned).map_err(|Overlap(a, b)| TrackerError::Overlap(a, b))?;
-        let regions = Arc::new(regions);
+        let regions = Arc::new(Regions::new(owned).map_err(|unfit| match unfit {
+            Unfit::Empty => TrackerError::NoRegions,
+            Unfit::Overlap(one, other) => TrackerError::Overlap(one, other),
+        })?);
         let tree = Tree::try_new(regions.clone(), max_leaf_tables)
             .map_err(|_| TrackerError::OutOfMemory)?;
         Ok(Self {
@@ -91,7 +91,7 @@ impl Tracker {
             tree,
             max_leaf_tables,
             consumers: SpinLock::new(Vec::new()),
-            counters: Counters::default(),
+            counters: Counters::new(),
             clock: None,
         })
     }
@@ -117,24 +117,62 @@ impl Tracker {
         self.tree.reserve(range)
     }
 
+    /// A handle for one writer that marks much, with a figure of its own.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn marker(self: &Arc<Self>, source: Source) -> Result<Marker, TrackerError> {
+        Marker::new(self, source)
+    }
+
     /// Marks the pages of `len_bytes` bytes from `gpa` as written by `source`: call it after the
     /// bytes were written. Pages outside the regions are ignored and counted.
     #[inline]
     pub fn mark(&self, gpa: Gpa, len_bytes: u64, source: Source) {
-        if len_bytes == 0 {
-            return;
-        }
-        let last = gpa.0.saturating_add(len_bytes - 1) >> PAGE_SHIFT;
-        if gpa.page() == last && self.regions.at(last).is_some() {
-            return self.count(self.tree.mark_page(last), source);
-        }
-        let range = GpaRange::of(gpa.page(), last + 1);
-        self.mark_bits(range, &range, source);
+        let marked = self.mark_bytes(gpa, len_bytes);
+        self.count(marked, source);
     }
 
     /// Marks page `first_page + i` for each bit `i` of `words` (bit `i % 64` of word `i / 64`), as
     /// KVM's dirty log gives them. `first_page` may be any page.
     pub fn mark_words(&self, first_page: Gpa, words: &[u64], source: Source) {
+        let marked = self.mark_bits_of(first_page, words);
+        self.count(marked, source);
+    }
+
+    /// [`Tracker::mark`], for the caller to count. A page that has its leaf table is the short way, all of it inlined:
+    /// a call would be dearer than what is done.
+    #[inline(always)]
+    pub(crate) fn mark_bytes(&self, gpa: Gpa, len_bytes: u64) -> MarkTally {
+        let in_page = len_bytes.wrapping_sub(1) < PAGE_SIZE - gpa.0 % PAGE_SIZE;
+        if in_page
+            && self.regions.have_page(gpa.page())
+            && let Some(was_clean) = self.tree.mark_page(gpa.page())
+        {
+            return MarkTally {
+                newly: u64::from(was_clean),
+                coarse: 0,
+            };
+        }
+        self.mark_range(gpa, len_bytes)
+    }
+
+    #[inline(never)]
+    fn mark_range(&self, gpa: Gpa, len_bytes: u64) -> MarkTally {
+        if len_bytes == 0 {
+            return MarkTally::default();
+        }
+        let last = gpa.0.saturating_add(len_bytes - 1) >> PAGE_SHIFT;
+        let range = GpaRange::of(gpa.page(), last + 1);
+        if self.regions.have(range) {
+            return self.tree.mark(range, &Every);
+        }
+        self.mark_parts(range, &Every)
+    }
+
+    /// [`Tracker::mark_words`], for the caller to count.
+    pub(crate) fn mark_bits_of(&self, first_page: Gpa, words: &[u64]) -> MarkTally {
+        let mut tally = MarkTally::default();
         let mut page = first_page.page();
         for stretch in words.split_inclusive(|word| *word == 0) {
             let set = match stretch {
@@ -145,31 +183,27 @@ impl Tracker {
                 first_page: page,
                 words: set,
             };
-            let end = page.saturating_add(64 * set.len() as u64);
-            if page < end.min(SPACE_PAGES) {
-                self.mark_bits(GpaRange::of(page, end.min(SPACE_PAGES)), &bits, source);
+            let end = page.saturating_add(64 * set.len() as u64).min(SPACE_PAGES);
+            if page < end {
+                tally = tally.and(self.mark_parts(GpaRange::of(page, end), &bits));
             }
             page = page.saturating_add(64 * stretch.len() as u64);
         }
+        tally
     }
 
-    #[inline]
-    fn mark_bits<B: Bits>(&self, range: GpaRange, bits: &B, source: Source) {
-        if self.regions.have(range) {
-            return self.mark_part(range, bits, source);
-        }
+    /// Marks what of `bits` lies in regions, and counts what does not.
+    #[inline(never)]
+    fn mark_parts<B: Bits>(&self, range: GpaRange, bits: &B) -> MarkTally {
+        let mut tally = MarkTally::default();
         let mut next = range.first_page();
         for (part, _) in self.regions.parts(range) {
             self.outside(next, part.first_page(), bits);
-            self.mark_part(part, bits, source);
+            tally = tally.and(self.tree.mark(part, bits));
             next = part.end_page();
         }
         self.outside(next, range.end_page(), bits);
-    }
-
-    #[inline]
-    fn mark_part<B: Bits>(&self, part: GpaRange, bits: &B, source: Source) {
-        self.count(self.tree.mark(part, bits), source);
+        tally
     }
 
     #[inline]

@@ -12,28 +12,31 @@ pub(crate) trait Bits {
     fn all(&self, part: GpaRange) -> bool;
     /// Pages of `part` that are in the set.
     fn count(&self, part: GpaRange) -> u64;
-    /// The pages of `part` in word `word` of the leaf table at page `base` that are in the set.
-    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64;
+    /// The pages of `mask` that are in the set: bit `i` is page `start + i`.
+    fn word(&self, start: u64, mask: u64) -> u64;
 }
 
-impl Bits for GpaRange {
+/// Every page.
+pub(crate) struct Every;
+
+impl Bits for Every {
     #[inline]
-    fn any(&self, part: GpaRange) -> bool {
-        self.overlaps(&part)
+    fn any(&self, _: GpaRange) -> bool {
+        true
     }
 
     #[inline]
-    fn all(&self, part: GpaRange) -> bool {
-        self.covers(&part)
+    fn all(&self, _: GpaRange) -> bool {
+        true
     }
 
     fn count(&self, part: GpaRange) -> u64 {
-        self.intersection(&part).map_or(0, |both| both.pages())
+        part.pages()
     }
 
     #[inline]
-    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64 {
-        word_mask(base, word, part)
+    fn word(&self, _: u64, mask: u64) -> u64 {
+        mask
     }
 }
 
@@ -92,12 +95,12 @@ impl Bits for Bitmap<'_> {
     }
 
     fn count(&self, part: GpaRange) -> u64 {
-        let counts = self.words_of(part).map(|(bits, _)| bits.count_ones());
-        counts.map(u64::from).sum()
+        self.words_of(part).map(|(bits, _)| count(bits)).sum()
     }
 
-    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64 {
-        self.bits_from(base + 64 * word as u64) & word_mask(base, word, part)
+    #[inline]
+    fn word(&self, start: u64, mask: u64) -> u64 {
+        self.bits_from(start) & mask
     }
 }
 
@@ -129,8 +132,20 @@ impl Bits for Tracked<'_> {
         self.parts(part).map(|one| one.pages()).sum()
     }
 
-    fn word(&self, base: u64, word: usize, part: GpaRange) -> u64 {
-        let masks = self.parts(part).map(|one| word_mask(base, word, one));
-        masks.fold(0, |all, mask| all | mask)
+    fn word(&self, start: u64, mask: u64) -> u64 {
+        let parts = self.parts(GpaRange::of(start, start + 64));
+        let masks = parts.map(|one| word_mask(start, 0, one));
+        masks.fold(0, |all, one| all | one & mask)
+    }
+}
+
+/// How many bits are set. Whole words are most of a long run, and counting costs a dozen instructions where the
+/// processor that is built for need not have one for it.
+#[inline]
+pub(crate) fn count(bits: u64) -> u64 {
+    if bits == u64::MAX {
+        64
+    } else {
+        u64::from(bits.count_ones())
     }
 }

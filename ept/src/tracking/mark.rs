@@ -2,11 +2,12 @@
 
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 
-use crate::addr::{GpaRange, Level, MAX_LEVELS};
+use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, Tables};
-use crate::tracking::table::UpperTable;
-use crate::tracking::{Bits, Never, PLANE_WORDS, Plane, Tree, words_over};
-use crate::walk::{Action, Descent, Exhausted, Outcome, Path, Place, Record, Run, Visitor, Walk};
+use crate::tracking::table::{LeafTable, UpperTable, masks};
+use crate::tracking::way::Way;
+use crate::tracking::{Bits, Never, PLANE_WORDS, Plane, Tree, count};
+use crate::walk::{Action, Exhausted, Outcome, Place, Record, Run, Visitor, Walk};
 
 /// What a marking did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,23 +18,46 @@ pub(crate) struct MarkTally {
     pub(crate) coarse: u64,
 }
 
+impl MarkTally {
+    /// The figures of both.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            newly: self.newly + other.newly,
+            coarse: self.coarse + other.coarse,
+        }
+    }
+}
+
 impl<const PLANES: usize> Tree<PLANES> {
-    /// Marks one page, which lies in a region: the short way, without counting bits.
+    /// Marks one page, which lies in a region: whether it was clean; `None`, with nothing done, where there is no leaf
+    /// table for it. Inlined where the root holds entries of 1 GiB, as it does for guests of 1 to 512 GiB.
     #[inline]
-    pub(crate) fn mark_page(&self, page: u64) -> MarkTally {
-        let mut path = self.path();
-        let Some(descent) = Descent::to(self, page, &mut path) else {
-            let range = GpaRange::of(page, page + 1);
-            return self.mark_walking(range, &range);
-        };
-        let word = &descent.leaf().plane(Plane::Dirty)[word_of(page)];
+    pub(crate) fn mark_page(&self, page: u64) -> Option<bool> {
+        if self.uppers() == 2 {
+            return self.mark_page_below::<2>(page);
+        }
+        self.mark_page_in_other(page)
+    }
+
+    #[inline(never)]
+    fn mark_page_in_other(&self, page: u64) -> Option<bool> {
+        match self.uppers() {
+            1 => self.mark_page_below::<1>(page),
+            2 => self.mark_page_below::<2>(page),
+            3 => self.mark_page_below::<3>(page),
+            4 => self.mark_page_below::<4>(page),
+            _ => self.mark_page_below::<5>(page),
+        }
+    }
+
+    #[inline]
+    fn mark_page_below<const UPPERS: usize>(&self, page: u64) -> Option<bool> {
+        let way = Way::<PLANES, UPPERS>::down(self, page)?;
+        let word = &way.leaf().plane(Plane::Dirty)[word_of(page)];
         let bit = 1 << (page % 64);
         let was_clean = word.fetch_or(bit, Ordering::SeqCst) & bit == 0;
-        summarise(descent.ancestors());
-        MarkTally {
-            newly: u64::from(was_clean),
-            coarse: 0,
-        }
+        summarise(way.up());
+        Some(was_clean)
     }
 
     /// Marks the pages of `bits` that lie in `range`, all of which lies in regions.
@@ -47,36 +71,49 @@ impl<const PLANES: usize> Tree<PLANES> {
         if range.end_page() <= edge {
             return self.mark_in_table(range, bits);
         }
-        let mut tally = self.mark_in_table(GpaRange::of(range.first_page(), edge), bits);
-        let second = self.mark_in_table(GpaRange::of(edge, range.end_page()), bits);
-        tally.newly += second.newly;
-        tally.coarse += second.coarse;
-        tally
+        let first = self.mark_in_table(GpaRange::of(range.first_page(), edge), bits);
+        first.and(self.mark_in_table(GpaRange::of(edge, range.end_page()), bits))
     }
 
     /// As [`Tree::mark`], for a range that lies in the span of one leaf table.
     #[inline]
     fn mark_in_table<B: Bits>(&self, range: GpaRange, bits: &B) -> MarkTally {
-        let mut path = self.path();
-        match Descent::to(self, range.first_page(), &mut path) {
-            Some(descent) => MarkTally {
-                newly: mark_words(&descent, range, bits),
-                coarse: 0,
-            },
-            None => self.mark_walking(range, bits),
-        }
+        let tally = match self.uppers() {
+            1 => self.mark_below::<1, B>(range, bits),
+            2 => self.mark_below::<2, B>(range, bits),
+            3 => self.mark_below::<3, B>(range, bits),
+            4 => self.mark_below::<4, B>(range, bits),
+            _ => self.mark_below::<5, B>(range, bits),
+        };
+        tally.unwrap_or_else(|| self.mark_walking(range, bits))
     }
 
-    /// A path with nothing but the root in it.
+    /// The short way; `None` where there is no leaf table.
     #[inline]
-    fn path(&self) -> Path<'_, Self> {
-        [self.root(); MAX_LEVELS]
+    fn mark_below<const UPPERS: usize, B: Bits>(
+        &self,
+        range: GpaRange,
+        bits: &B,
+    ) -> Option<MarkTally> {
+        let way = Way::<PLANES, UPPERS>::down(self, range.first_page())?;
+        let base = Level::PAGE.up().span_at(range.first_page()).first_page();
+        Some(MarkTally {
+            newly: mark_words(way.leaf(), base, range, bits, way.up()),
+            coarse: 0,
+        })
+    }
+
+    /// Levels of tables above the leaf tables: 1 to 5.
+    #[inline]
+    fn uppers(&self) -> u8 {
+        self.geometry().root_level().number()
     }
 
     #[inline(never)]
     fn mark_walking<B: Bits>(&self, range: GpaRange, bits: &B) -> MarkTally {
         let mut marking = Marking {
             tree: self,
+            range,
             bits,
             tally: MarkTally::default(),
             whole: false,
@@ -98,36 +135,36 @@ impl<const PLANES: usize> Tree<PLANES> {
     }
 }
 
-/// Marks the pages of `part`, which lies in the leaf table that `descent` found; the result is how
-/// many were clean.
+/// Marks the pages of `part` in `leaf`, the leaf table at page `base` below `uppers`; the result is how many were clean.
 ///
 /// A bit is always written with a locked operation, also where it is set already: that is what
 /// orders the caller's data before it (see [`confirm`] for the alternative, which costs as much).
 #[inline]
-fn mark_words<B: Bits, const PLANES: usize>(
-    descent: &Descent<'_, '_, Tree<PLANES>>,
+fn mark_words<'t, B: Bits, const PLANES: usize>(
+    leaf: LeafTable<'t, PLANES>,
+    base: u64,
     part: GpaRange,
     bits: &B,
+    uppers: impl Iterator<Item = (&'t UpperTable, usize)>,
 ) -> u64 {
-    let base = descent.span().first_page();
-    let plane = descent.leaf().plane(Plane::Dirty);
+    let plane = leaf.plane(Plane::Dirty);
     let (mut newly, mut marked) = (0, false);
-    for word in words_over(base, part) {
-        let bits = bits.word(base, word, part);
+    for (word, mask) in masks(base, part) {
+        let bits = bits.word(base + 64 * word as u64, mask);
         if bits != 0 {
-            let old = set_bits(&plane[word], bits);
-            newly += u64::from((bits & !old).count_ones());
+            newly += count(bits & !set_bits(&plane[word], bits));
             marked = true;
         }
     }
     if marked {
-        summarise(descent.ancestors());
+        summarise(uppers);
     }
     newly
 }
 
 struct Marking<'b, 't, B, const PLANES: usize> {
     tree: &'t Tree<PLANES>,
+    range: GpaRange,
     bits: &'b B,
     tally: MarkTally,
     /// The next entry without detail is marked whole: there was no memory to split it.
@@ -148,7 +185,7 @@ impl<'t, B: Bits, const PLANES: usize> Marking<'_, 't, B, PLANES> {
         }
         let span = place.span();
         let mut tracked = self.tree.regions().parts(span);
-        let whole = tracked.all(|(part, _)| self.bits.all(part));
+        let whole = tracked.all(|(part, _)| self.range.covers(&part) && self.bits.all(part));
         if whole || self.whole {
             return self.mark_whole(place);
         }
@@ -233,7 +270,8 @@ impl<'t, B: Bits, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
 
     #[inline]
     fn run(&mut self, run: &Run<'_, 't, Tree<PLANES>, Record>) -> Action<Never> {
-        self.tally.newly += mark_words(&run.descent(), run.part(), self.bits);
+        let (base, uppers) = (run.span().first_page(), run.ancestors());
+        self.tally.newly += mark_words(run.table(), base, run.part(), self.bits, uppers);
         Action::Continue
     }
 }

@@ -22,6 +22,7 @@ mod table;
 mod take;
 #[cfg(test)]
 mod tests;
+mod way;
 
 use core::fmt;
 
@@ -34,13 +35,13 @@ use crate::format::{Allocate, Entry, Format, OutOfTables, TableId, Tables};
 use crate::geometry::Geometry;
 use crate::region::Regions;
 
-pub(crate) use bits::{Bitmap, Bits, Tracked};
+pub(crate) use bits::{Bitmap, Bits, Every, Tracked, count};
 pub(crate) use mark::MarkTally;
 pub use protect::Changed;
 pub(crate) use protect::Toggle;
 pub(crate) use take::{Sink, Taken};
 
-use table::{LEAF_CHUNK, LeafChunk, LeafTable, UpperTable, WORDS, words_over};
+use table::{LEAF_CHUNK, LeafChunk, LeafTable, UpperTable, WORDS};
 
 /// Words in one plane of a leaf table.
 pub(crate) const PLANE_WORDS: usize = WORDS;

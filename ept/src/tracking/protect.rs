@@ -4,8 +4,8 @@ use crate::sync::atomic::Ordering;
 
 use crate::addr::{Gpa, GpaRange};
 use crate::format::Entry;
-use crate::tracking::table::word_mask;
-use crate::tracking::{Never, Plane, Tree, words_over};
+use crate::tracking::table::masks;
+use crate::tracking::{Never, Plane, Tree};
 use crate::walk::{Action, Exhausted, Outcome, Place, Run, Visitor, Walk, Writes};
 
 /// What a protection walk really changed.
@@ -169,8 +169,7 @@ impl<'t, A: Writes, const PLANES: usize> Visitor<'t, Tree<PLANES>, A> for Toggli
     fn run(&mut self, run: &Run<'_, 't, Tree<PLANES>, A>) -> Action<Never> {
         let (base, part) = (run.span().first_page(), run.part());
         let plane = run.table().plane(Plane::Protected);
-        for word in words_over(base, part) {
-            let mask = word_mask(base, word, part);
+        for (word, mask) in masks(base, part) {
             // A word is only written where there is something to change.
             let old = plane[word].load(Ordering::SeqCst);
             if self.flip(old, mask) == old {

@@ -165,9 +165,20 @@ pub(crate) fn word_mask(base: u64, word: usize, part: GpaRange) -> u64 {
     u64::MAX << from & u64::MAX >> (64 - to)
 }
 
-/// The words of the leaf table at page `base` that have pages of `part`.
+/// The words of the leaf table at page `base` that have pages of `part`, each with the bits that stand for them.
 #[inline]
-pub(crate) fn words_over(base: u64, part: GpaRange) -> core::ops::Range<usize> {
-    let word = |page: u64| usize::try_from((page - base) / 64).unwrap_or(usize::MAX);
-    word(part.first_page())..word(part.end_page() - 1) + 1
+pub(crate) fn masks(base: u64, part: GpaRange) -> impl Iterator<Item = (usize, u64)> {
+    let (first, last) = (part.first_page() - base, part.end_page() - 1 - base);
+    let word_of = |page: u64| usize::try_from(page / 64).unwrap_or(usize::MAX);
+    let (first_word, last_word) = (word_of(first), word_of(last));
+    (first_word..last_word + 1).map(move |word| {
+        let mut mask = u64::MAX;
+        if word == first_word {
+            mask <<= first % 64;
+        }
+        if word == last_word {
+            mask &= u64::MAX >> (63 - last % 64);
+        }
+        (word, mask)
+    })
 }

@@ -4,8 +4,8 @@ use crate::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::addr::{Gpa, GpaRange, Level, MAX_LEVELS};
 use crate::format::Entry;
-use crate::tracking::table::{UpperTable, word_mask};
-use crate::tracking::{Flags, PLANE_WORDS, Plane, Tree, words_over};
+use crate::tracking::table::{UpperTable, masks};
+use crate::tracking::{Flags, PLANE_WORDS, Plane, Tree, count};
 use crate::walk::{Action, Exhausted, Outcome, Place, Record, Run, Visitor, Walk, Window};
 
 /// Receives what is taken, in order of address.
@@ -272,16 +272,17 @@ impl<'t, S: Sink, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
         }
         let (base, part) = (run.span().first_page(), run.part());
         let plane = run.table().plane(Plane::Dirty);
+        // All are read before any is written: what follows an exchange waits for it.
+        let seen: [u64; PLANE_WORDS] =
+            core::array::from_fn(|word| plane[word].load(Ordering::SeqCst));
         let mut taken = [0; PLANE_WORDS];
-        let mut pages = 0;
-        for word in words_over(base, part) {
-            let mask = word_mask(base, word, part);
+        for (word, mask) in masks(base, part) {
             // A word is only written where there is something to take.
-            if plane[word].load(Ordering::SeqCst) & mask != 0 {
+            if seen[word] & mask != 0 {
                 taken[word] = clear_bits(&plane[word], mask);
-                pages += u64::from(taken[word].count_ones());
             }
         }
+        let pages = taken.iter().map(|word| count(*word)).sum();
         if pages != 0 {
             self.sink.words(base, &taken);
             self.left = self.left.saturating_sub(pages);

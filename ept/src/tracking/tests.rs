@@ -8,8 +8,8 @@ use alloc::vec::Vec;
 use crate::addr::GpaRange;
 use crate::format::Tables;
 use crate::region::{Region, RegionKind, Regions};
-use crate::tracking::{PLANE_WORDS, Plane, Sink, Taken, Tree};
-use crate::walk::Descent;
+use crate::tracking::way::Way;
+use crate::tracking::{Every, PLANE_WORDS, Plane, Sink, Taken, Tree};
 
 const GIB: u64 = 1 << 18;
 
@@ -21,6 +21,11 @@ fn tree(pages: u64) -> Tree<1> {
     };
     let regions = Arc::new(Regions::new(Vec::from([region])).unwrap());
     Tree::try_new(regions, usize::MAX).unwrap()
+}
+
+/// Marks one page, whether there is detail for it or not.
+fn mark(tree: &Tree<1>, page: u64) {
+    tree.mark(GpaRange::of(page, page + 1), &Every);
 }
 
 /// Notes what it is given, and marks a page when it is first given something.
@@ -41,7 +46,7 @@ impl<'t> Marker<'t> {
 
     fn mark(&mut self) {
         if let Some(page) = self.page.take() {
-            self.tree.mark_page(page);
+            mark(self.tree, page);
         }
     }
 }
@@ -69,9 +74,9 @@ fn s16_a_taking_without_memory_hides_no_mark() {
     let range = GpaRange::of(0, 1024 * GIB);
     let tree = tree(range.pages());
     // One page in detail, and a whole GiB in the same table of GiB entries.
-    tree.mark_page(5);
+    mark(&tree, 5);
     let whole = GpaRange::of(2 * GIB, 3 * GIB);
-    tree.mark(whole, &whole);
+    tree.mark(whole, &Every);
     while tree.uppers.allocate().is_ok() {}
 
     let mut sink = Marker::new(&tree, Some(5));
@@ -90,19 +95,18 @@ fn s16_a_taking_without_memory_hides_no_mark() {
 fn s16_a_marker_does_not_rely_on_one_that_stands_still() {
     let tree = tree(1024 * GIB);
     let mut sink = Marker::new(&tree, None);
-    tree.mark_page(5);
+    mark(&tree, 5);
     assert_eq!(tree.take(GpaRange::ALL, u64::MAX, &mut sink), Taken::All);
     assert!(tree.is_clean());
 
-    let mut path = [tree.root(); 6];
-    let descent = Descent::to(&tree, 6, &mut path).unwrap();
-    let word = &descent.leaf().plane(Plane::Dirty)[0];
+    let way = Way::<1, 3>::down(&tree, 6).unwrap();
+    let word = &way.leaf().plane(Plane::Dirty)[0];
     word.fetch_or(1 << 6, Ordering::SeqCst);
-    let (lowest, index) = descent.ancestors().next().unwrap();
+    let (lowest, index) = way.up().next().unwrap();
     lowest.set_summary(index);
 
     sink.taken.clear();
-    tree.mark_page(7);
+    assert_eq!(tree.mark_page(7), Some(true));
     assert_eq!(tree.take(GpaRange::ALL, u64::MAX, &mut sink), Taken::All);
     assert_eq!(sink.taken, [GpaRange::of(0, 512)]);
 }
@@ -112,7 +116,7 @@ fn s16_a_marker_does_not_rely_on_one_that_stands_still() {
 fn s16_a_dirty_entry_is_told_by_who_finds_it() {
     let tree = tree(1024);
     tree.root().as_ref()[1].store(Plane::Dirty.flag(), Ordering::SeqCst);
-    tree.mark_page(600);
+    mark(&tree, 600);
     let mut sink = Marker::new(&tree, None);
     assert_eq!(tree.take(GpaRange::ALL, u64::MAX, &mut sink), Taken::All);
     assert_eq!(sink.taken, [GpaRange::of(512, 1024)]);

@@ -5,14 +5,13 @@ use crate::sync::atomic::AtomicU64;
 use crate::addr::{Gpa, GpaRange, Level, MAX_LEVELS, PAGE_SHIFT, TABLE_ENTRIES};
 use crate::format::{TableId, Tables};
 use crate::geometry::Geometry;
-use crate::walk::descent::{Descent, Path};
 use crate::walk::{Visitor, Window};
 
 pub(crate) struct Cursor<'t, T: Tables> {
     tables: &'t T,
     geometry: Geometry,
     /// By level; meaningful from `level` up to the root's.
-    path: Path<'t, T>,
+    path: [&'t T::Upper; MAX_LEVELS],
     level: Level,
     /// The next page to cover.
     page: u64,
@@ -128,12 +127,6 @@ impl<'t, T: Tables> Cursor<'t, T> {
     #[inline]
     pub(crate) fn index(&self, level: Level) -> usize {
         self.geometry.index(self.page, level)
-    }
-
-    /// The way to the leaf table `leaf` under the cursor.
-    #[inline]
-    pub(crate) fn descent(&self, leaf: T::Leaf<'t>) -> Descent<'_, 't, T> {
-        Descent::new(self.geometry, &self.path, leaf, self.page)
     }
 
     /// The entry under the cursor.

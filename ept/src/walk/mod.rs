@@ -14,7 +14,6 @@
 //! A visitor is handed nothing that could open a notifier range or flush.
 
 mod cursor;
-mod descent;
 mod each;
 mod growth;
 mod place;
@@ -29,8 +28,6 @@ use crate::notify::OpenRange;
 pub use each::{EachEntry, Page, PageVisitor};
 pub(crate) use place::Record;
 pub use place::{Change, Look, Place, Run, Writes};
-
-pub(crate) use descent::{Descent, Path};
 
 use cursor::Cursor;
 use growth::{Filled, Growing, Growth, NoGrowth};

@@ -7,7 +7,6 @@ use crate::addr::{GpaRange, Level};
 use crate::format::{Entry, Format, TableId, Tables};
 use crate::notify::OpenRange;
 use crate::walk::cursor::Cursor;
-use crate::walk::descent::Descent;
 
 /// Access of a walk that only looks.
 #[derive(Debug)]
@@ -143,10 +142,10 @@ impl<'t, T: Tables, A: Writes> Run<'_, 't, T, A> {
         self.table
     }
 
-    /// The live table with the way to it.
+    /// The tables above the leaf table, lowest first, each with the index taken in it.
     #[inline]
-    pub(crate) fn descent(&self) -> Descent<'_, 't, T> {
-        self.cursor.descent(self.table)
+    pub(crate) fn ancestors(&self) -> impl Iterator<Item = (&'t T::Upper, usize)> {
+        ancestors(self.cursor)
     }
 }
 
