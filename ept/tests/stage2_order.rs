@@ -127,6 +127,34 @@ fn a_pending_flush_makes_the_next_one_whole() {
     last.done();
 }
 
+/// Break-before-make: what was unmapped is mapped again only after hardware has forgotten it, on a format that wants
+/// that.
+#[test]
+fn arm_maps_nothing_that_is_not_forgotten() {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(arm(40), &memory, BASE).unwrap();
+    let all = attributes(Permissions::ALL, SMALL);
+    stage2.map(pages(0, 512), Hpa(0), all).unwrap();
+    let (flush, result) = stage2.unmap(pages(100, 10), &open());
+    result.unwrap();
+    let moved = Hpa(1 << 30);
+    assert_eq!(
+        stage2.map(pages(105, 1), moved, all),
+        Err(MapError::Unforgotten)
+    );
+    assert_eq!(stage2.lookup(105).1, Entry::Absent);
+    stage2.map(pages(512, 8), moved, all).unwrap();
+    flush.done();
+    stage2.map(pages(105, 1), moved, all).unwrap();
+
+    let memory = words(TABLES);
+    let stage2 = mapped(&memory, pages(0, 512), SMALL);
+    let (flush, result) = stage2.unmap(pages(100, 10), &open());
+    result.unwrap();
+    stage2.map(pages(105, 1), moved, all).unwrap();
+    flush.done();
+}
+
 /// S14: a program that forgets its flushes is told so, and is never kept waiting for ever.
 #[test]
 fn forgotten_flushes_are_an_error() {

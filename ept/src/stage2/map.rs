@@ -45,6 +45,9 @@ pub enum MapError {
     },
     /// So many flushes of this table are not done that no more changes can be noted. Nothing was mapped.
     Unflushed,
+    /// A change of a part of the range is not flushed yet, and hardware of this format must have forgotten what was
+    /// there before something else is ([`HardwareFormat::BREAKS`]). Nothing was mapped.
+    Unforgotten,
 }
 
 impl From<Refused> for MapError {
@@ -65,6 +68,9 @@ impl fmt::Display for MapError {
             Self::Exhausted(error) => error.fmt(f),
             Self::Contended { at } => write!(f, "the entry at {at} keeps changing"),
             Self::Unflushed => UNFLUSHED.fmt(f),
+            Self::Unforgotten => {
+                f.write_str("a change of this range is to be flushed before it is mapped")
+            }
         }
     }
 }
@@ -75,7 +81,8 @@ impl<F: HardwareFormat> Stage2<'_, F> {
     /// Maps `range`, of which nothing is mapped, to the memory from `hpa` on, with the largest leaves that fit.
     ///
     /// No notifier range is needed and nothing is to be flushed: nobody can have a translation of what was
-    /// absent. Of what was unmapped somebody can, until that flush is done: map such a range only after it.
+    /// absent. Of what was unmapped somebody can, until that flush is done: on Arm such a range is refused before it
+    /// is, elsewhere the guest may reach the old page meanwhile.
     ///
     /// # Errors
     /// [`MapError`]; except where it says otherwise, everything before the page that it names is mapped. With
@@ -83,6 +90,10 @@ impl<F: HardwareFormat> Stage2<'_, F> {
     pub fn map(&self, range: GpaRange, hpa: Hpa, attributes: Attributes) -> Result<(), MapError> {
         self.check_ends(range, hpa, attributes)?;
         let turn = self.turn(range)?;
+        if F::BREAKS && turn.meets_unflushed() {
+            turn.end();
+            return Err(MapError::Unforgotten);
+        }
         let mut mapping = Mapping {
             stage2: self,
             first_page: range.first_page(),

@@ -184,6 +184,11 @@ impl Turn<'_> {
         self.id
     }
 
+    /// Whether a change that overlaps this one waits for its flush.
+    pub(super) fn meets_unflushed(&self) -> bool {
+        self.order.state.lock().has_unflushed(self.id)
+    }
+
     /// Ends a turn that owes no flush.
     pub(super) fn end(self) {
         let figures = self.figures(Figures::default());

@@ -214,7 +214,9 @@ fn map_failure(error: MapError) -> Failure {
         MapError::Unsupported(what) => unsupported(what),
         MapError::Occupied { at } => Failure::Occupied(at.page()),
         MapError::Exhausted(exhausted) => Failure::Exhausted(exhausted.reached.page()),
-        MapError::Contended { .. } | MapError::Unflushed => panic!("{error}"),
+        MapError::Contended { .. } | MapError::Unflushed | MapError::Unforgotten => {
+            panic!("{error}")
+        }
     }
 }
 
