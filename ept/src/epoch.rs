@@ -276,7 +276,7 @@ impl Sink for Pending<'_> {
         self.mark(part, &Every);
     }
 
-    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS]) {
+    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS], _: u64) {
         let bits = Bitmap {
             first_page: base,
             words,
@@ -301,8 +301,8 @@ impl Sink for Tee<'_, '_> {
         self.others.range(part);
     }
 
-    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS]) {
-        self.pieces.words(base, words);
-        self.others.words(base, words);
+    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS], pages: u64) {
+        self.pieces.words(base, words, pages);
+        self.others.words(base, words, pages);
     }
 }

@@ -88,10 +88,9 @@ impl Sink for Pieces {
         self.push_range(part);
     }
 
-    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS]) {
-        if count_runs(words) > MAX_RUNS {
-            let pages = words.iter().map(|word| u64::from(word.count_ones()));
-            self.pages += pages.sum::<u64>();
+    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS], pages: u64) {
+        if is_ragged(words) {
+            self.pages += pages;
             self.leaves.push(LeafWords {
                 base,
                 words: *words,
@@ -106,15 +105,22 @@ impl Sink for Pieces {
     }
 }
 
-/// Maximal runs of ones: each starts at a one that follows a zero.
-fn count_runs(words: &[u64; PLANE_WORDS]) -> usize {
+/// Whether there are more than [`MAX_RUNS`] maximal runs of ones: each starts at a one that follows a zero.
+fn is_ragged(words: &[u64; PLANE_WORDS]) -> bool {
     let mut before = 0;
     let mut runs = 0;
     for word in words {
-        runs += (word & !(word << 1 | before)).count_ones() as usize;
+        let mut starts = word & !(word << 1 | before);
         before = word >> 63;
+        while starts != 0 {
+            runs += 1;
+            if runs > MAX_RUNS {
+                return true;
+            }
+            starts &= starts - 1;
+        }
     }
-    runs
+    false
 }
 
 /// The first run of ones from bit `from` on, as its first bit and the bit after it.

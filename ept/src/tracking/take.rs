@@ -17,8 +17,8 @@ pub(crate) trait Sink {
     /// Pages that are all dirty.
     fn range(&mut self, part: GpaRange);
 
-    /// The dirty bits of the leaf table at page `base`.
-    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS]);
+    /// The dirty bits of the leaf table at page `base`, `pages` of them.
+    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS], pages: u64);
 }
 
 /// How far a taking got.
@@ -284,7 +284,7 @@ impl<'t, S: Sink, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
         }
         let pages = taken.iter().map(|word| count(*word)).sum();
         if pages != 0 {
-            self.sink.words(base, &taken);
+            self.sink.words(base, &taken, pages);
             self.left = self.left.saturating_sub(pages);
         }
         Action::Continue

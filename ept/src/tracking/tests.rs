@@ -61,7 +61,7 @@ impl Sink for Marker<'_> {
         self.mark();
     }
 
-    fn words(&mut self, base: u64, _: &[u64; PLANE_WORDS]) {
+    fn words(&mut self, base: u64, _: &[u64; PLANE_WORDS], _: u64) {
         self.taken.push(GpaRange::of(base, base + 512));
         self.mark();
     }
