@@ -215,12 +215,7 @@ pub fn apply_to_pfn_range_allocating<'t, 'm, F: HardwareFormat, E>(
         });
         match ended {
             Ok(outcome) => settled(outcome).map_err(AllocatingError::Apply),
-            Err(exhausted) => {
-                if let (_, Entry::Leaf(_)) = stage2.lookup(exhausted.reached.page()) {
-                    flush.not_split();
-                }
-                Err(AllocatingError::Exhausted(exhausted))
-            }
+            Err(exhausted) => Err(AllocatingError::Exhausted(exhausted)),
         }
     })
 }
@@ -287,15 +282,16 @@ where
         self.flush.replacing(table)
     }
 
+    fn was_split(&mut self, span: GpaRange) {
+        self.flush.split(span);
+    }
+
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Stop<E>> {
         match (place.entry(), &self.absent, &self.huge) {
             (Entry::Table(_), ..) => Action::Continue,
             (Entry::Absent, Absent::Fill, _) => Action::Descend,
             (Entry::Absent, Absent::Skip, _) | (Entry::Leaf(_), _, Huge::Skip) => Action::Skip,
-            (Entry::Leaf(_), _, Huge::Split) => {
-                self.flush.split(place.span());
-                Action::Split
-            }
+            (Entry::Leaf(_), _, Huge::Split) => Action::Split,
             (Entry::Leaf(_), _, Huge::Refuse) => Action::Stop(Stop::Huge),
         }
     }

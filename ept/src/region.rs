@@ -16,6 +16,9 @@ pub enum RegionKind {
     DeviceRam,
     /// Writes go to a callback, reads stay native.
     Trapped,
+    /// Private copy-on-write memory: the first write to a page puts another page in its place. Marks are fine; it
+    /// cannot be write-protected by page, because the protection would be of the page that is about to go.
+    CopyOnWrite,
 }
 
 impl fmt::Display for RegionKind {
@@ -25,6 +28,7 @@ impl fmt::Display for RegionKind {
             Self::Rom => "ROM",
             Self::DeviceRam => "device RAM",
             Self::Trapped => "trapped memory",
+            Self::CopyOnWrite => "private copy-on-write memory",
         })
     }
 }

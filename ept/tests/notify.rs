@@ -365,3 +365,32 @@ fn s12_nobody_runs_inside_an_open_range() {
     });
     assert_eq!(notifier.open_count(), 0);
 }
+
+/// S10: whoever panics at the end keeps the end from nobody else.
+#[test]
+fn s10_a_panic_at_the_end_leaves_nobody_stopped() {
+    struct Fails;
+    impl Subscriber for Fails {
+        fn start(&self, _: GpaRange) {}
+        fn wait(&self, _: GpaRange) -> Result<(), Unresponsive> {
+            Ok(())
+        }
+        fn stopped(&self, _: GpaRange) -> bool {
+            true
+        }
+        fn end(&self, _: GpaRange) {
+            panic!("at the end");
+        }
+    }
+    let notifier = Notifier::new();
+    let (first, last) = (Witness::new("first"), Witness::new("last"));
+    let _first = notifier.subscribe(first.clone()).unwrap();
+    let _fails = notifier.subscribe(Arc::new(Fails)).unwrap();
+    let _last = notifier.subscribe(last.clone()).unwrap();
+    let open = notifier.open(pages(1, 3)).unwrap();
+    let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(open)));
+    assert!(unwound.is_err());
+    for witness in [first, last] {
+        assert_eq!(witness.heard(), ["start", "wait", "end"]);
+    }
+}

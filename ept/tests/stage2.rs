@@ -10,7 +10,7 @@ use ept::format::{Entry, EptLevels, GStageMode, HardwareFormat, Npt, Permissions
 use ept::stage2::{ChangeError, MapError, PoolError, Stage2};
 use ept::walk::{Action, Look, Outcome, Place, Run, Visitor, Walk};
 use ept::{Gpa, GpaRange, Hpa, Level, Notifier};
-use mmu::{Mmu, Touch};
+use mmu::{Kind, Mmu, Touch};
 use proptest::prelude::*;
 use tables::{
     BASE, TABLES, WINDOW, attributes, done, for_all_formats, g_stage, intel, open, pages,
@@ -488,4 +488,63 @@ fn a_long_walk_yields_and_goes_on() {
         };
     }
     assert_eq!((budget.tables, steps), (21, 7), "each table once");
+}
+
+fn ages_without_cleaning<F: HardwareFormat>(format: F, kind: Kind, base: u64) {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    let mmu = Mmu::new(kind, &memory, BASE.0);
+    some_huge_leaves(&stage2, base);
+    // In 4 KiB detail, and in a huge leaf.
+    let written = [pages(base + 600, 1), pages(base + 1024, 512)];
+    for range in written {
+        mmu.touch(range.start().0, Touch::Write);
+    }
+    let mut used = Vec::new();
+    done(stage2.age(pages(base, WINDOW), &open(), |range| used.push(range)));
+    assert_eq!(used, written);
+    done(stage2.age(pages(base, WINDOW), &open(), |range| {
+        panic!("{range} is old")
+    }));
+    let mut dirty = Vec::new();
+    done(stage2.clean(pages(base, WINDOW), &open(), |range| dirty.push(range)));
+    assert_eq!(dirty, written);
+}
+
+/// S19: ageing first loses no dirty state.
+#[test]
+fn ageing_cleans_nothing() {
+    for_all_formats!(ages_without_cleaning);
+}
+
+fn collapses_inside_its_range<F: HardwareFormat>(format: F, _: Kind, base: u64) {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    some_huge_leaves(&stage2, base);
+    done(stage2.split(pages(base, WINDOW), Level::PAGE, &open()));
+    // One table lies across each edge.
+    done(stage2.collapse(pages(base + 300, 1024), Level::MIB2, &open()));
+    let levels = [base, base + 512, base + 1024].map(|page| stage2.lookup(page).0);
+    assert_eq!(levels, [Level::PAGE, Level::MIB2, Level::PAGE]);
+}
+
+/// S6: what lies across an edge of the range stays as it is: the slot beside may be another.
+#[test]
+fn nothing_collapses_across_an_edge() {
+    for_all_formats!(collapses_inside_its_range);
+}
+
+/// Tables are where entries can point to.
+#[test]
+fn tables_lie_where_entries_reach() {
+    let memory = words(4);
+    let end = 1 << 52;
+    let refused = Stage2::new(Npt::FourLevels, &memory, Hpa(end - 3 * 4096)).unwrap_err();
+    assert!(matches!(refused, PoolError::Unreachable(52)), "{refused}");
+    let stage2 = Stage2::new(Npt::FourLevels, &memory, Hpa(end - 4 * 4096)).unwrap();
+    let all = attributes(Permissions::ALL, Level::PAGE);
+    stage2.map(pages(7, 1), Hpa(0), all).unwrap();
+    assert_eq!(stage2.lookup(7).0, Level::PAGE);
+    let refused = Stage2::new(Npt::FourLevels, &memory, Hpa(u64::MAX - 4095)).unwrap_err();
+    assert!(matches!(refused, PoolError::Unreachable(52)), "{refused}");
 }

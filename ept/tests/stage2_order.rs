@@ -4,14 +4,16 @@ mod mmu;
 mod tables;
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::{Barrier, mpsc};
 use std::thread;
 
+use ept::apply::{Existing, apply_to_pfn_range};
 use ept::format::{Entry, EptLevels, HardwareFormat, Npt, Permissions};
-use ept::stage2::{ChangeError, MapError, Stage2};
+use ept::stage2::{ChangeError, MapError, Stage2, WriteFault};
 use ept::walk::{Action, Look, Place, Run, Visitor, Walk};
-use ept::{GpaRange, Hpa, Level};
+use ept::{Gpa, GpaRange, Hpa, Level};
 use mmu::{ARM34, ARM40, ARM48, Kind, Mmu};
 use proptest::prelude::*;
 use tables::{
@@ -455,4 +457,157 @@ fn an_entry_is_made_by_who_broke_it() {
     assert!(!is_there(512), "what replaced it is not flushed yet");
     third.done();
     assert!(is_there(512));
+}
+
+/// S9: a crowd that waits for one range is larger than the list of changes: nobody is refused, and who changes another
+/// range is not held up.
+#[test]
+fn a_crowd_that_waits_holds_up_nobody_elsewhere() {
+    const CROWD: u64 = 100;
+    let memory = words(TABLES);
+    let stage2 = mapped(&memory, pages(0, 512), SMALL);
+    done(stage2.track_writes(pages(0, 512), &open()));
+    let (tell, told) = mpsc::channel();
+    let (go, gone) = mpsc::channel::<()>();
+    let arrived = AtomicU64::new(0);
+    thread::scope(|scope| {
+        let (stage2, arrived) = (&stage2, &arrived);
+        scope.spawn(move || {
+            let mut met = false;
+            let (flush, result) =
+                apply_to_pfn_range(stage2, pages(0, 512), &open(), Existing::Refuse, |_, _| {
+                    if !std::mem::replace(&mut met, true) {
+                        tell.send(()).unwrap();
+                        gone.recv().unwrap();
+                    }
+                    Ok::<(), ()>(())
+                });
+            result.unwrap();
+            flush.done();
+        });
+        told.recv().unwrap();
+        let crowd: Vec<_> = (0..CROWD)
+            .map(|page| {
+                scope.spawn(move || {
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    let (flush, result) = stage2.write_fault(Gpa(page << 12), |_| {});
+                    flush.done();
+                    result
+                })
+            })
+            .collect();
+        while arrived.load(Ordering::SeqCst) < CROWD {
+            thread::yield_now();
+        }
+        for page in 1024..1124 {
+            let all = attributes(Permissions::ALL, SMALL);
+            stage2.map(pages(page, 1), Hpa(0), all).unwrap();
+        }
+        assert!(crowd.iter().all(|one| !one.is_finished()));
+        go.send(()).unwrap();
+        for (page, one) in (0..).zip(crowd) {
+            let released = WriteFault::Released(pages(page, 1));
+            assert_eq!(one.join().unwrap(), Ok(released));
+        }
+    });
+}
+
+/// S14, S16: who harvests one part of a huge leaf takes its flag for all of it; who harvests another part before that
+/// is flushed has to flush as well.
+#[test]
+fn parts_of_one_huge_leaf_are_flushed_by_each() {
+    let memory = words(TABLES);
+    let stage2 = mapped(&memory, pages(0, 512), Level::MIB2);
+    let mmu = Mmu::new(mmu::NPT4, &memory, BASE.0);
+    mmu.touch(300 << 12, mmu::Touch::Write);
+    let mut recorded = Vec::new();
+    let (first, result) = stage2.clean(pages(0, 1), &open(), |range| recorded.push(range));
+    result.unwrap();
+    assert_eq!(recorded, [pages(0, 512)]);
+    assert_eq!(first.interval(), Some(pages(0, 512)));
+    let (second, result) = stage2.clean(pages(300, 1), &open(), |_| panic!("it is clean"));
+    result.unwrap();
+    assert_eq!(second.interval(), Some(pages(0, 512)));
+    first.done();
+    second.done();
+}
+
+/// S16: a closure that panics has everything that was cleaned.
+#[test]
+fn a_panic_leaves_nothing_cleaned_unrecorded() {
+    let written = [3, 10, 11, 20, 30];
+    for after in 1..=4 {
+        let memory = words(TABLES);
+        let stage2 = mapped(&memory, pages(0, 512), SMALL);
+        let mmu = Mmu::new(mmu::NPT4, &memory, BASE.0);
+        for page in written {
+            mmu.touch(page << 12, mmu::Touch::Write);
+        }
+        let mut recorded = Vec::new();
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let (flush, _) = stage2.clean(pages(0, 512), &open(), |run: GpaRange| {
+                recorded.extend(run.first_page()..run.end_page());
+                assert!(recorded.len() < after, "no more");
+            });
+            flush.done();
+        }));
+        assert!(panicked.is_err());
+        done(stage2.clean(pages(0, 512), &open(), |run| {
+            recorded.extend(run.first_page()..run.end_page());
+        }));
+        assert_eq!(recorded, written);
+    }
+}
+
+/// S21: whoever loses a race to split a leaf has split none.
+#[test]
+fn a_split_is_counted_once() {
+    for _ in 0..500 {
+        let memory = words(8);
+        let stage2 = mapped(&memory, pages(0, 512), Level::MIB2);
+        let barrier = Barrier::new(2);
+        thread::scope(|scope| {
+            for half in [0, 256] {
+                let (stage2, barrier) = (&stage2, &barrier);
+                scope.spawn(move || {
+                    let open = open();
+                    barrier.wait();
+                    done(stage2.protect(pages(half, 3), READ_ONLY, &open));
+                });
+            }
+        });
+        assert_eq!(stage2.figures().splits, 1);
+    }
+}
+
+/// A clock is the embedder's, and may panic: nobody waits for a change that never began.
+#[test]
+fn a_clock_that_panics_ends_its_change_alone() {
+    static BROKEN: AtomicBool = AtomicBool::new(true);
+    let memory = words(TABLES);
+    let stage2 = mapped(&memory, pages(0, 512), SMALL);
+    let (flush, result) = stage2.protect(pages(0, 1), READ_ONLY, &open());
+    result.unwrap();
+    let splits = stage2.figures().splits;
+    drop(flush);
+    let stage2 = stage2.with_clock(|| {
+        assert!(!BROKEN.load(Ordering::SeqCst), "no time");
+        0
+    });
+    assert_eq!(stage2.figures().splits, splits);
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        let (flush, _) = stage2.protect(pages(10, 1), READ_ONLY, &open());
+        flush.done();
+    }));
+    assert!(panicked.is_err());
+    BROKEN.store(false, Ordering::SeqCst);
+    let (flush, result) = stage2.protect(pages(0, 20), READ_ONLY, &open());
+    result.unwrap();
+    // Nor does a table forget, with a clock, what was not flushed before it had one.
+    assert_eq!(flush.interval(), Some(pages(0, 20)));
+    flush.done();
+    let (flush, result) = stage2.protect(pages(0, 1), READ_ONLY, &open());
+    result.unwrap();
+    assert_eq!(flush.interval(), Some(pages(0, 1)), "as before it had one");
+    flush.done();
 }

@@ -4,17 +4,21 @@ mod mmu;
 mod tables;
 
 use std::collections::BTreeSet;
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{RwLock, mpsc};
 use std::thread;
 
-use ept::format::{Entry, EptFeatures, EptLevels, HardwareFormat, Npt, Permissions};
+use ept::format::{
+    ArmStage2, Entry, EptFeatures, EptLevels, GStage, GStageMode, HardwareFormat, Npt, Permissions,
+};
 use ept::stage2::{ChangeError, Stage2, WriteFault};
-use ept::{Gpa, GpaRange, Level};
+use ept::walk::{Action, Change, Place, Run, Visitor, Walk};
+use ept::{Gpa, GpaRange, Hpa, Level};
 use mmu::{Kind, Mmu, Touch};
 use proptest::prelude::*;
 use tables::{
-    BASE, TABLES, WINDOW, attributes, done, for_all_formats, open, pages, some_huge_leaves, words,
+    BASE, TABLES, WINDOW, attributes, done, for_all_formats, g_stage, open, pages,
+    some_huge_leaves, words,
 };
 
 const READ_ONLY: Permissions = Permissions::READ;
@@ -337,4 +341,96 @@ fn no_write_is_lost<F: HardwareFormat + Sync>(format: F, kind: Kind) {
 fn no_write_is_lost_between_faults_and_a_harvest() {
     no_write_is_lost(Npt::FourLevels, mmu::NPT4);
     no_write_is_lost(tables::arm(40), mmu::ARM40);
+}
+
+fn says_where_faults_may_be_cached<F: HardwareFormat>(format: F, _: Kind, base: u64) {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(format, &memory, BASE).unwrap();
+    let all = attributes(Permissions::ALL, Level::PAGE);
+    stage2.map(pages(base, 4), Hpa(0), all).unwrap();
+    done(stage2.track_writes(pages(base, 2), &open()));
+    let page = pages(base, 1);
+    let expected = F::CACHES_FAULTS.then_some(page);
+    for found in [WriteFault::Released(page), WriteFault::Writable] {
+        let (flush, result) = stage2.write_fault(page.start(), |_| {});
+        assert_eq!((result, flush.interval()), (Ok(found), expected));
+        flush.done();
+    }
+    done(stage2.protect(pages(base + 3, 1), Permissions::READ, &open()));
+    let (flush, result) = stage2.write_fault(pages(base + 3, 1).start(), |_| {});
+    assert_eq!((result, flush.interval()), (Ok(WriteFault::Denied), None));
+    flush.done();
+}
+
+/// S14: on Arm and RISC-V a vCPU may go on faulting by what it has cached, whoever was first to release the page.
+#[test]
+fn a_cached_fault_is_to_be_flushed() {
+    for_all_formats!(says_where_faults_may_be_cached);
+    const { assert!(<ArmStage2 as HardwareFormat>::CACHES_FAULTS) };
+    const { assert!(<GStage as HardwareFormat>::CACHES_FAULTS) };
+}
+
+/// S15, S16: whoever withholds the right to write again does it before the fault or after its record.
+#[test]
+fn a_fault_is_recorded_before_the_next_harvest() {
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(Npt::FourLevels, &memory, BASE).unwrap();
+    let all = attributes(Permissions::ALL, Level::PAGE);
+    stage2.map(pages(0, 512), Hpa(0), all).unwrap();
+    done(stage2.track_writes(pages(0, 512), &open()));
+    let (tell, told) = mpsc::channel();
+    let (go, gone) = mpsc::channel::<()>();
+    let recorded = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let (stage2, recorded) = (&stage2, &recorded);
+        scope.spawn(move || {
+            let (flush, result) = stage2.write_fault(Gpa(7 << 12), |_| {
+                tell.send(()).unwrap();
+                gone.recv().unwrap();
+                recorded.store(true, Ordering::SeqCst);
+            });
+            result.unwrap();
+            flush.done();
+        });
+        told.recv().unwrap();
+        let harvest = scope.spawn(move || {
+            done(stage2.track_writes(pages(0, 512), &open()));
+            assert!(
+                recorded.load(Ordering::SeqCst),
+                "nobody would know of a write"
+            );
+        });
+        // It waits; if it did not, it would be over before the record is made, now and then.
+        thread::yield_now();
+        go.send(()).unwrap();
+        harvest.join().unwrap();
+    });
+}
+
+/// A value that the format reserves is no leaf, and nothing makes a table of it.
+#[test]
+fn a_reserved_g_stage_leaf_becomes_no_table() {
+    struct WriteOnly;
+    impl<'t, 'm: 't, 'o> Visitor<'t, Stage2<'m, GStage>, Change<'o>> for WriteOnly {
+        type Stop = ();
+        fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, GStage>, Change<'o>>) -> Action<()> {
+            if let Entry::Leaf(_) = place.entry() {
+                place.slot().fetch_and(!0b1010, Ordering::SeqCst);
+            }
+            Action::Continue
+        }
+        fn run(&mut self, _: &Run<'_, 't, Stage2<'m, GStage>, Change<'o>>) -> Action<()> {
+            Action::Continue
+        }
+    }
+    let memory = words(TABLES);
+    let stage2 = Stage2::new(g_stage(GStageMode::Sv39x4), &memory, BASE).unwrap();
+    let all = attributes(Permissions::ALL, Level::MIB2);
+    stage2.map(pages(0, 512), Hpa(1 << 30), all).unwrap();
+    let open = open();
+    let walk = Walk::change(&stage2, pages(0, 512), &open).unwrap();
+    walk.run(&mut WriteOnly);
+    assert_eq!(stage2.lookup(3), (Level::MIB2, Entry::Absent));
+    done(stage2.track_writes(pages(0, 512), &open));
+    assert_eq!(stage2.lookup(3), (Level::MIB2, Entry::Absent));
 }

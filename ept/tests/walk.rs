@@ -11,7 +11,7 @@ use ept::walk::{
     AGAIN_LIMIT, Action, Change, EachEntry, Look, Outcome, Page, PageVisitor, Place, Run, Visitor,
     Walk,
 };
-use ept::{Geometry, Level, Notifier};
+use ept::{Geometry, Gpa, GpaRange, Level, Notifier, RangeError};
 use proptest::prelude::*;
 
 /// Entries with a permission byte: bit 7 says "leaf" above level 0 and nothing at level 0, where
@@ -360,4 +360,157 @@ fn s7_racing_walks_fill_one_table_each() {
     }
     let linked = store.used.load(Ordering::Relaxed) - store.given_back.load(Ordering::Relaxed);
     assert_eq!(linked, 1 + 2 * 32);
+}
+
+/// Gives one answer where there is no table, and notes the runs that it is shown.
+struct Goes {
+    action: Action<()>,
+    runs: Vec<GpaRange>,
+}
+
+impl<'t, 'o> Visitor<'t, Store, Change<'o>> for Goes {
+    type Stop = ();
+
+    fn entry(&mut self, place: &Place<'_, 't, Store, Change<'o>>) -> Action<()> {
+        match place.entry() {
+            Entry::Table(_) => Action::Continue,
+            _ => self.action,
+        }
+    }
+
+    fn run(&mut self, run: &Run<'_, 't, Store, Change<'o>>) -> Action<()> {
+        self.runs.push(run.part());
+        Action::Continue
+    }
+}
+
+/// S3: what `Descend`, `Split` and `Skip` do to an absent entry and to a huge leaf, where tables may be made.
+#[test]
+fn s3_descend_makes_tables_and_split_divides() {
+    let open = Notifier::new().open(GpaRange::ALL).unwrap();
+    let run = |store: &Store, range, action| {
+        let mut goes = Goes {
+            action,
+            runs: Vec::new(),
+        };
+        let walk = Walk::change(store, range, &open).unwrap();
+        let outcome = walk.run_allocating(&mut goes).unwrap();
+        assert!(matches!(outcome, Outcome::Completed));
+        goes.runs
+    };
+    let store = Store::new(8);
+    let walk = Walk::change(&store, pages(512, 1024), &open).unwrap();
+    walk.run_allocating(&mut Write(7)).unwrap();
+    let leaf = pages(512, 1024);
+    for passed_over in [Action::Continue, Action::Descend, Action::Skip] {
+        assert_eq!(
+            run(&store, leaf, passed_over),
+            [],
+            "a leaf is not descended into"
+        );
+    }
+    assert_eq!(run(&store, pages(520, 523), Action::Split), [pages(520, 523)]);
+    let read = look(&store, 512, 1024);
+    assert_eq!((read.found.len(), read.wide, read.holes), (512, 0, 0));
+    for passed_over in [Action::Continue, Action::Split, Action::Skip] {
+        assert_eq!(
+            run(&store, pages(0, 512), passed_over),
+            [],
+            "a hole is not split"
+        );
+    }
+    assert_eq!(run(&store, pages(3, 7), Action::Descend), [pages(3, 7)]);
+    assert_eq!(look(&store, 0, 512).holes, 512);
+}
+
+/// S4: a leaf table is one run, whatever is in it; the holes between say their level by their span.
+#[test]
+fn s4_a_table_is_one_run() {
+    let store = Store::new(16);
+    let open = Notifier::new().open(GpaRange::ALL).unwrap();
+    for page in [3, 5, 700, 2048] {
+        let walk = Walk::change(&store, pages(page, page + 1), &open).unwrap();
+        walk.run_allocating(&mut Write(page)).unwrap();
+    }
+    let mut goes = Goes {
+        action: Action::Continue,
+        runs: Vec::new(),
+    };
+    let walk = Walk::change(&store, pages(1, 2501), &open).unwrap();
+    walk.run(&mut goes);
+    assert_eq!(
+        goes.runs,
+        [pages(1, 512), pages(512, 1024), pages(2048, 2501)]
+    );
+}
+
+/// Shows an entry that somebody else changes while it is looked at: `Again` shows what it is then.
+struct Rival<'s> {
+    store: &'s Store,
+    seen: Vec<Entry<u64>>,
+}
+
+impl<'t> Visitor<'t, Store, Look> for Rival<'_> {
+    type Stop = ();
+
+    fn entry(&mut self, place: &Place<'_, 't, Store, Look>) -> Action<()> {
+        self.seen.push(place.entry());
+        if self.seen.len() > 1 {
+            return Action::Skip;
+        }
+        let leaf = Toy.encode(Entry::Leaf(9), place.level());
+        self.store.root()[0].store(leaf, Ordering::SeqCst);
+        Action::Again
+    }
+
+    fn run(&mut self, _: &Run<'_, 't, Store, Look>) -> Action<()> {
+        Action::Continue
+    }
+}
+
+/// S3: `Again` reads the entry anew.
+#[test]
+fn s3_again_reads_anew() {
+    let store = Store::new(0);
+    let mut rival = Rival {
+        store: &store,
+        seen: Vec::new(),
+    };
+    Walk::look(&store, pages(0, 1)).run(&mut rival);
+    assert_eq!(rival.seen, [Entry::Absent, Entry::Leaf(9)]);
+}
+
+/// S1: what is no range is told what it is instead.
+#[test]
+fn s1_what_is_no_range_is_refused_by_name() {
+    let at = Gpa;
+    assert_eq!(
+        GpaRange::new(at(0x3000), at(0x3000)),
+        Err(RangeError::Empty(at(0x3000)))
+    );
+    let inverted = RangeError::Inverted {
+        start: at(0x3000),
+        end: at(0x1000),
+    };
+    assert_eq!(GpaRange::new(at(0x3000), at(0x1000)), Err(inverted));
+    for (start, end, odd) in [(0x3001, 0x5000, 0x3001), (0x3000, 0x4fff, 0x1fff)] {
+        assert_eq!(
+            GpaRange::new(at(start), at(end)),
+            Err(RangeError::Misaligned(odd))
+        );
+    }
+    assert_eq!(
+        GpaRange::with_len(at(0x3000), 0x1800),
+        Err(RangeError::Misaligned(0x1800))
+    );
+    let last = u64::MAX - 0xfff;
+    assert!(GpaRange::with_len(at(last), 0x1000).is_ok());
+    let first_page = last >> 12;
+    let overflow = |pages| RangeError::Overflow { first_page, pages };
+    assert_eq!(GpaRange::with_len(at(last), 0x2000), Err(overflow(2)));
+    assert_eq!(GpaRange::from_pages(first_page, 2), Err(overflow(2)));
+    assert_eq!(
+        GpaRange::from_pages(first_page, u64::MAX),
+        Err(overflow(u64::MAX))
+    );
 }

@@ -199,6 +199,7 @@ impl HardwareFormat for ArmStage2 {
     /// DDI 0487, D8.16.1 "Using break-before-make when updating translation table entries": a change of the size of
     /// a block is one that needs it.
     const BREAKS: bool = true;
+    const CACHES_FAULTS: bool = true;
     const WRITE_TRACKED: u64 = WRITE_TRACKED;
 
     fn broken(&self, raw: u64, by: u8) -> u64 {

@@ -10,6 +10,11 @@ pub trait HardwareFormat: Format<Leaf = Leaf> + Copy {
     /// (Arm's break-before-make). Then [`HardwareFormat::broken`] and the two below it are its own.
     const BREAKS: bool = false;
 
+    /// Whether hardware may go on faulting by an entry that it has cached, after the entry allows more: Arm ("Always
+    /// invalidate TLB for stage-2 permission faults", Linux's `arch/arm64/kvm/hyp/pgtable.c`) and RISC-V (privileged
+    /// specification, 12.2.1, on SFENCE.VMA). On x86 the fault itself removes what was cached (Intel SDM 30.4.3.1).
+    const CACHES_FAULTS: bool = false;
+
     /// A bit of leaves that hardware ignores: [`Leaf::write_tracked`].
     const WRITE_TRACKED: u64;
 

@@ -94,7 +94,7 @@ pub trait Tables {
     fn peek(leaf: Self::Leaf<'_>, index: usize) -> u64;
 }
 
-/// Makes new tables.
+/// Makes new tables, for walks: nobody else calls this.
 pub trait Allocate: Tables {
     /// A table of `level`, complete before it is linked, that says over the span starting at page
     /// `first_page` exactly what `entry` (absent or a leaf, one level up) said.

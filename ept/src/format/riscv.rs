@@ -8,6 +8,9 @@
 //! An entry that allows something is a leaf, at every level; one that allows nothing is a table. The root is
 //! four tables long: 2048 entries in 16 KiB.
 //!
+//! The hardware sets A and D itself (Svadu, or as implementations may): entries are made with both clear, and where
+//! hardware faults instead, nothing here answers that.
+//!
 //! Sources: RISC-V privileged specification, "Hypervisor extension", "Two-stage address translation" (U must be
 //! set: G-stage accesses are a user's), and "Sv39", "Svpbmt". N (Svnapot) is not used.
 
@@ -98,6 +101,10 @@ impl Format for GStage {
         if raw & ANY == 0 {
             return Entry::Table(TableId(address));
         }
+        // Reserved: hardware faults there.
+        if raw & (READ | WRITE) == WRITE {
+            return Entry::Absent;
+        }
         let granted = if raw & USER != 0 {
             Permissions::from_bits(raw, READ, WRITE, EXECUTE)
         } else {
@@ -133,6 +140,7 @@ impl Format for GStage {
 }
 
 impl HardwareFormat for GStage {
+    const CACHES_FAULTS: bool = true;
     const WRITE_TRACKED: u64 = WRITE_TRACKED;
     const PAGE_STEP: u64 = PAGE_NUMBER & PAGE_NUMBER.wrapping_neg();
 

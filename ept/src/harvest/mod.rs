@@ -91,7 +91,7 @@ impl Harvest {
         self.pieces = Pieces::default();
     }
 
-    /// Makes every page dirty again for this consumer.
+    /// Makes every page dirty again for this consumer. Where its [`Epoch`](crate::Epoch) is gone, for nobody.
     pub fn rollback(self) {
         drop(self);
     }

@@ -37,6 +37,7 @@ impl<F: Format> Format for Small<F> {
 
 impl<F: HardwareFormat> HardwareFormat for Small<F> {
     const BREAKS: bool = F::BREAKS;
+    const CACHES_FAULTS: bool = F::CACHES_FAULTS;
     const WRITE_TRACKED: u64 = F::WRITE_TRACKED;
     const PAGE_STEP: u64 = F::PAGE_STEP;
 

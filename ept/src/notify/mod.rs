@@ -157,7 +157,8 @@ impl Notifier {
         Ok(open)
     }
 
-    /// As [`Notifier::open`] for callers that must not wait.
+    /// As [`Notifier::open`] for callers that must not wait. (Closing it waits where a subscriber came while it was
+    /// open, and is being told of it just then.)
     ///
     /// # Errors
     /// [`OpenError::WouldBlock`] where a subscriber has not stopped at once, or no memory.

@@ -90,14 +90,34 @@ impl OpenRange {
 impl Drop for OpenRange {
     fn drop(&mut self) {
         let late = self.state.lock().close(self.id);
-        for entry in self.subscribers.iter().take(self.started) {
+        let started = self.subscribers.iter().take(self.started);
+        let late = late.iter().filter(|one| one.settle()).map(|one| &one.entry);
+        let range = self.range;
+        Ends {
+            left: started.chain(late),
+            range,
+        }
+        .run();
+    }
+}
+
+/// Subscribers that are still to be told of the end: also those after one that panics.
+struct Ends<'s, I: Iterator<Item = &'s Arc<Subscribed>>> {
+    left: I,
+    range: GpaRange,
+}
+
+impl<'s, I: Iterator<Item = &'s Arc<Subscribed>>> Ends<'s, I> {
+    fn run(&mut self) {
+        for entry in &mut self.left {
             entry.subscriber.end(self.range);
         }
-        for one in &late {
-            if one.settle() {
-                one.entry.subscriber.end(self.range);
-            }
-        }
+    }
+}
+
+impl<'s, I: Iterator<Item = &'s Arc<Subscribed>>> Drop for Ends<'s, I> {
+    fn drop(&mut self) {
+        self.run();
     }
 }
 

@@ -32,7 +32,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 flush,
             };
             let ended = walk.run_in_turn(&mut collapsing);
-            settled(Ok(ended), flush)
+            settled(Ok(ended))
         })
     }
 
@@ -79,9 +79,7 @@ impl<'t, 'm, F: HardwareFormat> Collapsing<'_, 't, 'm, F> {
     /// Collapses what is below the entry of `level` under `slot`, which maps `span`, and then the entry itself: from
     /// the lowest level up, because what is below may become leaves first. It goes as deep as there are levels.
     fn collapse(&mut self, slot: &AtomicU64, span: GpaRange, level: Level) {
-        let format = &self.stage2.format;
-        let raw = slot.load(Ordering::SeqCst);
-        let Entry::Table(table) = format.decode(raw, level) else {
+        let Some((_, table)) = self.table_at(slot, level) else {
             return;
         };
         if level > Level::MIB2 {
@@ -94,11 +92,26 @@ impl<'t, 'm, F: HardwareFormat> Collapsing<'_, 't, 'm, F> {
         let Some(leaf) = self.stage2.together(table, level) else {
             return;
         };
-        let new = format.encode(Entry::Leaf(leaf), level);
+        let new = self.stage2.format.encode(Entry::Leaf(leaf), level);
         let new = self.flush.replacing(new);
-        if replace(slot, raw, new).is_ok() {
-            self.stage2.pool.push(self.flush.detached(), table);
-            self.flush.collapsed(span);
+        // Whoever broke the entry may be making it now: it is the same table then, in other words.
+        while let Some((raw, same)) = self.table_at(slot, level)
+            && same == table
+        {
+            if replace(slot, raw, new).is_ok() {
+                self.stage2.pool.push(self.flush.detached(), table);
+                self.flush.collapsed(span);
+                return;
+            }
+        }
+    }
+
+    /// The table that the entry under `slot` points to, if it does, and its raw value.
+    fn table_at(&self, slot: &AtomicU64, level: Level) -> Option<(u64, TableId)> {
+        let raw = slot.load(Ordering::SeqCst);
+        match self.stage2.format.decode(raw, level) {
+            Entry::Table(table) => Some((raw, table)),
+            Entry::Absent | Entry::Leaf(_) => None,
         }
     }
 }

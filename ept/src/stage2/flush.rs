@@ -44,7 +44,7 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
 
     /// What is to be flushed: the smallest range with everything that was changed, and with all that was asked for
     /// where somebody else's flush of it is not done yet. None where nothing is to be flushed. It may be larger than
-    /// needed: by a huge leaf, for example, that was to be split and for which there was no table.
+    /// needed: by a huge leaf across an edge, for example, whose flags somebody else may have taken.
     pub fn interval(&self) -> Option<GpaRange> {
         self.interval
     }
@@ -125,7 +125,7 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
         }
     }
 
-    /// A huge leaf is replaced by a table that says the same.
+    /// A huge leaf was replaced by a table that says the same.
     pub(crate) fn split(&mut self, span: GpaRange) {
         self.tally.splits += 1;
         self.breaks(span);
@@ -142,9 +142,19 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
         }
     }
 
-    /// A write fault was dealt with.
-    pub(super) fn fault(&mut self, fault: WriteFault) {
-        self.faults += u64::from(matches!(fault, WriteFault::Released(_)));
+    /// A write fault at `page` was dealt with. Whoever comes second may have cached the fault as well as the first.
+    pub(super) fn fault(&mut self, fault: WriteFault, page: GpaRange) {
+        let cached = match fault {
+            WriteFault::Released(span) => {
+                self.faults += 1;
+                span
+            }
+            WriteFault::Writable => page,
+            WriteFault::Denied | WriteFault::Absent => return,
+        };
+        if F::CACHES_FAULTS {
+            self.touched(cached);
+        }
     }
 
     /// What the table's figures have more for it.
@@ -155,11 +165,6 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
             faults: self.faults,
             longest_turn_ns: 0,
         }
-    }
-
-    /// The last split did not come about, for want of a table.
-    pub(crate) fn not_split(&mut self) {
-        self.tally.splits = self.tally.splits.saturating_sub(1);
     }
 
     /// A table was replaced by a huge leaf that says the same.
@@ -179,7 +184,8 @@ impl<'t, 'm, F: HardwareFormat> Flush<'t, 'm, F> {
         }
     }
 
-    fn touched(&mut self, span: GpaRange) {
+    /// Translations of `span` may be cached that are not what its entries say.
+    pub(super) fn touched(&mut self, span: GpaRange) {
         self.interval = Some(self.interval.map_or(span, |old| old.hull(&span)));
     }
 }

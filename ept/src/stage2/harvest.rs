@@ -11,7 +11,8 @@ use crate::walk::{Action, Change, Place, Run, Visitor};
 
 impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// Makes every dirty page of `range` clean and gives `record` what was dirty, in ascending order: runs of
-    /// pages, and huge leaves with their true spans. It allocates nothing and cannot fail for memory.
+    /// pages, and huge leaves with their true spans. It allocates nothing and cannot fail for memory. `record` must not
+    /// change the range: it would wait for its own end.
     ///
     /// What is written before the flush may or may not be recorded by this call: it stays dirty then. Leaves
     /// whose format keeps no dirty flag for them are recorded while they may be written.
@@ -68,7 +69,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
             if let Some(last) = taking.pending.take() {
                 (taking.record)(last);
             }
-            settled(Ok(ended), flush)
+            settled(Ok(ended))
         })
     }
 }
@@ -97,26 +98,24 @@ impl<F: HardwareFormat, R: FnMut(GpaRange)> Taking<'_, '_, '_, F, R> {
         if !(self.flag.is_set)(&leaf) {
             return;
         }
+        self.hand_over_unless_met(span);
         let bits = (self.flag.bits)(self.format, raw);
         if raw & bits != 0 {
             // What hardware sets meanwhile, and what is another flag's, stays.
             slot.fetch_and(!bits, Ordering::SeqCst);
             self.flush.changed(span);
         }
-        self.record(span);
+        self.pending = Some(self.pending.map_or(span, |run| run.hull(&span)));
     }
 
-    fn record(&mut self, span: GpaRange) {
-        match self.pending {
-            Some(run) if run.end_page() == span.first_page() => {
-                self.pending = Some(run.hull(&span))
-            }
-            run => {
-                self.pending = Some(span);
-                if let Some(run) = run {
-                    (self.record)(run);
-                }
-            }
+    /// Gives the run away if `span` does not go on with it: before the flag of `span` is cleared, so that a closure
+    /// that panics leaves nothing clean that it was not given.
+    fn hand_over_unless_met(&mut self, span: GpaRange) {
+        if let Some(run) = self.pending
+            && run.end_page() != span.first_page()
+        {
+            self.pending = None;
+            (self.record)(run);
         }
     }
 }
@@ -131,6 +130,10 @@ impl<'t, 'm, 'o, F: HardwareFormat, R: FnMut(GpaRange)> Visitor<'t, Stage2<'m, F
             Entry::Table(_) => Action::Continue,
             Entry::Absent => Action::Skip,
             Entry::Leaf(_) => {
+                if place.part() != place.span() {
+                    // Whoever harvests another part of it may have taken the flag, and not flushed yet.
+                    self.flush.touched(place.span());
+                }
                 self.take(place.slot(), place.raw(), place.level(), place.span());
                 Action::Skip
             }

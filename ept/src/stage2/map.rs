@@ -81,7 +81,7 @@ impl<F: HardwareFormat> Stage2<'_, F> {
     /// Maps `range`, of which nothing is mapped, to the memory from `hpa` on, with the largest leaves that fit.
     ///
     /// No notifier range is needed and nothing is to be flushed: nobody can have a translation of what was
-    /// absent. Of what was unmapped somebody can, until that flush is done: on Arm such a range is refused before it
+    /// absent (on RISC-V a hart may have cached that there is none: HFENCE.GVMA there where it faults all the same). Of what was unmapped somebody can, until that flush is done: on Arm such a range is refused before it
     /// is, elsewhere the guest may reach the old page meanwhile.
     ///
     /// # Errors

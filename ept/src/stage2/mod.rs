@@ -26,6 +26,11 @@
 //! A split inside a range that is open already needs no notification of its own: the notification says that
 //! nobody uses the translations of the range, and a split changes none of them.
 //!
+//! A closure that panics ends its change where it stands. What it was given is its own, and nothing else was taken from
+//! the entries; but nobody can say any more what is to be flushed, so it counts as a flush that is never done: changes
+//! of an overlapping range are to flush all of it, tables that the change took out stay out of use, and on Arm what it
+//! split stays out of the guest's reach.
+//!
 //! Every change of an entry is one atomic read-modify-write, so that the accessed and dirty flags which hardware
 //! sets meanwhile are never lost. Threads change disjoint ranges at once without waiting for each other; changes of
 //! overlapping ranges come one after the other. Walks that only look never wait, and no table that one may be reading
@@ -82,6 +87,8 @@ pub struct Stage2<'m, F> {
 pub enum PoolError {
     /// It is not aligned to this many bytes, as the root must be.
     Misaligned(u64),
+    /// It ends beyond what an entry of the format can point to, which is an address of so many bits.
+    Unreachable(u32),
     /// It has fewer 64-bit words than the root needs.
     TooSmall(usize),
     /// There is no memory for the list of free tables.
@@ -92,6 +99,12 @@ impl fmt::Display for PoolError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Misaligned(bytes) => write!(f, "the tables are not aligned to {bytes} bytes"),
+            Self::Unreachable(bits) => {
+                write!(
+                    f,
+                    "the tables lie beyond the {bits} bits of an entry's address"
+                )
+            }
             Self::TooSmall(words) => write!(f, "the root alone takes {words} words"),
             Self::OutOfMemory(_) => f.write_str("no memory for the list of free tables"),
         }
@@ -102,7 +115,7 @@ impl core::error::Error for PoolError {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
             Self::OutOfMemory(source) => Some(source),
-            Self::Misaligned(_) | Self::TooSmall(_) => None,
+            Self::Misaligned(_) | Self::Unreachable(_) | Self::TooSmall(_) => None,
         }
     }
 }
@@ -179,7 +192,7 @@ pub(crate) const UNFLUSHED: &str =
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Entries whose old translation is to be flushed; a huge leaf is one. What a write fault gave back is not counted:
-    /// a stale translation there only faults once more.
+    /// a stale translation there is only too strict.
     pub entries: u64,
     /// Huge leaves that were split for it. A write fault's split is to be flushed only where the format breaks.
     pub splits: u64,
@@ -192,7 +205,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     /// tables of 4 KiB each; it is used by nobody else while the hardware may walk it.
     ///
     /// # Errors
-    /// Memory that cannot hold the root.
+    /// Memory that cannot hold the root, or that entries cannot point to.
     pub fn new(format: F, words: &'m [AtomicU64], base: Hpa) -> Result<Self, PoolError> {
         let stage2 = Self::over(format, words, base)?;
         for word in stage2.root() {
@@ -210,6 +223,11 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         if !base.0.is_multiple_of(alignment) {
             return Err(PoolError::Misaligned(alignment));
         }
+        let end = base.0.checked_add(size_of_val(words) as u64);
+        let bits = format.hpa_bits();
+        if end.is_none_or(|end| end > 1 << bits) {
+            return Err(PoolError::Unreachable(bits));
+        }
         if words.len() < root_tables * TABLE_ENTRIES {
             return Err(PoolError::TooSmall(root_tables * TABLE_ENTRIES));
         }
@@ -218,14 +236,14 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
             format,
             geometry,
             pool,
-            order: Order::new(None),
+            order: Order::new(),
         })
     }
 
     /// The same table with a clock, so that it can say for how long changes held their range.
     #[must_use]
     pub fn with_clock(mut self, clock: Clock) -> Self {
-        self.order = Order::new(Some(clock));
+        self.order.set_clock(clock);
         self
     }
 
@@ -412,19 +430,13 @@ impl<F> fmt::Debug for Stage2<'_, F> {
 /// The stop of a walk that never stops.
 enum Never {}
 
-/// How a changing walk ended, whose last split is taken out of `flush` where there was no table for it.
-fn settled<F: HardwareFormat>(
-    ended: Result<Outcome<Never>, Exhausted>,
-    flush: &mut Flush<'_, '_, F>,
-) -> Result<(), ChangeError> {
+/// How a changing walk ended.
+fn settled(ended: Result<Outcome<Never>, Exhausted>) -> Result<(), ChangeError> {
     match ended {
         Ok(Outcome::Completed) => Ok(()),
         Ok(Outcome::Stopped { value, .. }) => match value {},
         Ok(Outcome::Contended { at }) => Err(ChangeError::Contended { reached: at }),
-        Err(Exhausted { reached }) => {
-            flush.not_split();
-            Err(ChangeError::Exhausted { reached })
-        }
+        Err(Exhausted { reached }) => Err(ChangeError::Exhausted { reached }),
     }
 }
 
@@ -438,7 +450,7 @@ where
     let part = run.part();
     let base = run.span().first_page();
     let index = |page: u64| usize::try_from(page - base).unwrap_or(usize::MAX);
-    let slots = &run.table()[index(part.first_page())..index(part.end_page())];
+    let slots = &run.live_table()[index(part.first_page())..index(part.end_page())];
     (part.first_page()..).zip(slots)
 }
 

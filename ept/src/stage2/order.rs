@@ -1,8 +1,12 @@
 //! Who changes which range now, and which changes still wait for their flush.
 //!
 //! Every change takes a [`Turn`] on its range first. Turns on overlapping ranges come one after the other, in the
-//! order in which they were asked for; turns on disjoint ranges do not wait for each other. A turn is not a lock on
-//! tables: it is the range itself that is held, so that two threads below one table get on side by side.
+//! order in which they got a place in the list; turns on disjoint ranges do not wait for each other. A turn is not a
+//! lock on tables: it is the range itself that is held, so that two threads below one table get on side by side.
+//!
+//! Some places are kept for changes that can begin at once, so that a crowd that waits for one range holds up nobody
+//! elsewhere; whoever finds no place comes again. Only where flushes that nobody does have taken all places is that an
+//! error.
 //!
 //! A change that owes a flush keeps its place in the list until that is done. Whoever changes an overlapping range
 //! meanwhile may find entries changed already whose old translations are still cached: it must flush its whole
@@ -16,7 +20,10 @@ use crate::sync::{SpinLock, relax};
 /// Changes that are going on or wait for their flush at one time.
 const PLACES: usize = 64;
 
-/// Turns of waiting for a place before it is said that there is none.
+/// Places that are not given to changes that have to wait.
+const KEPT_FREE: u32 = 16;
+
+/// Turns of waiting for a flush where all places wait for one, before it is said that nobody does them.
 const PATIENCE: u32 = 1 << 16;
 
 /// Which changes are going on, or wait for their flush.
@@ -80,7 +87,12 @@ impl Default for State {
 }
 
 impl State {
+    /// A place for a change of `range`; `None` if there is none for it now.
     fn enter(&mut self, range: GpaRange) -> Option<PlaceId> {
+        let is_full = self.taken.count_zeros() <= KEPT_FREE;
+        if is_full && self.changing().any(|place| place.range.overlaps(&range)) {
+            return None;
+        }
         let free = self.taken.trailing_ones();
         let index = usize::try_from(free).ok()?;
         *self.places.get_mut(index)? = Place {
@@ -101,17 +113,27 @@ impl State {
         self.taken &= !(1 << id.0);
     }
 
+    /// The places in `set`, a bit for each.
+    fn places(&self, mut set: u64) -> impl Iterator<Item = &Place> {
+        core::iter::from_fn(move || {
+            let index = usize::try_from(set.trailing_zeros()).ok()?;
+            let place = self.places.get(index)?;
+            set &= set - 1;
+            Some(place)
+        })
+    }
+
+    /// The changes that are not over.
+    fn changing(&self) -> impl Iterator<Item = &Place> {
+        self.places(self.taken)
+            .filter(|place| matches!(place.phase, Phase::Changing))
+    }
+
     /// The other changes that overlap the one at `id`.
     fn overlapping(&self, id: PlaceId) -> impl Iterator<Item = &Place> {
         let range = self.places[usize::from(id.0)].range;
-        let mut others = self.taken & !(1 << id.0);
-        core::iter::from_fn(move || {
-            let index = usize::try_from(others.trailing_zeros()).ok()?;
-            let place = self.places.get(index)?;
-            others &= others - 1;
-            Some(place)
-        })
-        .filter(move |place| place.range.overlaps(&range))
+        self.places(self.taken & !(1 << id.0))
+            .filter(move |place| place.range.overlaps(&range))
     }
 
     fn must_wait(&self, id: PlaceId) -> bool {
@@ -127,11 +149,15 @@ impl State {
 }
 
 impl Order {
-    pub(super) fn new(clock: Option<Clock>) -> Self {
+    pub(super) fn new() -> Self {
         Self {
             state: SpinLock::new(State::default()),
-            clock,
+            clock: None,
         }
+    }
+
+    pub(super) fn set_clock(&mut self, clock: Clock) {
+        self.clock = Some(clock);
     }
 
     /// The figures so far.
@@ -141,27 +167,33 @@ impl Order {
 
     /// Waits for the turn of a change of `range`.
     pub(super) fn turn(&self, range: GpaRange) -> Result<Turn<'_>, NoPlace> {
-        let id = self.enter(range)?;
+        let mut turn = Turn {
+            order: self,
+            id: self.enter(range)?,
+            began_ns: 0,
+        };
         let mut spins = 0;
-        while self.state.lock().must_wait(id) {
+        while self.state.lock().must_wait(turn.id) {
             relax(&mut spins);
         }
-        Ok(Turn {
-            order: self,
-            began_ns: now_ns(self.clock),
-            id,
-        })
+        turn.began_ns = now_ns(self.clock);
+        Ok(turn)
     }
 
     fn enter(&self, range: GpaRange) -> Result<PlaceId, NoPlace> {
-        let mut spins = 0;
-        for _ in 0..PATIENCE {
-            if let Some(id) = self.state.lock().enter(range) {
+        let (mut spins, mut patience) = (0, PATIENCE);
+        loop {
+            let mut state = self.state.lock();
+            if let Some(id) = state.enter(range) {
                 return Ok(id);
             }
+            patience = match state.changing().next() {
+                Some(_) => PATIENCE,
+                None => patience.checked_sub(1).ok_or(NoPlace)?,
+            };
+            drop(state);
             relax(&mut spins);
         }
-        Err(NoPlace)
     }
 
     /// The change at `id` was flushed.

@@ -49,7 +49,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
     ) -> (Flush<'t, 'm, F>, Result<(), ChangeError>) {
         self.change(range, open, |walk, flush| {
             let ended = walk.run_allocating_in_turn(&mut Splitting { largest, flush });
-            settled(ended, flush)
+            settled(ended)
         })
     }
 
@@ -77,7 +77,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 flush,
             };
             let ended = walk.run_allocating_in_turn(&mut rewriting);
-            settled(ended, flush)
+            settled(ended)
         })
     }
 }
@@ -101,6 +101,10 @@ where
         self.flush.replacing(table)
     }
 
+    fn was_split(&mut self, span: GpaRange) {
+        self.flush.split(span);
+    }
+
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, A>) -> Action<Never> {
         match place.entry() {
             Entry::Table(_) => Action::Continue,
@@ -112,7 +116,6 @@ where
                     return Action::Skip;
                 }
                 if place.part() != span {
-                    self.flush.split(span);
                     return Action::Split;
                 }
                 if replace(place.slot(), raw, new).is_err() {
@@ -160,13 +163,14 @@ impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
         self.flush.replacing(table)
     }
 
+    fn was_split(&mut self, span: GpaRange) {
+        self.flush.split(span);
+    }
+
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<Never> {
         match place.entry() {
             Entry::Table(_) => Action::Continue,
-            Entry::Leaf(_) if place.level() > self.largest => {
-                self.flush.split(place.span());
-                Action::Split
-            }
+            Entry::Leaf(_) if place.level() > self.largest => Action::Split,
             Entry::Absent | Entry::Leaf(_) => Action::Skip,
         }
     }

@@ -7,7 +7,8 @@ use crate::walk::{Action, Outcome, Place, Record, Run, Visitor, Walk};
 
 impl<F: HardwareFormat> Stage2<'_, F> {
     /// Makes every table that mapping `range` page by page can need, so that it cannot run out of tables later, however
-    /// many others take meanwhile. Nothing is mapped by it. The tables stay until a whole unmap takes them out.
+    /// many others take meanwhile. Nothing is mapped by it. The tables stay until an
+    /// unmap of all that they describe, or a collapse, takes them out.
     ///
     /// Huge leaves stay what they are: [`Stage2::split`] those.
     ///

@@ -62,16 +62,19 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                 flush,
             };
             let ended = Walk::record(self, range).run_allocating_in_turn(&mut releasing);
-            settled(ended, flush)
+            settled(ended)
         })
     }
 
     /// The guest's write to `gpa` faulted. Where the right to write is withheld it is given back, and `record` is
-    /// told what became writable; it is called after that, so that no harvest can take the record and leave the page
-    /// writable. A huge leaf is split down to 4 KiB for it; where no table is left it is released whole.
+    /// told what became writable: after that, so that no harvest can take the record and leave the page writable, and
+    /// before anybody else changes the page, so that a harvest that withholds the right again finds the record.
+    /// `record` must not change the page itself: it would wait for its own end. A huge leaf is split down to 4 KiB for
+    /// the page; where no table is left it is released whole.
     ///
-    /// No notifier range is needed: the guest may only do more than before. The flush has an interval only where a
-    /// split needs break-before-make, or where somebody else's flush of the page is not done yet.
+    /// No notifier range is needed: the guest may only do more than before. The flush has an interval where hardware
+    /// may have cached that the write faults ([`HardwareFormat::CACHES_FAULTS`]; it is enough to flush where the guest
+    /// faulted), where a split needs break-before-make, and where somebody else's flush of the page is not done yet.
     ///
     /// # Errors
     /// [`ChangeError::Beyond`], [`ChangeError::Contended`], [`ChangeError::Unflushed`]; nothing was released.
@@ -94,23 +97,22 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
                     Ok(Outcome::Completed) => break Ok(()),
                     Ok(Outcome::Stopped { value, .. }) => {
                         found = value;
-                        flush.fault(value);
+                        flush.fault(value, range);
                         break Ok(());
                     }
                     Ok(Outcome::Contended { at }) => {
                         break Err(ChangeError::Contended { reached: at });
                     }
                     // The next huge leaf is released as it is.
-                    Err(_) => {
-                        flush.not_split();
-                        smallest = self.geometry.root_level();
-                    }
+                    Err(_) => smallest = self.geometry.root_level(),
                 }
             }
+            .inspect(|()| {
+                if let WriteFault::Released(span) = found {
+                    record(span);
+                }
+            })
         });
-        if let WriteFault::Released(span) = found {
-            record(span);
-        }
         (flush, result.map(|()| found))
     }
 }
@@ -154,11 +156,14 @@ impl<'t, 'm, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Record> for Releasing
         self.flush.replacing(table)
     }
 
+    fn was_split(&mut self, span: GpaRange) {
+        self.flush.split_unseen(span);
+    }
+
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Record>) -> Action<WriteFault> {
         match place.entry() {
             Entry::Table(_) => Action::Continue,
             Entry::Leaf(leaf) if leaf.write_tracked && place.level() > self.smallest => {
-                self.flush.split_unseen(place.span());
                 Action::Split
             }
             Entry::Absent | Entry::Leaf(_) => {

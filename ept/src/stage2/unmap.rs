@@ -31,7 +31,7 @@ impl<'m, F: HardwareFormat> Stage2<'m, F> {
         self.change(range, open, |walk, flush| {
             let stage2 = self;
             let ended = walk.run_allocating_in_turn(&mut Unmapping { stage2, flush });
-            settled(ended, flush)
+            settled(ended)
         })
     }
 
@@ -64,14 +64,15 @@ impl<'t, 'm, 'o, F: HardwareFormat> Visitor<'t, Stage2<'m, F>, Change<'o>>
         self.flush.replacing(table)
     }
 
+    fn was_split(&mut self, span: GpaRange) {
+        self.flush.split(span);
+    }
+
     fn entry(&mut self, place: &Place<'_, 't, Stage2<'m, F>, Change<'o>>) -> Action<super::Never> {
         let whole = place.part() == place.span();
         match place.entry() {
             Entry::Absent => Action::Skip,
-            Entry::Leaf(_) if !whole => {
-                self.flush.split(place.span());
-                Action::Split
-            }
+            Entry::Leaf(_) if !whole => Action::Split,
             Entry::Table(_) if !whole => Action::Continue,
             entry => {
                 if replace(place.slot(), place.raw(), 0).is_err() {

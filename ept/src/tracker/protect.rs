@@ -16,7 +16,7 @@ use crate::walk::{NotOpen, Walk};
 pub enum ProtectError {
     /// The page at this address lies in no region.
     Outside(Gpa),
-    /// Memory of this kind cannot be write-protected: nothing writes to it natively.
+    /// Memory of this kind cannot be write-protected: nothing writes to it natively, or it is copied on a write.
     Kind {
         /// Where.
         gpa: Gpa,
@@ -118,7 +118,7 @@ impl Tracker {
             }
             match region.kind {
                 RegionKind::Ram | RegionKind::DeviceRam => next = part.end_page(),
-                kind @ (RegionKind::Rom | RegionKind::Trapped) => {
+                kind @ (RegionKind::Rom | RegionKind::Trapped | RegionKind::CopyOnWrite) => {
                     let gpa = part.start();
                     return Err(ProtectError::Kind { gpa, kind });
                 }

@@ -271,7 +271,7 @@ impl<'t, B: Bits, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
     #[inline]
     fn run(&mut self, run: &Run<'_, 't, Tree<PLANES>, Record>) -> Action<Never> {
         let (base, uppers) = (run.span().first_page(), run.ancestors());
-        self.tally.newly += mark_words(run.table(), base, run.part(), self.bits, uppers);
+        self.tally.newly += mark_words(run.live_table(), base, run.part(), self.bits, uppers);
         Action::Continue
     }
 }

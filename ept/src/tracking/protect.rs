@@ -168,7 +168,7 @@ impl<'t, A: Writes, const PLANES: usize> Visitor<'t, Tree<PLANES>, A> for Toggli
 
     fn run(&mut self, run: &Run<'_, 't, Tree<PLANES>, A>) -> Action<Never> {
         let (base, part) = (run.span().first_page(), run.part());
-        let plane = run.table().plane(Plane::Protected);
+        let plane = run.live_table().plane(Plane::Protected);
         for (word, mask) in masks(base, part) {
             // A word is only written where there is something to change.
             let old = plane[word].load(Ordering::SeqCst);

@@ -271,7 +271,7 @@ impl<'t, S: Sink, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
             return Action::Stop(Stop::NoRoom);
         }
         let (base, part) = (run.span().first_page(), run.part());
-        let plane = run.table().plane(Plane::Dirty);
+        let plane = run.live_table().plane(Plane::Dirty);
         // All are read before any is written: what follows an exchange waits for it.
         let seen: [u64; PLANE_WORDS] =
             core::array::from_fn(|word| plane[word].load(Ordering::SeqCst));

@@ -136,6 +136,11 @@ pub trait Visitor<'t, T: Tables, A> {
         table
     }
 
+    /// A live leaf, which mapped `span`, is now a table that says the same.
+    fn was_split(&mut self, span: GpaRange) {
+        let _ = span;
+    }
+
     /// The part of one leaf table that lies in the range. `Descend`, `Skip` and `Split` mean
     /// `Continue` here.
     fn run(&mut self, run: &Run<'_, 't, T, A>) -> Action<Self::Stop>;
@@ -181,6 +186,9 @@ impl<'t, 'o, T: Tables> Walk<'t, T, Change<'o>> {
     /// ranges overlap, note what is to be flushed, and break before they make on Arm. A walk of one's own does none of
     /// that for its visitor: nobody else may change the range meanwhile, and where the format
     /// [breaks](crate::format::HardwareFormat::BREAKS), [`Stage2::split`](crate::stage2::Stage2::split) comes first.
+    ///
+    /// `open` is taken as the proof that nobody uses the range's translations. It is one where it is of the notifier
+    /// that they all subscribe to, which is for the caller to know: a notifier without subscribers proves nothing.
     ///
     /// It cannot outlast the open range:
     ///
@@ -339,7 +347,12 @@ where
                 Entry::Absent | Entry::Table(_) => table,
             };
             match growth.fill(cursor, raw, entry, replacing)? {
-                Filled::Linked(table) => Ok(enter(cursor, visitor, table)),
+                Filled::Linked(table) => {
+                    if let Entry::Leaf(_) = entry {
+                        visitor.was_split(cursor.span());
+                    }
+                    Ok(enter(cursor, visitor, table))
+                }
                 Filled::Changed => Ok(Step::Same),
                 Filled::Never => {
                     cursor.advance();

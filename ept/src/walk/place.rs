@@ -82,9 +82,28 @@ impl<'c, 't, T: Tables, A> Place<'c, 't, T, A> {
 }
 
 impl<'t, T: Tables, A: Writes> Place<'_, 't, T, A> {
-    /// The live entry. A change of it is one atomic read-modify-write; where a compare-exchange
+    /// The live entry, lent for this visit. A change of it is one atomic read-modify-write; where a compare-exchange
     /// against [`Place::raw`] fails, answer [`Action::Again`](crate::walk::Action::Again).
-    pub fn slot(&self) -> &'t AtomicU64 {
+    ///
+    /// It cannot be kept for when the open range is closed:
+    ///
+    /// ```compile_fail
+    /// # use core::sync::atomic::AtomicU64;
+    /// # use ept::format::Tables;
+    /// # use ept::walk::{Action, Change, Place, Run, Visitor};
+    /// struct Keep<'t>(Vec<&'t AtomicU64>);
+    /// impl<'t, 'o, T: Tables> Visitor<'t, T, Change<'o>> for Keep<'t> {
+    ///     type Stop = ();
+    ///     fn entry(&mut self, place: &Place<'_, 't, T, Change<'o>>) -> Action<()> {
+    ///         self.0.push(place.slot());
+    ///         Action::Continue
+    ///     }
+    ///     fn run(&mut self, _: &Run<'_, 't, T, Change<'o>>) -> Action<()> {
+    ///         Action::Continue
+    ///     }
+    /// }
+    /// ```
+    pub fn slot(&self) -> &AtomicU64 {
         self.cursor.slot()
     }
 
@@ -98,6 +117,7 @@ impl<'t, T: Tables, A: Writes> Place<'_, 't, T, A> {
 /// The part of one leaf table that lies in the walk's range.
 pub struct Run<'c, 't, T: Tables, A> {
     cursor: &'c Cursor<'t, T>,
+    id: TableId,
     table: T::Leaf<'t>,
     access: PhantomData<A>,
 }
@@ -107,6 +127,7 @@ impl<'c, 't, T: Tables, A> Run<'c, 't, T, A> {
     pub(crate) fn new(cursor: &'c Cursor<'t, T>, table: TableId) -> Self {
         Self {
             cursor,
+            id: table,
             table: cursor.tables().leaf(table),
             access: PhantomData,
         }
@@ -136,9 +157,16 @@ impl<'c, 't, T: Tables, A> Run<'c, 't, T, A> {
 }
 
 impl<'t, T: Tables, A: Writes> Run<'_, 't, T, A> {
-    /// The live table.
+    /// The live table, lent for this visit as [`Place::slot`] is.
     #[inline]
-    pub fn table(&self) -> T::Leaf<'t> {
+    pub fn table(&self) -> T::Leaf<'_> {
+        let tables: &T = self.cursor.tables();
+        tables.leaf(self.id)
+    }
+
+    /// The live table, for as long as the tables are lent.
+    #[inline]
+    pub(crate) fn live_table(&self) -> T::Leaf<'t> {
         self.table
     }
 

@@ -29,6 +29,7 @@ pub(crate) fn ragged_regions() -> Vec<Region> {
         (700, 705, RegionKind::Rom),
         (1000, 2600, RegionKind::DeviceRam),
         (2610, 2615, RegionKind::Trapped),
+        (2620, 2625, RegionKind::CopyOnWrite),
         (SPACE - 1500, SPACE, RegionKind::Ram),
     ]
     .map(|(first, end, kind)| Region {
