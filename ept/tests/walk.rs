@@ -409,7 +409,10 @@ fn s3_descend_makes_tables_and_split_divides() {
             "a leaf is not descended into"
         );
     }
-    assert_eq!(run(&store, pages(520, 523), Action::Split), [pages(520, 523)]);
+    assert_eq!(
+        run(&store, pages(520, 523), Action::Split),
+        [pages(520, 523)]
+    );
     let read = look(&store, 512, 1024);
     assert_eq!((read.found.len(), read.wide, read.holes), (512, 0, 0));
     for passed_over in [Action::Continue, Action::Split, Action::Skip] {

@@ -33,6 +33,10 @@ fn tracker(region: GpaRange) -> (Arc<Tracker>, Epoch) {
 fn nothing_is_lost(region: GpaRange, written: [u64; 2], reserve: GpaRange) {
     let (tracker, epoch) = tracker(region);
     tracker.reserve(reserve).unwrap();
+    marks_and_harvests(&tracker, &epoch, written);
+}
+
+fn marks_and_harvests(tracker: &Arc<Tracker>, epoch: &Epoch, written: [u64; 2]) {
     let data = Arc::new([0, 1].map(|_| AtomicU64::new(0)));
     let writer = {
         let (tracker, data) = (tracker.clone(), data.clone());
@@ -152,5 +156,83 @@ fn one_harvest_hides_nothing_from_another() {
         assert!(harvest.contains(gpa(3)));
         harvest.commit();
         other.join().unwrap();
+    });
+}
+
+/// S16: as above for marks of several pages at once, which go another way: the bits of a word together.
+#[test]
+fn a_run_of_marks_is_harvested() {
+    explore("marks of two pages against harvest", 10, || {
+        let (tracker, epoch) = tracker(pages(0, 1024));
+        tracker.reserve(pages(0, 512)).unwrap();
+        let data = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let (tracker, data) = (tracker.clone(), data.clone());
+            spawn(move || {
+                tracker.mark(gpa(100), 2 << 12, Source::Vcpu);
+                data.store(1, Ordering::Relaxed);
+                tracker.mark(gpa(3), 2 << 12, Source::Vcpu);
+            })
+        };
+        let mut copy = 0;
+        let mut harvest = || {
+            let harvest = epoch.harvest(ALL).unwrap();
+            if harvest.contains(gpa(3)) {
+                copy = data.load(Ordering::Relaxed);
+            }
+            harvest.commit();
+        };
+        harvest();
+        writer.join().unwrap();
+        harvest();
+        assert_eq!(copy, 1);
+    });
+}
+
+/// S16: whoever has marked finds its page in its own harvest, also where somebody else has set the bit, or a summary
+/// bit, and stands still on the way to the root.
+#[test]
+fn a_marker_relies_on_nobody() {
+    for second in NEIGHBOURS {
+        explore("mark against mark and harvest", 10, move || {
+            let (tracker, epoch) = tracker(pages(0, 1 << 19));
+            tracker.reserve(pages(0, 512)).unwrap();
+            finds_its_own(&tracker, &epoch, second);
+        });
+    }
+}
+
+fn finds_its_own(tracker: &Arc<Tracker>, epoch: &Epoch, page: u64) {
+    let other = {
+        let tracker = tracker.clone();
+        spawn(move || tracker.mark(gpa(NEIGHBOURS[0]), 1, Source::Device))
+    };
+    tracker.mark(gpa(page), 1, Source::Vcpu);
+    let harvest = epoch.harvest(ALL).unwrap();
+    let found = harvest.contains(gpa(page));
+    harvest.commit();
+    assert!(found);
+    other.join().unwrap();
+}
+
+/// S16: both of the above where there is no detail: the whole entry is marked.
+#[test]
+fn a_coarse_mark_is_harvested() {
+    let coarse = || {
+        let region = Region {
+            range: pages(0, 1024),
+            kind: RegionKind::Ram,
+        };
+        let tracker = Arc::new(Tracker::with_table_limit(&[region], 0).unwrap());
+        let epoch = Epoch::begin(&tracker, "migration", Start::Clean).unwrap();
+        (tracker, epoch)
+    };
+    explore("coarse marks against harvest", 10, move || {
+        let (tracker, epoch) = coarse();
+        marks_and_harvests(&tracker, &epoch, NEIGHBOURS);
+    });
+    explore("coarse mark against mark and harvest", 10, move || {
+        let (tracker, epoch) = coarse();
+        finds_its_own(&tracker, &epoch, NEIGHBOURS[1]);
     });
 }

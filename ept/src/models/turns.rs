@@ -86,3 +86,31 @@ fn a_split_by_two_is_made() {
         assert_eq!(world.available(), 1, "the loser's table has come back");
     });
 }
+
+/// Break-before-make: whoever makes its entries makes no others, also where its place in the list is another's at once;
+/// and a collapse is not given up because the entry was made meanwhile.
+#[test]
+fn done_makes_its_own_only() {
+    explore("done against a collapse", 10, || {
+        let world = Arc::new(World::new(arm(), 2));
+        world.map(pages(0, 1024), Hpa(0), all(Level::MIB2)).unwrap();
+        let (flush, result) = world.split(pages(0, 1024), Level::PAGE, &open());
+        result.unwrap();
+        let (beside, result) = world.collapse(pages(512, 512), Level::MIB2, &open());
+        result.unwrap();
+        beside.done();
+        let other = {
+            let world = Arc::clone(&world);
+            spawn(move || {
+                let (flush, result) = world.collapse(pages(0, 512), Level::MIB2, &open());
+                result.unwrap();
+                assert_eq!(flush.tally().collapses, 1);
+                assert!(!world.is_made(0), "not flushed yet");
+                flush.done();
+                assert!(world.is_made(0));
+            })
+        };
+        flush.done();
+        other.join().unwrap();
+    });
+}

@@ -8,6 +8,7 @@ use super::small::{World, all, leaf_at, npt, open, pages};
 use super::{explore, spawn};
 use crate::addr::{Hpa, Level};
 use crate::format::{Leaf, Npt};
+use crate::stage2::MapError;
 
 const BASE: Hpa = Hpa(0x4000_0000);
 
@@ -31,9 +32,11 @@ fn a_map_is_seen_whole_or_not_at_all() {
     explore("walker against mapper of a whole table", 5, || {
         let world = Arc::new(World::new(npt(), 1));
         let seen = look(&world, 3);
-        world.map(pages(0, 512), BASE, all(Level::PAGE)).unwrap();
+        let mapped = world.map(pages(0, 512), BASE, all(Level::PAGE));
         let seen = seen.join().unwrap();
         assert!(seen.is_none_or(|leaf| leaf.hpa == Hpa(BASE.0 + 0x3000)));
+        // The table may have waited for the walker.
+        assert!(matches!(mapped, Ok(()) | Err(MapError::Exhausted(_))));
     });
 }
 
@@ -69,5 +72,24 @@ fn a_collapse_changes_no_translation() {
             [BASE, Hpa(BASE.0 + 0x3000)].contains(&seen.hpa),
             "{taken:?}"
         );
+    });
+}
+
+/// S8: a table that was in use before is linked when it says what it is to say, and nothing of what it said.
+#[test]
+fn a_recycled_table_is_seen_whole() {
+    explore("walker against mapper of a recycled table", 10, || {
+        let world = Arc::new(World::new(npt(), 1));
+        let old = Hpa(0x8000_0000);
+        world.map(pages(512, 512), old, all(Level::PAGE)).unwrap();
+        let (flush, result) = world.unmap(pages(512, 512), &open());
+        result.unwrap();
+        flush.done();
+        let seen = look(&world, 3);
+        let mapped = world.map(pages(0, 512), BASE, all(Level::PAGE));
+        let seen = seen.join().unwrap();
+        assert!(seen.is_none_or(|leaf| leaf.hpa == Hpa(BASE.0 + 0x3000)));
+        // The table may have waited for the walker.
+        assert!(matches!(mapped, Ok(()) | Err(MapError::Exhausted(_))));
     });
 }

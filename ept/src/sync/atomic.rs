@@ -11,6 +11,10 @@ pub(crate) use modelled::*;
 /// before another thread's store. Here a `SeqCst` load is a read-modify-write that changes nothing, which returns the
 /// latest value: all `SeqCst` accesses are in the one order in which loom runs them, as the language says. It acquires
 /// as a load does, and releases nothing. Loads of any other strength are loom's own.
+///
+/// So the models do not tell `SeqCst` from `AcqRel` on read-modify-writes: that marks, summaries and crowds need the
+/// stronger one is argued where they are. And such a load is a write to loom: beside plain stores to the same atomic it
+/// may return an old value that no machine would; the models write with read-modify-writes what is loaded so.
 #[cfg(loom)]
 mod modelled {
     #![allow(
