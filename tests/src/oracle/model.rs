@@ -51,6 +51,8 @@ pub struct Shape {
     /// Whether the translations of a leaf must be forgotten before a table may stand in its place, though it says
     /// the same (break-before-make).
     pub breaks: bool,
+    /// Whether a permission fault may be cached, so that what is allowed later faults until it is forgotten.
+    pub caches_faults: bool,
 }
 
 impl Shape {
@@ -618,6 +620,9 @@ impl Model {
                 return Fault::Absent;
             };
             if leaf.allows(Access::Write) {
+                if self.shape.caches_faults {
+                    report.touched(&(page..page + 1));
+                }
                 return Fault::Writable;
             }
             if !leaf.tracked {
@@ -637,6 +642,9 @@ impl Model {
             };
             self.leaves.insert(first, released);
             report.record(&span);
+            if self.shape.caches_faults {
+                report.touched(&span);
+            }
             return Fault::Released(span);
         }
     }
@@ -650,6 +658,10 @@ impl Model {
     ) -> Result<(), Failure> {
         let mut taken = Report::new(Ok(()));
         self.each_leaf(range, report, |span, mut leaf| {
+            // Somebody may have taken the flag for another part of the leaf, and not flushed.
+            if span.start < range.start || span.end > range.end {
+                taken.touched(span);
+            }
             if !std::mem::take(flag(&mut leaf)) {
                 return Step::Keep;
             }
@@ -657,6 +669,9 @@ impl Model {
             Step::Replace(leaf)
         })?;
         report.recorded = taken.recorded;
+        if let Some(across) = taken.interval {
+            report.touched(&across);
+        }
         Ok(())
     }
 

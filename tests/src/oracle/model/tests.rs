@@ -12,6 +12,7 @@ const SHAPE: Shape = Shape {
     memory: &[MemoryType::WriteBack],
     no_memory: MemoryType::Other(7),
     breaks: false,
+    caches_faults: false,
 };
 
 const MIB2: u64 = 512;
