@@ -8,6 +8,7 @@
 mod debug_exit;
 mod mmio;
 mod ports;
+mod rate_limit;
 mod reset;
 mod serial;
 pub mod virtio;
@@ -15,6 +16,7 @@ pub mod virtio;
 pub use debug_exit::{DEBUG_EXIT_PORT, DebugExit};
 pub use mmio::{MmioBus, MmioDevice, MmioError, MmioRange};
 pub use ports::{PortBus, PortDevice, PortRange, PortsError};
+pub use rate_limit::{Rate, RateLimit};
 pub use reset::{I8042_PORT, I8042_PORTS, ResetController};
 pub use serial::{
     COM1_INTERRUPT, COM1_PORT, COM1_PORTS, Serial, SerialError, SerialInput, SerialOutput,

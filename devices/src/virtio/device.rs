@@ -67,6 +67,21 @@ pub struct Identity {
     pub queue_sizes: Vec<u16>,
     /// Its configuration space, and what it knows of features.
     pub config: Arc<dyn ConfigSpace>,
+    /// What it has done.
+    pub counters: Arc<dyn Counters>,
+}
+
+/// What a device has done since it was made, read by any thread.
+pub trait Counters: Send + Sync {
+    /// Names and values.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// A device that counts nothing.
+impl Counters for () {
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }
 
 /// A device's configuration space (2.5), read by vCPU threads.

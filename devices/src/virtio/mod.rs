@@ -13,6 +13,7 @@
 //! What a driver does wrong ends the device until it is reset (DEVICE_NEEDS_RESET) and nothing else: chains
 //! are checked whole before a device sees them, and one wake-up of the worker does bounded work.
 
+mod block;
 mod buffer;
 mod device;
 mod interrupt;
@@ -29,9 +30,11 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use block::{Access, Block, BlockConfig, BlockSnapshot};
 pub use buffer::Buffer;
 pub use device::{
-    ConfigSpace, Device, DeviceError, DeviceStateError, Identity, Token, Watch, read_config,
+    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
+    read_config,
 };
 pub use interrupt::Interrupt;
 pub use queue::{Chain, QueueError, QueueSnapshot};

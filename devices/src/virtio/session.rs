@@ -20,6 +20,8 @@ const CHAINS_A_TURN: u32 = 256;
 pub enum Outcome {
     /// It is done; so many bytes of its writable memory were written.
     Done(u32),
+    /// It is done, and was given back already.
+    Completed,
     /// It cannot be begun now: it goes back, and so do those behind it.
     Later,
 }
@@ -388,6 +390,7 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
                 let head = chain.head;
                 match serve(self, chain)? {
                     Outcome::Done(written) => self.complete(queue, head, written)?,
+                    Outcome::Completed => {}
                     Outcome::Later => {
                         self.put_back(queue);
                         return Ok(self.signal(queue)?);

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::block::BlockSnapshot;
 use super::queue::QueueSnapshot;
 
 /// The state of a device: its registers, its queues, and what only its kind has.
@@ -43,6 +44,8 @@ pub struct TransportSnapshot {
 /// What only one kind of device has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceSnapshot {
+    /// A block device.
+    Block(BlockSnapshot),
     /// An entropy device: it remembers nothing.
     Entropy,
     /// A device of the unit tests.

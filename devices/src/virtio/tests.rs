@@ -50,6 +50,7 @@ impl<M: GuestAddressSpace> Device<M> for Echo {
             features: 3,
             queue_sizes: vec![64, 16],
             config: Arc::clone(&self.log) as _,
+            counters: Arc::new(()),
         }
     }
     fn started(&mut self, _: Session<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {

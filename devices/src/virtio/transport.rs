@@ -222,6 +222,12 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
         &self.shared.notifiers
     }
 
+    /// What the device has done since it was made.
+    #[must_use]
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.identity.counters.counters()
+    }
+
     /// Its interrupt.
     #[must_use]
     pub fn interrupt(&self) -> &Interrupt {
