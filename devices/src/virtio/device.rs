@@ -94,6 +94,9 @@ pub trait ConfigSpace: Send + Sync {
         let _ignored = (offset, data);
     }
 
+    /// The driver resets the device. Unlike [`Device::reset`], this is done when the driver goes on.
+    fn reset(&self) {}
+
     /// Whether these features, all of them offered, go together.
     fn accepts(&self, features: u64) -> bool {
         let _any = features;

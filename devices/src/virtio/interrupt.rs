@@ -22,6 +22,8 @@ struct Inner {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// The driver is ready: before that, a device sends no notification (3.1.1).
+    driver_ready: AtomicBool,
     lost: AtomicU64,
 }
 
@@ -36,12 +38,13 @@ impl Interrupt {
                 status: AtomicU32::new(0),
                 generation: AtomicU32::new(0),
                 needs_reset: AtomicBool::new(false),
+                driver_ready: AtomicBool::new(false),
                 lost: AtomicU64::new(0),
             }),
         }
     }
 
-    /// Says that the configuration space changed (2.5).
+    /// Says that the configuration space changed (2.5); a driver that is not ready will see it anyway.
     pub fn config_changed(&self) {
         self.inner.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIGURATION_CHANGE);
@@ -63,6 +66,10 @@ impl Interrupt {
         self.raise(CONFIGURATION_CHANGE);
     }
 
+    pub(super) fn driver_is_ready(&self) {
+        self.inner.driver_ready.store(true, Ordering::SeqCst);
+    }
+
     pub(super) fn is_reset_needed(&self) -> bool {
         self.inner.needs_reset.load(Ordering::SeqCst)
     }
@@ -81,6 +88,7 @@ impl Interrupt {
 
     /// All but the generation, which never goes back.
     pub(super) fn reset(&self) {
+        self.inner.driver_ready.store(false, Ordering::SeqCst);
         self.inner.needs_reset.store(false, Ordering::SeqCst);
         self.inner.status.store(0, Ordering::SeqCst);
     }
@@ -101,6 +109,9 @@ impl Interrupt {
     }
 
     fn raise(&self, cause: u32) {
+        if !self.inner.driver_ready.load(Ordering::SeqCst) {
+            return;
+        }
         self.inner.status.fetch_or(cause, Ordering::SeqCst);
         if self.inner.line.write(1).is_err() {
             self.inner.lost.fetch_add(1, Ordering::Relaxed);

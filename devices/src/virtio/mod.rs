@@ -13,10 +13,13 @@
 //! What a driver does wrong ends the device until it is reset (DEVICE_NEEDS_RESET) and nothing else: chains
 //! are checked whole before a device sees them, and one wake-up of the worker does bounded work.
 
+mod balloon;
 mod block;
 mod buffer;
+mod console;
 mod device;
 mod interrupt;
+mod net;
 mod queue;
 mod rng;
 mod session;
@@ -30,13 +33,16 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use balloon::{Balloon, BalloonConfig, BalloonControl, BalloonSnapshot, Discard};
 pub use block::{Access, Block, BlockConfig, BlockSnapshot};
 pub use buffer::Buffer;
+pub use console::{Console, ConsoleInput, ConsoleOutput, ConsoleSnapshot};
 pub use device::{
     ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
     read_config,
 };
 pub use interrupt::Interrupt;
+pub use net::{Net, NetConfig, NetSnapshot, Offloads, Tap};
 pub use queue::{Chain, QueueError, QueueSnapshot};
 pub use rng::Rng;
 pub use session::{Outcome, Session};

@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::bitmap::BS;
-use vm_memory::{GuestAddressSpace, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffer::Buffer;
@@ -401,6 +401,14 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
                 return Ok(self.signal(queue)?);
             }
         }
+    }
+
+    /// Whether `bytes` bytes at the guest-physical `address` are memory of the guest.
+    #[must_use]
+    pub fn has_memory(&self, address: u64, bytes: u64) -> bool {
+        let memory = self.shared.memory.memory();
+        usize::try_from(bytes)
+            .is_ok_and(|bytes| memory.check_range(GuestAddress(address), bytes, Permissions::No))
     }
 
     /// Reads from the start of `buffer`.

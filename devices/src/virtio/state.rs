@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::balloon::BalloonSnapshot;
 use super::block::BlockSnapshot;
+use super::console::ConsoleSnapshot;
+use super::net::NetSnapshot;
 use super::queue::QueueSnapshot;
 
 /// The state of a device: its registers, its queues, and what only its kind has.
@@ -44,8 +47,14 @@ pub struct TransportSnapshot {
 /// What only one kind of device has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceSnapshot {
+    /// A balloon.
+    Balloon(BalloonSnapshot),
     /// A block device.
     Block(BlockSnapshot),
+    /// A console.
+    Console(ConsoleSnapshot),
+    /// A network device.
+    Net(NetSnapshot),
     /// An entropy device: it remembers nothing.
     Entropy,
     /// A device of the unit tests.

@@ -564,6 +564,18 @@ fn the_configuration_changes_with_its_generation() {
 }
 
 #[test]
+fn a_driver_that_is_not_ready_is_not_interrupted() {
+    let (mut driver, _) = echo();
+    driver.negotiate(VERSION_1);
+    driver.device.interrupt().config_changed();
+    assert_eq!((driver.get(0x60), driver.was_interrupted()), (0, false));
+    assert_eq!(driver.get(0xfc), 1);
+    driver.start(0);
+    driver.device.interrupt().config_changed();
+    assert_eq!((driver.get(0x60), driver.was_interrupted()), (2, true));
+}
+
+#[test]
 fn the_thread_has_the_name_of_its_device_and_ends_with_it() {
     let (interrupt, _line) = interrupt();
     let named = || {

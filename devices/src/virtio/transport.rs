@@ -201,8 +201,11 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VirtioMmio<M> {
         for queue in &self.queues {
             VirtQueue::new(queue, false)?;
         }
-        if self.registers.status & status::DRIVER_OK != 0 && !saved.needs_reset {
-            self.activate()?;
+        if self.has(status::DRIVER_OK) {
+            self.shared.interrupt.driver_is_ready();
+            if !saved.needs_reset {
+                self.activate()?;
+            }
         }
         Ok(())
     }
@@ -367,10 +370,11 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
             return;
         }
         self.registers.status = value;
-        if new & status::DRIVER_OK != 0
-            && let Err(error) = self.activate()
-        {
-            self.shared.fail(&error);
+        if new & status::DRIVER_OK != 0 {
+            self.shared.interrupt.driver_is_ready();
+            if let Err(error) = self.activate() {
+                self.shared.fail(&error);
+            }
         }
     }
 
@@ -389,6 +393,7 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
 
     fn reset(&mut self) {
         self.shared.reset();
+        self.identity.config.reset();
         self.registers = Registers::default();
         self.queues = fresh_queues(&self.identity);
     }
