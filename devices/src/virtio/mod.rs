@@ -26,6 +26,7 @@ mod session;
 mod spec;
 mod state;
 mod transport;
+mod vsock;
 mod worker;
 
 #[cfg(test)]
@@ -49,3 +50,4 @@ pub use session::{Outcome, Session};
 pub use spec::{MMIO_BYTES, QUEUE_NOTIFY};
 pub use state::{DeviceSnapshot, TransportSnapshot, VirtioSnapshot};
 pub use transport::{VirtioError, VirtioMmio};
+pub use vsock::{Vsock, VsockConfig, VsockError, VsockSnapshot};

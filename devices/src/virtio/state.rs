@@ -7,6 +7,7 @@ use super::block::BlockSnapshot;
 use super::console::ConsoleSnapshot;
 use super::net::NetSnapshot;
 use super::queue::QueueSnapshot;
+use super::vsock::VsockSnapshot;
 
 /// The state of a device: its registers, its queues, and what only its kind has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +58,8 @@ pub enum DeviceSnapshot {
     Net(NetSnapshot),
     /// An entropy device: it remembers nothing.
     Entropy,
+    /// A socket device.
+    Vsock(VsockSnapshot),
     /// A device of the unit tests.
     #[cfg(test)]
     Test(u32),
