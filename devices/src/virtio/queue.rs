@@ -90,6 +90,10 @@ pub struct QueueSnapshot {
 }
 
 impl QueueSnapshot {
+    pub(super) fn size_is_possible(&self) -> bool {
+        self.size.is_power_of_two() && self.size <= self.max_size
+    }
+
     /// A queue after a reset.
     pub(super) fn reset(max_size: u16) -> Self {
         Self {

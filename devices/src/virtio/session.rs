@@ -238,6 +238,11 @@ impl<M: GuestAddressSpace> Shared<M> {
         self.lock().failure.clone()
     }
 
+    /// What [`Self::drain_wake`] drains; it lives as long as this does.
+    pub(super) fn wake_event(&self) -> &EventFd {
+        &self.wake
+    }
+
     pub(super) fn drain_wake(&self) {
         drain(&self.wake);
     }

@@ -367,7 +367,11 @@ impl Driver {
     }
 
     fn wait_line(&self, deadline: Instant) {
-        assert!(Instant::now() < deadline, "no interrupt");
+        let failure = self.device.failure();
+        assert!(
+            Instant::now() < deadline,
+            "no interrupt; failure: {failure:?}"
+        );
         let mut events = [EpollEvent::default()];
         self.line_epoll.wait(1000, &mut events).unwrap();
         let _taken = self.line.read();

@@ -479,6 +479,41 @@ fn a_device_moves_in_every_state_of_its_driver() {
 }
 
 #[test]
+fn a_device_moves_while_its_queues_are_set_up() {
+    let (mut driver, _) = echo();
+    driver.negotiate(VERSION_1);
+    // Anything goes, as long as the driver is not ready.
+    driver.set(0x80, 0x1235);
+    driver.set(0xa4, u32::MAX);
+    driver.device.pause();
+    let saved = driver.device.save().unwrap();
+    assert_eq!(saved.transport.queues[0].descriptor_table, 0x1235);
+    let mut driver = driver.moved(&saved, |_| Box::new(Echo::default()));
+    driver.device.resume();
+    driver.set_up_queue(0, 16);
+    driver.set_up_queue(1, 16);
+    driver.set(0x70, RUNNING);
+    echo_once(&mut driver, 0);
+}
+
+#[test]
+fn a_device_moves_with_features_that_were_not_agreed_to() {
+    let (mut driver, _) = echo();
+    assert!(!driver.negotiate(VERSION_1 | 4));
+    driver.device.pause();
+    let saved = driver.device.save().unwrap();
+    assert_eq!(saved.transport.driver_features, VERSION_1 | 4);
+    let mut driver = driver.moved(&saved, |_| Box::new(Echo::default()));
+    driver.device.resume();
+    driver.set(0x70, 11);
+    assert_eq!(driver.get(0x70), 3);
+    driver.set(0x24, 0);
+    driver.set(0x20, 0);
+    driver.set(0x70, 11);
+    assert_eq!(driver.get(0x70), 11);
+}
+
+#[test]
 fn a_broken_device_is_broken_elsewhere_too_until_it_is_reset() {
     let (mut driver, _) = started(0);
     driver.add_raw(0, &[descriptor(DATA, 8, NEXT, 0)], 0);
@@ -507,7 +542,7 @@ fn states_that_do_not_fit_are_refused_with_the_reason() {
         }),
         ("queues", |state| state.transport.queues.truncate(1)),
         ("entries", |state| state.transport.queues[0].max_size = 7),
-        ("size", |state| state.transport.queues[0].size = 7),
+        ("7 entries", |state| state.transport.queues[0].size = 7),
         ("guest memory", |state| {
             state.transport.queues[0].used_ring = LOW_END;
         }),
@@ -598,7 +633,10 @@ fn the_thread_has_the_name_of_its_device_and_ends_with_it() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(128)
+    })]
 
     /// A guest that writes anything to registers and rings ends in a state from which a reset recovers.
     #[test]

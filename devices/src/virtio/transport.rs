@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, DeviceStateError, Identity};
 use super::interrupt::Interrupt;
-use super::queue::{QueueError, QueueSnapshot, VirtQueue};
+use super::queue::{QueueError, QueueSnapshot};
 use super::session::{Shared, notify};
 use super::spec::{COMMON_FEATURES, MAGIC, VENDOR, VERSION, register, status};
 use super::state::{TransportSnapshot, VirtioSnapshot};
@@ -168,10 +168,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VirtioMmio<M> {
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<io::Result<_>>()?;
         let wake = EventFd::new(EFD_NONBLOCK)?;
-        let shared = Arc::new(Shared::new(interrupt, notifiers, wake.try_clone()?, memory));
+        let shared = Arc::new(Shared::new(interrupt, notifiers, wake, memory));
         prepare(&shared);
         let device = Arc::new(std::sync::Mutex::new(device));
-        let worker = Worker::spawn(name, Arc::clone(&device), Arc::clone(&shared), &wake)?;
+        let worker = Worker::spawn(name, Arc::clone(&device), Arc::clone(&shared))?;
         Ok(Self {
             name: name.into(),
             queues: fresh_queues(&identity),
@@ -198,9 +198,6 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VirtioMmio<M> {
             saved.config_generation,
             saved.needs_reset,
         );
-        for queue in &self.queues {
-            VirtQueue::new(queue, false)?;
-        }
         if self.has(status::DRIVER_OK) {
             self.shared.interrupt.driver_is_ready();
             if !saved.needs_reset {
@@ -425,7 +422,9 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
         };
         match offset {
             register::QUEUE_NUM => match u16::try_from(value) {
-                Ok(size) if size.is_power_of_two() && size <= queue.max_size => queue.size = size,
+                Ok(size) if (QueueSnapshot { size, ..*queue }).size_is_possible() => {
+                    queue.size = size;
+                }
                 _ => self.refuse(),
             },
             register::QUEUE_DESC_LOW => set_low(&mut queue.descriptor_table, value),
@@ -536,8 +535,10 @@ fn check(identity: &Identity, saved: &TransportSnapshot) -> Result<(), String> {
     if unknown != 0 {
         return Err(format!("status bits {unknown:#x}"));
     }
+    // Before FEATURES_OK the driver may have chosen anything.
+    let agreed = saved.status & status::FEATURES_OK != 0;
     let missing = saved.driver_features & !offered(identity);
-    if missing != 0 {
+    if agreed && missing != 0 {
         return Err(format!(
             "the guest uses features {missing:#x}, which this device does not have"
         ));
@@ -549,7 +550,11 @@ fn check(identity: &Identity, saved: &TransportSnapshot) -> Result<(), String> {
             identity.queue_sizes
         ));
     }
-    Ok(())
+    // Addresses may be anything as long as the driver is not ready.
+    match saved.queues.iter().find(|queue| !queue.size_is_possible()) {
+        Some(queue) => Err(format!("a queue of {} entries", queue.size)),
+        None => Ok(()),
+    }
 }
 
 fn half(value: u64, select: u32) -> u32 {

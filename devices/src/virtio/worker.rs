@@ -30,7 +30,6 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
         name: &str,
         device: SharedDevice<M>,
         shared: Arc<Shared<M>>,
-        wake: &EventFd,
     ) -> io::Result<Self> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let id = manager.add_subscriber(Turns {
@@ -39,7 +38,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
             finished: false,
         });
         let mut ops = manager.event_ops(id).map_err(io::Error::other)?;
-        register(wake, WAKE, &mut ops)?;
+        register(shared.wake_event(), WAKE, &mut ops)?;
         for (index, notifier) in (0..).zip(&shared.notifiers) {
             register(notifier, index, &mut ops)?;
         }
