@@ -144,7 +144,6 @@ pub trait Device<M: GuestAddressSpace>: Send {
     }
 
     /// The driver notified `queue`, or the queue's work of an earlier notification is not done.
-    #[allow(clippy::missing_errors_doc)]
     fn notified(
         &mut self,
         queue: usize,
@@ -153,7 +152,6 @@ pub trait Device<M: GuestAddressSpace>: Send {
     ) -> Result<(), DeviceError>;
 
     /// The descriptor registered with `token` has `events`.
-    #[allow(clippy::missing_errors_doc)]
     fn ready(
         &mut self,
         token: Token,

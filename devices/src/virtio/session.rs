@@ -157,6 +157,10 @@ impl<M: GuestAddressSpace> Shared<M> {
             made.push(queue);
         }
         let mut queues = self.lock();
+        if queues.finished {
+            queues.failure = Some("the device's thread ended".into());
+            self.interrupt.needs_reset();
+        }
         queues.queues = made;
         queues.features = features;
         queues.active = true;
@@ -223,6 +227,10 @@ impl<M: GuestAddressSpace> Shared<M> {
     /// The worker ended and will not come back.
     pub(super) fn gone(&self) {
         let mut queues = self.lock();
+        if !queues.finished {
+            queues.failure = Some("the device's thread ended".into());
+            self.interrupt.needs_reset();
+        }
         queues.finished = true;
         queues.busy = false;
         queues.active = false;
@@ -333,7 +341,6 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
     }
 
     /// Gives the chain of `head` back, `written` bytes of its writable memory written.
-    #[allow(clippy::missing_errors_doc)]
     pub fn complete(&mut self, queue: usize, head: u16, written: u32) -> Result<(), QueueError> {
         let memory = &self.shared.memory;
         match self.queues.queues.get_mut(queue) {
@@ -343,7 +350,6 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
     }
 
     /// Raises the interrupt if the driver wants to know of the buffers used since the last call.
-    #[allow(clippy::missing_errors_doc)]
     pub fn signal(&mut self, queue: usize) -> Result<(), QueueError> {
         let memory = &self.shared.memory;
         if let Some(queue) = self.queues.queues.get_mut(queue)
@@ -356,7 +362,6 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
     }
 
     /// Asks the driver to notify `queue` when it makes more available. True when there is more by now.
-    #[allow(clippy::missing_errors_doc)]
     pub fn enable_notification(&mut self, queue: usize) -> Result<bool, QueueError> {
         let memory = &self.shared.memory;
         match self.queues.queues.get_mut(queue) {
@@ -374,7 +379,6 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
 
     /// Works on the chains of `queue` in order, until there are none, one has to wait, or the turn is
     /// over; then the queue is notified again. The driver is told at the end.
-    #[allow(clippy::missing_errors_doc)]
     pub fn drain(
         &mut self,
         queue: usize,
@@ -417,19 +421,16 @@ impl<'a, M: GuestAddressSpace> Session<'a, M> {
     }
 
     /// Reads from the start of `buffer`.
-    #[allow(clippy::missing_errors_doc)]
     pub fn read(&self, buffer: &mut Buffer, data: &mut [u8]) -> Result<usize, QueueError> {
         buffer.read(&*self.shared.memory.memory(), data)
     }
 
     /// Writes to the start of `buffer`.
-    #[allow(clippy::missing_errors_doc)]
     pub fn write(&self, buffer: &mut Buffer, data: &[u8]) -> Result<usize, QueueError> {
         buffer.write(&*self.shared.memory.memory(), data)
     }
 
     /// Calls `each` with the host's view of every piece of `buffer`, until it returns false.
-    #[allow(clippy::missing_errors_doc)]
     pub fn each_slice(
         &self,
         buffer: &Buffer,

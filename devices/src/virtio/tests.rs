@@ -610,6 +610,49 @@ fn a_driver_that_is_not_ready_is_not_interrupted() {
     assert_eq!((driver.get(0x60), driver.was_interrupted()), (2, true));
 }
 
+/// Panics when it is notified.
+struct Broken;
+
+impl<M: GuestAddressSpace> Device<M> for Broken {
+    fn identity(&self) -> Identity {
+        Device::<M>::identity(&Echo::default())
+    }
+    fn notified(
+        &mut self,
+        _: usize,
+        mut session: Session<'_, M>,
+        _: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        match session.pop(0)? {
+            Some(_) => panic!("this test's device panics"),
+            None => Ok(()),
+        }
+    }
+    fn save(&self) -> DeviceSnapshot {
+        DeviceSnapshot::Test(0)
+    }
+    fn restore(&mut self, _: &DeviceSnapshot) -> Result<(), DeviceStateError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_worker_that_is_gone() {
+    let mut driver = Driver::new(|_| Box::new(Broken));
+    driver.start(0);
+    driver.add(0, &[Part::Out(DATA, 1)]);
+    driver.notify(0);
+    driver.wait_needs_reset();
+    driver.device.pause();
+    assert!(driver.device.save().is_some());
+    driver.device.resume();
+    // A reset is done, but the device does not come back.
+    assert!(driver.negotiate(VERSION_1));
+    driver.set(0x70, RUNNING);
+    driver.wait_needs_reset();
+    assert!(driver.device.failure().unwrap().contains("thread ended"));
+}
+
 #[test]
 fn the_thread_has_the_name_of_its_device_and_ends_with_it() {
     let (interrupt, _line) = interrupt();
