@@ -3,7 +3,7 @@
 //! The rings themselves are `virtio-queue`'s. What is added here is the refusal of everything that a
 //! driver must not do: that crate ends a broken chain early and says nothing.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
@@ -210,6 +210,8 @@ impl VirtQueue {
         }
         let memory = memory.memory();
         if !self.ring.event_idx_enabled() {
+            // The used index is written before the driver's wish is read, or both sides could wait.
+            fence(Ordering::SeqCst);
             let flags: u16 = memory
                 .load(GuestAddress(self.ring.avail_ring()), Ordering::SeqCst)
                 .map_err(|_| QueueError::RingOutside)?;
