@@ -18,8 +18,8 @@ use super::device::{
     ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
 };
 use super::queue::{Chain, QueueError};
-use super::session::{Outcome, Session, drain, notify};
 use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn, drain, notify};
 
 /// The queues of port 0 (5.3.2), from the driver's point of view.
 const RECEIVE: usize = 0;
@@ -117,13 +117,13 @@ impl Console {
 
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
     ) -> Result<(), DeviceError> {
-        session.drain(TRANSMIT, |session, mut chain| {
+        turn.drain(TRANSMIT, |turn, mut chain| {
             one_way(&chain, chain.writable.is_empty())?;
             while !chain.readable.is_empty() {
                 let mut piece = [0; PIECE];
-                let len = session.read(&mut chain.readable, &mut piece)?;
+                let len = turn.read(&mut chain.readable, &mut piece)?;
                 if self.output.write_all(&piece[..len]).is_err() {
                     self.counters.lost.fetch_add(len as u64, Ordering::Relaxed);
                 }
@@ -135,11 +135,8 @@ impl Console {
         })
     }
 
-    fn receive<M: GuestAddressSpace>(
-        &mut self,
-        session: &mut Session<'_, M>,
-    ) -> Result<(), DeviceError> {
-        session.drain(RECEIVE, |session, mut chain| {
+    fn receive<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
+        turn.drain(RECEIVE, |turn, mut chain| {
             one_way(&chain, chain.readable.is_empty())?;
             let mut waiting = self.input.lock();
             if waiting.is_empty() {
@@ -148,7 +145,7 @@ impl Console {
             let room = usize::try_from(chain.writable.len()).unwrap_or(PIECE);
             let len = room.min(PIECE).min(waiting.len());
             let bytes: Vec<u8> = waiting.drain(..len).collect();
-            Ok(Outcome::done(session.write(&mut chain.writable, &bytes)?))
+            Ok(Outcome::done(turn.write(&mut chain.writable, &bytes)?))
         })
     }
 }
@@ -179,23 +176,19 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         watch.add(&self.input.arrived, 0, EventSet::IN)
     }
 
-    fn started(
-        &mut self,
-        mut session: Session<'_, M>,
-        _: &mut Watch<'_, '_>,
-    ) -> Result<(), DeviceError> {
-        self.receive(&mut session)
+    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+        self.receive(&mut turn)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            RECEIVE => self.receive(&mut session),
-            _ => self.transmit(&mut session),
+            RECEIVE => self.receive(&mut turn),
+            _ => self.transmit(&mut turn),
         }
     }
 
@@ -203,11 +196,11 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         &mut self,
         _: Token,
         _: EventSet,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         drain(&self.input.arrived);
-        self.receive(&mut session)
+        self.receive(&mut turn)
     }
 
     fn save(&self) -> DeviceSnapshot {

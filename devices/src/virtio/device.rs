@@ -8,8 +8,8 @@ use event_manager::{EventOps, EventSet, Events};
 use vm_memory::GuestAddressSpace;
 
 use super::queue::QueueError;
-use super::session::Session;
 use super::state::DeviceSnapshot;
+use super::turn::Turn;
 
 /// Why a device stopped to serve its driver. It needs a reset then (2.1.2).
 #[derive(Debug, thiserror::Error)]
@@ -134,12 +134,8 @@ pub trait Device<M: GuestAddressSpace>: Send {
     ///
     /// # Errors
     /// See [`DeviceError`]; so for the next two.
-    fn started(
-        &mut self,
-        session: Session<'_, M>,
-        watch: &mut Watch<'_, '_>,
-    ) -> Result<(), DeviceError> {
-        let _nothing_to_do = (session, watch);
+    fn started(&mut self, turn: Turn<'_, M>, watch: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+        let _nothing_to_do = (turn, watch);
         Ok(())
     }
 
@@ -147,7 +143,7 @@ pub trait Device<M: GuestAddressSpace>: Send {
     fn notified(
         &mut self,
         queue: usize,
-        session: Session<'_, M>,
+        turn: Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError>;
 
@@ -156,10 +152,10 @@ pub trait Device<M: GuestAddressSpace>: Send {
         &mut self,
         token: Token,
         events: EventSet,
-        session: Session<'_, M>,
+        turn: Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        let _none = (token, events, session, watch);
+        let _none = (token, events, turn, watch);
         Ok(())
     }
 

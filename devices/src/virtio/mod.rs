@@ -6,7 +6,7 @@
 //! ```text
 //! vCPU ─ MmioBus ─ VirtioMmio ─┐ queues, when the driver is ready
 //!              eventfd a queue │
-//!                              ├─ Session ─ Device ─ files, taps, sockets      (worker thread)
+//!                              ├─ Turn ─ Device ─ files, taps, sockets      (worker thread)
 //! guest memory ─ VirtQueue ────┘
 //! ```
 //!
@@ -22,10 +22,10 @@ mod interrupt;
 mod net;
 mod queue;
 mod rng;
-mod session;
 mod spec;
 mod state;
 mod transport;
+mod turn;
 mod vsock;
 mod worker;
 
@@ -46,8 +46,8 @@ pub use interrupt::Interrupt;
 pub use net::{Net, NetConfig, NetSnapshot, Offloads, Tap};
 pub use queue::{Chain, QueueError, QueueSnapshot};
 pub use rng::Rng;
-pub use session::{Outcome, Session};
 pub use spec::{MMIO_BYTES, QUEUE_NOTIFY};
 pub use state::{DeviceSnapshot, TransportSnapshot, VirtioSnapshot};
 pub use transport::{VirtioError, VirtioMmio};
+pub use turn::{Outcome, Turn};
 pub use vsock::{Vsock, VsockConfig, VsockError, VsockSnapshot};

@@ -9,8 +9,8 @@ use vm_memory::GuestAddressSpace;
 
 use super::device::{ConfigSpace, Device, DeviceError, DeviceStateError, Identity, Watch};
 use super::queue::{Chain, QueueError};
-use super::session::{Outcome, Session};
 use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
 
 const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = 64;
@@ -52,10 +52,10 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
     fn notified(
         &mut self,
         _: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        session.drain(REQUESTS, fill)
+        turn.drain(REQUESTS, fill)
     }
 
     fn save(&self) -> DeviceSnapshot {
@@ -72,7 +72,7 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
 
 /// 5.4.6: the driver gives writable memory, the device at least one byte of entropy.
 fn fill<M: GuestAddressSpace>(
-    session: &mut Session<'_, M>,
+    turn: &mut Turn<'_, M>,
     mut chain: Chain,
 ) -> Result<Outcome, DeviceError> {
     if !chain.readable.is_empty() || chain.writable.is_empty() {
@@ -87,7 +87,7 @@ fn fill<M: GuestAddressSpace>(
         .unwrap_or(REQUEST_LIMIT)
         .min(REQUEST_LIMIT);
     let got = random(&mut bytes[..wanted]).map_err(DeviceError::host("getrandom"))?;
-    let written = session.write(&mut chain.writable, &bytes[..got])?;
+    let written = turn.write(&mut chain.writable, &bytes[..got])?;
     Ok(Outcome::done(written))
 }
 

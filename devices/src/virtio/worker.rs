@@ -11,7 +11,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Device, DeviceError, Subject, WAKE, Watch, subject};
-use super::session::{Pass, Session, Shared, drain};
+use super::turn::{Pass, Shared, Turn, drain};
 
 pub(super) type SharedDevice<M> = Arc<Mutex<Box<dyn Device<M>>>>;
 
@@ -109,15 +109,15 @@ impl<M: GuestAddressSpace> Turns<M> {
         &self,
         subject: &Subject,
         events: EventSet,
-        session: Session<'_, M>,
+        turn: Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         let mut device = lock(&self.device);
         match *subject {
-            Subject::Queue(index) if !session.is_ready(index) => Ok(()),
-            Subject::Queue(index) => device.notified(index, session, watch),
-            Subject::Wake => device.started(session, watch),
-            Subject::Device(token) => device.ready(token, events, session, watch),
+            Subject::Queue(index) if !turn.is_ready(index) => Ok(()),
+            Subject::Queue(index) => device.notified(index, turn, watch),
+            Subject::Wake => device.started(turn, watch),
+            Subject::Device(token) => device.ready(token, events, turn, watch),
         }
     }
 }
@@ -145,9 +145,9 @@ impl<M: GuestAddressSpace> MutEventSubscriber for Turns<M> {
                     lock(&self.device).reset(&mut watch);
                     self.shared.reset_done();
                 }
-                Pass::Serve(session) => {
-                    let generation = session.generation();
-                    let result = self.turn(&subject, events.event_set(), session, &mut watch);
+                Pass::Serve(turn) => {
+                    let generation = turn.generation();
+                    let result = self.turn(&subject, events.event_set(), turn, &mut watch);
                     self.shared.leave(generation, result.as_ref().err());
                     return;
                 }

@@ -2,7 +2,7 @@
 //! them. With free-page reporting it also says which of its pages hold nothing.
 //!
 //! How a page leaves is the monitor's business ([`Discard`]). It may have to stop vCPUs for it, and one of
-//! them may be about to reset this very device: pages are discarded outside of the session.
+//! them may be about to reset this very device: pages are discarded outside of the turn.
 
 mod spec;
 mod state;
@@ -22,8 +22,8 @@ use super::device::{
 };
 use super::interrupt::Interrupt;
 use super::queue::{Chain, QueueError};
-use super::session::{Outcome, Session};
 use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
 use spec::{
     ACTUAL_OFFSET, DEFLATE, DEFLATE_ON_OOM, INFLATE, PAGE_BYTES, PAGE_NUMBER_BYTES, PAGES_MAX,
     QUEUE_SIZE, REPORT, REPORTING,
@@ -179,26 +179,26 @@ impl Balloon {
     fn take_pages<'a, M: GuestAddressSpace>(
         &mut self,
         queue: usize,
-        mut session: Session<'a, M>,
+        mut turn: Turn<'a, M>,
     ) -> Result<(), DeviceError> {
         for _ in 0..REQUESTS_A_TURN {
-            let Some(chain) = session.pop(queue)? else {
-                if session.enable_notification(queue)? {
+            let Some(chain) = turn.pop(queue)? else {
+                if turn.enable_notification(queue)? {
                     continue;
                 }
                 return Ok(());
             };
             let request = match queue {
-                INFLATE => inflated(&session, chain)?,
+                INFLATE => inflated(&turn, chain)?,
                 _ => reported(chain)?,
             };
-            let (back, result) = session.unlocked(|| self.discard.discard(&request.ranges))?;
-            session = back;
+            let (back, result) = turn.unlocked(|| self.discard.discard(&request.ranges))?;
+            turn = back;
             self.count(queue, &request, &result);
-            session.complete(queue, request.head, 0)?;
-            session.signal(queue)?;
+            turn.complete(queue, request.head, 0)?;
+            turn.signal(queue)?;
         }
-        session.notify_again(queue);
+        turn.notify_again(queue);
         Ok(())
     }
 
@@ -219,12 +219,9 @@ impl Balloon {
     }
 
     /// Pages that come back need nothing: the guest touches them, and they are there.
-    fn deflate<M: GuestAddressSpace>(
-        &self,
-        session: &mut Session<'_, M>,
-    ) -> Result<(), DeviceError> {
-        session.drain(DEFLATE, |session, chain| {
-            let pages = page_numbers(session, chain)?.len();
+    fn deflate<M: GuestAddressSpace>(&self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
+        turn.drain(DEFLATE, |turn, chain| {
+            let pages = page_numbers(turn, chain)?.len();
             self.counters
                 .deflated
                 .fetch_add(pages as u64, Ordering::Relaxed);
@@ -234,18 +231,15 @@ impl Balloon {
 }
 
 /// The pages that a request to inflate names, as ranges.
-fn inflated<M: GuestAddressSpace>(
-    session: &Session<'_, M>,
-    chain: Chain,
-) -> Result<Request, QueueError> {
+fn inflated<M: GuestAddressSpace>(turn: &Turn<'_, M>, chain: Chain) -> Result<Request, QueueError> {
     let head = chain.head;
-    let mut pages = page_numbers(session, chain)?;
+    let mut pages = page_numbers(turn, chain)?;
     pages.sort_unstable();
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for page in pages {
         let start = u64::from(page) * PAGE_BYTES;
         let end = start + PAGE_BYTES;
-        if !session.has_memory(start, PAGE_BYTES) {
+        if !turn.has_memory(start, PAGE_BYTES) {
             return Err(QueueError::Request {
                 head,
                 what: "a page for the balloon that is not guest memory",
@@ -260,7 +254,7 @@ fn inflated<M: GuestAddressSpace>(
 }
 
 fn page_numbers<M: GuestAddressSpace>(
-    session: &Session<'_, M>,
+    turn: &Turn<'_, M>,
     mut chain: Chain,
 ) -> Result<Vec<u32>, QueueError> {
     let malformed = |what| QueueError::Request {
@@ -276,7 +270,7 @@ fn page_numbers<M: GuestAddressSpace>(
         return Err(malformed("page numbers of 4 bytes, at most 16384 of them"));
     }
     let mut numbers = vec![0; usize::try_from(bytes).unwrap_or_default()];
-    session.read(&mut chain.readable, &mut numbers)?;
+    turn.read(&mut chain.readable, &mut numbers)?;
     Ok(numbers
         .as_chunks::<PAGE_NUMBER_BYTES>()
         .0
@@ -330,12 +324,12 @@ impl<M: GuestAddressSpace> Device<M> for Balloon {
     fn notified(
         &mut self,
         queue: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            DEFLATE => self.deflate(&mut session),
-            INFLATE | REPORT => self.take_pages(queue, session),
+            DEFLATE => self.deflate(&mut turn),
+            INFLATE | REPORT => self.take_pages(queue, turn),
             _ => Ok(()),
         }
     }

@@ -12,7 +12,7 @@ use vm_memory::{
 
 use super::super::buffer::Buffer;
 use super::super::queue::QueueError;
-use super::super::session::Session;
+use super::super::turn::Turn;
 use super::spec::SECTOR_BYTES;
 
 /// A part of an image, in bytes, that lies in it.
@@ -58,11 +58,11 @@ impl Image {
         &self,
         offset: u64,
         buffer: &Buffer,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
     ) -> Result<io::Result<()>, QueueError> {
         let mut result = self.seek(offset);
         if result.is_ok() {
-            session.each_slice(buffer, Permissions::Write, |mut slice| {
+            turn.each_slice(buffer, Permissions::Write, |mut slice| {
                 result = self.read_slice(&mut slice);
                 result.is_ok()
             })?;
@@ -75,11 +75,11 @@ impl Image {
         &self,
         offset: u64,
         buffer: &Buffer,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
     ) -> Result<io::Result<()>, QueueError> {
         let mut result = self.seek(offset);
         if result.is_ok() {
-            session.each_slice(buffer, Permissions::Read, |slice| {
+            turn.each_slice(buffer, Permissions::Read, |slice| {
                 result = (&self.file)
                     .write_all_volatile(&slice)
                     .map_err(into_io_error);

@@ -24,8 +24,8 @@ use super::device::{
     ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
     read_config,
 };
-use super::session::{Outcome, Session};
 use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
 use crate::rate_limit::{RateLimit, RateLimiter};
 use image::Image;
 use spec::{ID_BYTES, QUEUE_SIZE, REQUESTS};
@@ -120,20 +120,17 @@ impl Block {
         self.image.sectors()
     }
 
-    fn serve<M: GuestAddressSpace>(
-        &mut self,
-        session: &mut Session<'_, M>,
-    ) -> Result<(), DeviceError> {
-        session.drain(REQUESTS, |session, chain| {
+    fn serve<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
+        turn.drain(REQUESTS, |turn, chain| {
             let bytes = chain.readable.len() + chain.writable.len();
             let admitted = self.limiter.admit(bytes);
             if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
                 return Ok(Outcome::Later);
             }
             let head = chain.head;
-            let written = self.execute(session, chain)?;
-            session.complete(REQUESTS, head, written)?;
-            session.signal(REQUESTS)?;
+            let written = self.execute(turn, chain)?;
+            turn.complete(REQUESTS, head, written)?;
+            turn.signal(REQUESTS)?;
             Ok(Outcome::Completed)
         })
     }
@@ -158,23 +155,23 @@ impl<M: GuestAddressSpace> Device<M> for Block {
     fn notified(
         &mut self,
         _: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.serve(&mut session)
+        self.serve(&mut turn)
     }
 
     fn ready(
         &mut self,
         _: Token,
         _: EventSet,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         self.limiter
             .timer_ran_out()
             .map_err(DeviceError::host("the timer of the rate limit"))?;
-        self.serve(&mut session)
+        self.serve(&mut turn)
     }
 
     fn save(&self) -> DeviceSnapshot {

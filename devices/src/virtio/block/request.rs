@@ -8,7 +8,7 @@ use vm_memory::GuestAddressSpace;
 use super::super::buffer::Buffer;
 use super::super::device::DeviceError;
 use super::super::queue::{Chain, QueueError};
-use super::super::session::Session;
+use super::super::turn::Turn;
 use super::image::{Extent, MayShrink};
 use super::spec::{
     FLUSH_FEATURE, HEADER_BYTES, ID_BYTES, Kind, RANGE_BYTES, RANGE_SECTORS_MAX, RANGE_UNMAP,
@@ -40,7 +40,7 @@ impl Block {
     /// Does what `chain` asks for. Returns how many bytes of its writable memory were written.
     pub(super) fn execute<M: GuestAddressSpace>(
         &self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         chain: Chain,
     ) -> Result<u32, DeviceError> {
         let malformed = |what| QueueError::Request {
@@ -53,7 +53,7 @@ impl Block {
             ..
         } = chain;
         let mut header = [0; HEADER_BYTES];
-        if session.read(&mut readable, &mut header)? < HEADER_BYTES {
+        if turn.read(&mut readable, &mut header)? < HEADER_BYTES {
             return Err(malformed("no room for a header in the readable memory").into());
         }
         let mut status_byte = writable.take_last(1);
@@ -67,11 +67,11 @@ impl Block {
             outgoing: readable,
             incoming: writable,
         };
-        let (status, written) = self.answer(session, &request)?;
+        let (status, written) = self.answer(turn, &request)?;
         if status == Status::IoError {
             count(&self.counters.errors, 1);
         }
-        session.write(&mut status_byte, &[status as u8])?;
+        turn.write(&mut status_byte, &[status as u8])?;
         // 2.7.8: the bytes from the start; the status is behind all of the data.
         let all = request.incoming.len();
         let written = if written == all { all + 1 } else { written };
@@ -80,33 +80,33 @@ impl Block {
 
     fn answer<M: GuestAddressSpace>(
         &self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         request: &Request,
     ) -> Result<Answer, QueueError> {
         let read_only = self.access == Access::ReadOnly;
         match request.kind {
-            Kind::Read => self.read(session, request),
-            Kind::GetId => self.identify(session, request),
+            Kind::Read => self.read(turn, request),
+            Kind::GetId => self.identify(turn, request),
             Kind::Flush => Ok((status_of(&self.image.flush()), 0)),
             Kind::Write | Kind::Discard | Kind::WriteZeroes if read_only => {
                 Ok((Status::IoError, 0))
             }
-            Kind::Write => Ok((self.write(session, request)?, 0)),
-            Kind::Discard | Kind::WriteZeroes => Ok((self.ranges(session, request)?, 0)),
+            Kind::Write => Ok((self.write(turn, request)?, 0)),
+            Kind::Discard | Kind::WriteZeroes => Ok((self.ranges(turn, request)?, 0)),
             Kind::Unknown => Ok((Status::Unsupported, 0)),
         }
     }
 
     fn read<M: GuestAddressSpace>(
         &self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         request: &Request,
     ) -> Result<Answer, QueueError> {
         let bytes = request.incoming.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok((Status::IoError, 0));
         };
-        let result = self.image.read(extent.offset, &request.incoming, session)?;
+        let result = self.image.read(extent.offset, &request.incoming, turn)?;
         if result.is_err() {
             return Ok((Status::IoError, 0));
         }
@@ -117,18 +117,16 @@ impl Block {
 
     fn write<M: GuestAddressSpace>(
         &self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         request: &Request,
     ) -> Result<Status, QueueError> {
         let bytes = request.outgoing.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok(Status::IoError);
         };
-        let mut result = self
-            .image
-            .write(extent.offset, &request.outgoing, session)?;
+        let mut result = self.image.write(extent.offset, &request.outgoing, turn)?;
         // 5.2.6.2: a driver that cannot flush is told of nothing that is not on the disk.
-        if result.is_ok() && session.features() & FLUSH_FEATURE == 0 {
+        if result.is_ok() && turn.features() & FLUSH_FEATURE == 0 {
             result = self.image.flush();
         }
         if result.is_ok() {
@@ -140,7 +138,7 @@ impl Block {
 
     fn identify<M: GuestAddressSpace>(
         &self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         request: &Request,
     ) -> Result<Answer, QueueError> {
         if request.incoming.len() < ID_BYTES as u64 {
@@ -148,14 +146,14 @@ impl Block {
         }
         let mut id = [0; ID_BYTES];
         id[..self.id.len()].copy_from_slice(&self.id);
-        let written = session.write(&mut request.incoming.clone(), &id)?;
+        let written = turn.write(&mut request.incoming.clone(), &id)?;
         Ok((Status::Ok, written as u64))
     }
 
     /// Discards, or writes zeroes. All ranges are looked at before anything is done.
     fn ranges<M: GuestAddressSpace>(
         &self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         request: &Request,
     ) -> Result<Status, QueueError> {
         let mut left = request.outgoing.clone();
@@ -167,7 +165,7 @@ impl Block {
         let mut ranges = Vec::new();
         while !left.is_empty() {
             let mut entry = [0; RANGE_BYTES];
-            session.read(&mut left, &mut entry)?;
+            turn.read(&mut left, &mut entry)?;
             match self.range(request.kind, &entry) {
                 Ok(range) => ranges.push(range),
                 Err(status) => return Ok(status),

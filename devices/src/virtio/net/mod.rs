@@ -24,8 +24,8 @@ use super::device::{
     read_config,
 };
 use super::queue::{Chain, QueueError};
-use super::session::{Outcome, Session};
 use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
 use crate::rate_limit::{RateLimit, RateLimiter};
 use receive::Waiting;
 use spec::{
@@ -152,14 +152,14 @@ impl Net {
 
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
     ) -> Result<(), DeviceError> {
-        session.drain(TRANSMIT, |session, chain| self.send(session, chain))
+        turn.drain(TRANSMIT, |turn, chain| self.send(turn, chain))
     }
 
     fn send<M: GuestAddressSpace>(
         &mut self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         mut chain: Chain,
     ) -> Result<Outcome, DeviceError> {
         let len = usize::try_from(chain.readable.len()).unwrap_or(usize::MAX);
@@ -180,7 +180,7 @@ impl Net {
             return Ok(Outcome::Later);
         }
         let packet = &mut self.outgoing[..len];
-        session.read(&mut chain.readable, packet)?;
+        turn.read(&mut chain.readable, packet)?;
         match retried(|| self.tap.send(packet)) {
             Ok(()) => {
                 count(&self.counters.sent_bytes, bytes);
@@ -255,25 +255,21 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         watch.add(self.transmit_limiter.timer(), TRANSMIT_TIMER, EventSet::IN)
     }
 
-    fn started(
-        &mut self,
-        mut session: Session<'_, M>,
-        _: &mut Watch<'_, '_>,
-    ) -> Result<(), DeviceError> {
-        self.agree(session.features())?;
+    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+        self.agree(turn.features())?;
         self.announce();
-        self.receive(&mut session)
+        self.receive(&mut turn)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            RECEIVE => self.receive(&mut session),
-            _ => self.transmit(&mut session),
+            RECEIVE => self.receive(&mut turn),
+            _ => self.transmit(&mut turn),
         }
     }
 
@@ -281,7 +277,7 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         &mut self,
         token: Token,
         events: EventSet,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         let failed = DeviceError::host("the timer of the rate limit");
@@ -292,10 +288,10 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         }
         let unblocked = events.contains(EventSet::OUT) && std::mem::take(&mut self.blocked);
         if token == TRANSMIT_TIMER || unblocked {
-            self.transmit(&mut session)?;
+            self.transmit(&mut turn)?;
         }
         if token != TRANSMIT_TIMER {
-            self.receive(&mut session)?;
+            self.receive(&mut turn)?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::super::device::DeviceError;
 use super::super::queue::{Chain, QueueError};
-use super::super::session::Session;
+use super::super::turn::Turn;
 use super::spec::{ETHERNET_BYTES, HEADER_BYTES, MERGEABLE, NUM_BUFFERS, PACKET_MAX, RECEIVE};
 use super::tap::{is_idle, retried};
 use super::{Net, Tap, count};
@@ -80,23 +80,23 @@ impl Net {
     /// Brings packets to the guest until there are none, it has no room, or the rate limit says so.
     pub(super) fn receive<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
     ) -> Result<(), DeviceError> {
-        if !session.is_ready(RECEIVE) {
+        if !turn.is_ready(RECEIVE) {
             return Ok(());
         }
         for _ in 0..PACKETS_A_TURN {
             if self.waiting.len == 0 && !self.waiting.fill(self.tap.as_ref())? {
-                return Ok(session.signal(RECEIVE)?);
+                return Ok(turn.signal(RECEIVE)?);
             }
             if self.waiting.len < HEADER_BYTES + ETHERNET_BYTES {
                 self.drop_waiting();
                 continue;
             }
             if !self.admit()? {
-                return Ok(session.signal(RECEIVE)?);
+                return Ok(turn.signal(RECEIVE)?);
             }
-            match self.deliver(session)? {
+            match self.deliver(turn)? {
                 Delivery::Done => {
                     count(&self.counters.received_packets, 1);
                     count(
@@ -106,12 +106,12 @@ impl Net {
                     self.waiting.clear();
                 }
                 Delivery::Impossible => self.drop_waiting(),
-                Delivery::NoRoom => return Ok(session.signal(RECEIVE)?),
+                Delivery::NoRoom => return Ok(turn.signal(RECEIVE)?),
                 Delivery::Again => {}
             }
         }
-        session.notify_again(RECEIVE);
-        Ok(session.signal(RECEIVE)?)
+        turn.notify_again(RECEIVE);
+        Ok(turn.signal(RECEIVE)?)
     }
 
     fn drop_waiting(&mut self) {
@@ -136,21 +136,21 @@ impl Net {
     /// (5.1.6.4).
     fn deliver<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
     ) -> Result<Delivery, DeviceError> {
-        let mergeable = session.features() & MERGEABLE != 0;
+        let mergeable = turn.features() & MERGEABLE != 0;
         let most = if mergeable {
-            session.queue_size(RECEIVE)
+            turn.queue_size(RECEIVE)
         } else {
             1
         };
-        let (chains, room) = self.collect(session, most)?;
+        let (chains, room) = self.collect(turn, most)?;
         if room < self.waiting.len as u64 {
             let all = chains.len() == usize::from(most);
             // With what there is taken, so that the driver notifies of whatever comes behind it.
-            let more = !all && session.enable_notification(RECEIVE)?;
+            let more = !all && turn.enable_notification(RECEIVE)?;
             for _ in &chains {
-                session.put_back(RECEIVE);
+                turn.put_back(RECEIVE);
             }
             return Ok(match (all, more) {
                 (true, _) => Delivery::Impossible,
@@ -162,10 +162,10 @@ impl Net {
         self.waiting.buffer[NUM_BUFFERS].copy_from_slice(&number.to_le_bytes());
         let mut rest = self.waiting.packet();
         for mut chain in chains {
-            let written = session.write(&mut chain.writable, rest)?;
+            let written = turn.write(&mut chain.writable, rest)?;
             rest = &rest[written..];
             let written = u32::try_from(written).unwrap_or(u32::MAX);
-            session.complete(RECEIVE, chain.head, written)?;
+            turn.complete(RECEIVE, chain.head, written)?;
         }
         Ok(Delivery::Done)
     }
@@ -173,13 +173,13 @@ impl Net {
     /// Takes chains until there is room for the packet, at most `most`.
     fn collect<M: GuestAddressSpace>(
         &self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
         most: u16,
     ) -> Result<(Vec<Chain>, u64), DeviceError> {
         let mut chains = Vec::new();
         let mut room = 0;
         while room < self.waiting.len as u64 && chains.len() < usize::from(most) {
-            let Some(chain) = session.pop(RECEIVE)? else {
+            let Some(chain) = turn.pop(RECEIVE)? else {
                 break;
             };
             if !chain.readable.is_empty() {

@@ -171,10 +171,10 @@ impl<M: GuestAddressSpace> Device<M> for Broken {
     fn notified(
         &mut self,
         _: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        match session.pop(0)? {
+        match turn.pop(0)? {
             Some(_) => panic!("this test's device panics"),
             None => Ok(()),
         }

@@ -55,24 +55,24 @@ impl<M: GuestAddressSpace> Device<M> for Echo {
             counters: Arc::new(()),
         }
     }
-    fn started(&mut self, _: Session<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+    fn started(&mut self, _: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
         self.log.started.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
     fn notified(
         &mut self,
         queue: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         _: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        session.drain(queue, |session, mut chain| {
+        turn.drain(queue, |turn, mut chain| {
             let mut data = [0; 256];
-            let len = session.read(&mut chain.readable, &mut data)?;
+            let len = turn.read(&mut chain.readable, &mut data)?;
             data.make_ascii_uppercase();
             self.served += 1;
             self.log.served.fetch_add(1, Ordering::SeqCst);
             Ok(Outcome::done(
-                session.write(&mut chain.writable, &data[..len])?,
+                turn.write(&mut chain.writable, &data[..len])?,
             ))
         })
     }

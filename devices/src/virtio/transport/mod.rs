@@ -12,9 +12,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Device, DeviceStateError, Identity};
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, QueueSnapshot};
-use super::session::Shared;
 use super::spec::{COMMON_FEATURES, status};
 use super::state::{TransportSnapshot, VirtioSnapshot};
+use super::turn::Shared;
 use super::worker::{SharedDevice, Worker, lock};
 use registers::KNOWN_STATUS;
 

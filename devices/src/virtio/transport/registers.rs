@@ -17,8 +17,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddressSpace;
 
 use super::super::queue::{QueueError, QueueSnapshot};
-use super::super::session::notify;
 use super::super::spec::{MAGIC, VENDOR, VERSION, register, status};
+use super::super::turn::notify;
 use super::{Registers, VirtioMmio, fresh_queues, offered};
 use crate::MmioDevice;
 

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddressSpace, Permissions, ReadVolatile, VolatileMemoryErro
 
 use super::super::buffer::Buffer;
 use super::super::queue::QueueError;
-use super::super::session::Session;
+use super::super::turn::Turn;
 use super::spec::{Header, NO_RECEIVE, NO_SEND};
 
 /// Bytes that a guest may send before the host has taken them: `buf_alloc`.
@@ -122,7 +122,7 @@ impl Connection {
     /// Bytes of a guest go to the host, at once or when it has room.
     pub(super) fn send<M: GuestAddressSpace>(
         &mut self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         mut data: Buffer,
     ) -> Result<Result<(), Broken>, QueueError> {
         if self.guest_stopped & NO_SEND != 0 {
@@ -131,7 +131,7 @@ impl Connection {
         let mut result = Ok(());
         if self.waiting.is_empty() {
             let mut written = 0;
-            session.each_slice(&data, Permissions::Read, |slice| {
+            turn.each_slice(&data, Permissions::Read, |slice| {
                 match moved(|| self.stream.write_volatile(&slice)) {
                     Ok(Some(len)) => {
                         written += len;
@@ -153,7 +153,7 @@ impl Connection {
             return Ok(Err(Broken));
         }
         let mut bytes = vec![0; usize::try_from(left).unwrap_or_default()];
-        session.read(&mut data, &mut bytes)?;
+        turn.read(&mut data, &mut bytes)?;
         self.waiting.extend(bytes);
         Ok(result)
     }
@@ -206,7 +206,7 @@ impl Connection {
     /// Reads from the host into `room`, as much as the guest has credit for.
     pub(super) fn produce<M: GuestAddressSpace>(
         &mut self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         room: &mut Buffer,
     ) -> Result<Result<Produced, Broken>, QueueError> {
         if self.guest_stopped & NO_RECEIVE != 0 || !self.readable {
@@ -224,7 +224,7 @@ impl Connection {
         let mut read = 0;
         let mut result = Ok(());
         let mut ended = false;
-        session.each_slice(&part, Permissions::Write, |mut slice| {
+        turn.each_slice(&part, Permissions::Write, |mut slice| {
             match moved(|| self.stream.read_volatile(&mut slice)) {
                 Ok(Some(0)) => {
                     ended = true;

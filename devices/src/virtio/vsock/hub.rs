@@ -11,7 +11,7 @@ use vm_memory::GuestAddressSpace;
 use super::super::buffer::Buffer;
 use super::super::device::{DeviceError, Token, Watch};
 use super::super::queue::QueueError;
-use super::super::session::Session;
+use super::super::turn::Turn;
 use super::connection::{Broken, Connection, Ports, Produced};
 use super::host::{Handshake, HostSocket, Progress};
 use super::spec::{HOST_CID, Header, Op, STREAM};
@@ -168,7 +168,7 @@ impl Hub {
     /// A packet of the guest.
     pub(super) fn packet<M: GuestAddressSpace>(
         &mut self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         header: &Header,
         data: Buffer,
         watch: &mut Watch<'_, '_>,
@@ -191,12 +191,12 @@ impl Hub {
             }
             return Ok(());
         };
-        self.connection_packet(session, token, header, data, watch)
+        self.connection_packet(turn, token, header, data, watch)
     }
 
     fn connection_packet<M: GuestAddressSpace>(
         &mut self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         token: Token,
         header: &Header,
         data: Buffer,
@@ -215,7 +215,7 @@ impl Hub {
             (Op::Response, true) => accepted(connection),
             // Before it has answered a request, a guest says nothing else; and it does not ask twice.
             (_, true) | (Op::Request | Op::Response | Op::Unknown(_), false) => Err(Broken),
-            (Op::Data, false) => connection.send(session, data)?,
+            (Op::Data, false) => connection.send(turn, data)?,
             (Op::Shutdown, false) => {
                 connection.stop(header.flags);
                 Ok(())
@@ -275,7 +275,7 @@ impl Hub {
     /// The next packet for the guest, its data put into `room`. None if there is nothing to say.
     pub(super) fn next<M: GuestAddressSpace>(
         &mut self,
-        session: &Session<'_, M>,
+        turn: &Turn<'_, M>,
         room: &mut Buffer,
         watch: &mut Watch<'_, '_>,
     ) -> Result<Option<Header>, QueueError> {
@@ -290,7 +290,7 @@ impl Hub {
                 continue;
             };
             let ports = connection.ports;
-            match connection.produce(session, room)? {
+            match connection.produce(turn, room)? {
                 Ok(Produced::Data(len)) => {
                     self.ready.push_back(token);
                     return Ok(Some(self.header(ports, Op::Data, 0, len)));

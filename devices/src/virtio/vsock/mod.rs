@@ -24,8 +24,8 @@ use super::device::{
     read_config,
 };
 use super::queue::{Chain, QueueError};
-use super::session::{Outcome, Session};
 use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
 use host::HostSocket;
 use hub::Hub;
 use spec::{
@@ -139,17 +139,17 @@ impl Vsock {
     /// Takes packets of the guest, as long as it takes those for it.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        session.drain(TRANSMIT, |session, chain| {
+        turn.drain(TRANSMIT, |turn, chain| {
             if self.hub.is_full() {
                 self.held = true;
                 return Ok(Outcome::Later);
             }
-            let (header, data) = packet(session, chain)?;
+            let (header, data) = packet(turn, chain)?;
             self.counters.sent.fetch_add(data.len(), Ordering::Relaxed);
-            self.hub.packet(session, &header, data, watch)?;
+            self.hub.packet(turn, &header, data, watch)?;
             Ok(Outcome::Done(0))
         })
     }
@@ -157,18 +157,18 @@ impl Vsock {
     /// Brings packets to the guest.
     fn receive<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         for _ in 0..PACKETS_A_TURN {
             if !self.hub.has_work() {
-                return self.received(session);
+                return self.received(turn);
             }
-            let Some(mut chain) = session.pop(RECEIVE)? else {
-                if session.enable_notification(RECEIVE)? {
+            let Some(mut chain) = turn.pop(RECEIVE)? else {
+                if turn.enable_notification(RECEIVE)? {
                     continue;
                 }
-                return self.received(session);
+                return self.received(turn);
             };
             let mut head = chain.writable.take(HEADER_BYTES as u64);
             if !chain.readable.is_empty() || head.len() < HEADER_BYTES as u64 {
@@ -178,41 +178,41 @@ impl Vsock {
                 }
                 .into());
             }
-            let Some(header) = self.hub.next(session, &mut chain.writable, watch)? else {
-                session.put_back(RECEIVE);
-                return self.received(session);
+            let Some(header) = self.hub.next(turn, &mut chain.writable, watch)? else {
+                turn.put_back(RECEIVE);
+                return self.received(turn);
             };
-            session.write(&mut head, &header.encode())?;
+            turn.write(&mut head, &header.encode())?;
             let bytes = u64::from(header.len);
             self.counters.received.fetch_add(bytes, Ordering::Relaxed);
             let written = header.len.saturating_add(44);
-            session.complete(RECEIVE, chain.head, written)?;
+            turn.complete(RECEIVE, chain.head, written)?;
         }
-        session.notify_again(RECEIVE);
-        self.received(session)
+        turn.notify_again(RECEIVE);
+        self.received(turn)
     }
 
     fn received<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
     ) -> Result<(), DeviceError> {
         if self.held && !self.hub.is_full() {
             self.held = false;
-            session.notify_again(TRANSMIT);
+            turn.notify_again(TRANSMIT);
         }
         let connections = self.hub.connections() as u64;
         self.counters
             .connections
             .store(connections, Ordering::Relaxed);
-        Ok(session.signal(RECEIVE)?)
+        Ok(turn.signal(RECEIVE)?)
     }
 
     /// Says that all connections are gone (5.10.6.7), when the guest has room for it.
     fn tell_reset<M: GuestAddressSpace>(
         &mut self,
-        session: &mut Session<'_, M>,
+        turn: &mut Turn<'_, M>,
     ) -> Result<(), DeviceError> {
-        session.drain(EVENTS, |session, mut chain| {
+        turn.drain(EVENTS, |turn, mut chain| {
             if !self.tell_reset {
                 return Ok(Outcome::Later);
             }
@@ -224,7 +224,7 @@ impl Vsock {
                 .into());
             }
             self.tell_reset = false;
-            let written = session.write(&mut chain.writable, &TRANSPORT_RESET)?;
+            let written = turn.write(&mut chain.writable, &TRANSPORT_RESET)?;
             Ok(Outcome::done(written))
         })
     }
@@ -236,7 +236,7 @@ fn is_guest_cid(cid: u64) -> bool {
 
 /// A packet of the guest: its header, and where its data is.
 fn packet<M: GuestAddressSpace>(
-    session: &Session<'_, M>,
+    turn: &Turn<'_, M>,
     mut chain: Chain,
 ) -> Result<(Header, super::Buffer), QueueError> {
     let malformed = |what| QueueError::Request {
@@ -244,7 +244,7 @@ fn packet<M: GuestAddressSpace>(
         what,
     };
     let mut bytes = [0; HEADER_BYTES];
-    let read = session.read(&mut chain.readable, &mut bytes)?;
+    let read = turn.read(&mut chain.readable, &mut bytes)?;
     if read < HEADER_BYTES || !chain.writable.is_empty() {
         return Err(malformed(
             "a packet to send is readable memory, with a header",
@@ -277,32 +277,32 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
 
     fn started(
         &mut self,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.tell_reset(&mut session)?;
-        self.receive(&mut session, watch)
+        self.tell_reset(&mut turn)?;
+        self.receive(&mut turn, watch)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            TRANSMIT => self.transmit(&mut session, watch)?,
-            EVENTS => self.tell_reset(&mut session)?,
+            TRANSMIT => self.transmit(&mut turn, watch)?,
+            EVENTS => self.tell_reset(&mut turn)?,
             _ => {}
         }
-        self.receive(&mut session, watch)
+        self.receive(&mut turn, watch)
     }
 
     fn ready(
         &mut self,
         token: Token,
         events: EventSet,
-        mut session: Session<'_, M>,
+        mut turn: Turn<'_, M>,
         watch: &mut Watch<'_, '_>,
     ) -> Result<(), DeviceError> {
         if token == LISTENER {
@@ -312,7 +312,7 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
         } else {
             self.hub.stream_event(token, events, watch);
         }
-        self.receive(&mut session, watch)
+        self.receive(&mut turn, watch)
     }
 
     fn reset(&mut self, watch: &mut Watch<'_, '_>) {

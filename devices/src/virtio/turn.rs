@@ -56,7 +56,7 @@ struct Queues {
     reset_pending: bool,
     paused: bool,
     finished: bool,
-    /// The worker is in a session.
+    /// The worker is in a turn.
     busy: bool,
     failure: Option<String>,
 }
@@ -64,7 +64,7 @@ struct Queues {
 /// What a worker may do now.
 pub(super) enum Pass<'a, M: GuestAddressSpace> {
     /// Serve the driver.
-    Serve(Session<'a, M>),
+    Serve(Turn<'a, M>),
     /// Let the device forget its driver, then call [`Shared::reset_done`].
     Reset,
     /// End.
@@ -110,7 +110,7 @@ impl<M: GuestAddressSpace> Shared<M> {
             }
             if queues.active && !queues.paused {
                 queues.busy = true;
-                return Pass::Serve(Session {
+                return Pass::Serve(Turn {
                     shared: self,
                     queues,
                 });
@@ -290,12 +290,12 @@ pub(super) fn drain(event: &EventFd) {
 /// The queues of a device whose driver is ready.
 ///
 /// As long as it lives the driver's reset waits, so that after a reset nothing of the driver's is touched.
-pub struct Session<'a, M: GuestAddressSpace> {
+pub struct Turn<'a, M: GuestAddressSpace> {
     shared: &'a Shared<M>,
     queues: MutexGuard<'a, Queues>,
 }
 
-impl<'a, M: GuestAddressSpace> Session<'a, M> {
+impl<'a, M: GuestAddressSpace> Turn<'a, M> {
     pub(super) fn generation(&self) -> u64 {
         self.queues.generation
     }
