@@ -1,17 +1,22 @@
-//! Device models of the monitor Ferry, over event-manager and plain file descriptors.
+//! Device models of the monitor Ferry, over vm-memory, event-manager and plain file descriptors.
 //!
 //! A device here is three things: its specification (constants with their source), its state (a plain
 //! struct whose fields are all named in save and restore), and its behaviour. No device knows KVM: an
 //! interrupt is an [`EventFd`](vmm_sys_util::eventfd::EventFd) that somebody else wires up, and a
-//! register access arrives through the [`PortDevice`] trait.
+//! register access arrives through the traits [`PortDevice`] and [`MmioDevice`].
 
 mod debug_exit;
+mod mmio;
 mod ports;
+mod rate_limit;
 mod reset;
 mod serial;
+pub mod virtio;
 
 pub use debug_exit::{DEBUG_EXIT_PORT, DebugExit};
+pub use mmio::{MmioBus, MmioDevice, MmioError, MmioRange};
 pub use ports::{PortBus, PortDevice, PortRange, PortsError};
+pub use rate_limit::{Rate, RateLimit};
 pub use reset::{I8042_PORT, I8042_PORTS, ResetController};
 pub use serial::{
     COM1_INTERRUPT, COM1_PORT, COM1_PORTS, Serial, SerialError, SerialInput, SerialOutput,

@@ -1,0 +1,356 @@
+//! The memory balloon (virtio 1.2, 5.5): the guest gives pages to the host, and takes them back by touching
+//! them. With free-page reporting it also says which of its pages hold nothing.
+//!
+//! How a page leaves is the monitor's business ([`Discard`]). It may have to stop vCPUs for it, and one of
+//! them may be about to reset this very device: pages are discarded outside of the turn.
+
+mod spec;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+use vm_memory::GuestAddressSpace;
+
+use super::device::{
+    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Watch, read_config,
+};
+use super::interrupt::Interrupt;
+use super::queue::{Chain, QueueError};
+use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
+use spec::{
+    ACTUAL_OFFSET, DEFLATE, DEFLATE_ON_OOM, INFLATE, PAGE_BYTES, PAGE_NUMBER_BYTES, PAGES_MAX,
+    QUEUE_SIZE, REPORT, REPORTING,
+};
+
+pub use state::BalloonSnapshot;
+
+/// Requests that one turn works on; then others get theirs.
+const REQUESTS_A_TURN: u32 = 64;
+
+/// Takes pages away from a guest.
+pub trait Discard: Send {
+    /// Gives the memory in `ranges` of guest-physical addresses back to the host: it reads as zeros from
+    /// now on. That is a change of memory like any other, so it is made known to whoever tracks changes.
+    /// The ranges are whole pages of 4 KiB in guest memory, ascending, and do not touch each other.
+    ///
+    /// # Errors
+    /// The kernel's. Memory that could not be given back stays as it is.
+    fn discard(&mut self, ranges: &[Range<u64>]) -> io::Result<()>;
+}
+
+/// A balloon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BalloonConfig {
+    /// Pages of 4 KiB that the guest should give at once.
+    pub target_pages: u32,
+    /// The guest may take pages back before it kills a process for want of memory.
+    pub deflate_on_oom: bool,
+    /// The guest says which of its pages hold nothing.
+    pub free_page_reporting: bool,
+}
+
+struct Config {
+    target: AtomicU32,
+    actual: AtomicU32,
+}
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let [target, actual] = [&self.target, &self.actual].map(|v| v.load(Ordering::SeqCst));
+        read_config(&spec::config(target, actual), offset, data);
+    }
+
+    /// 5.5.4: the driver writes `actual`, at any time.
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (ACTUAL_OFFSET, Ok(value)) = (offset, data.try_into()) {
+            let value = u32::from_le_bytes(value);
+            self.actual.store(value, Ordering::SeqCst);
+        }
+    }
+
+    /// After a reset the guest has all of its pages (5.5.5).
+    fn reset(&self) {
+        self.actual.store(0, Ordering::SeqCst);
+    }
+}
+
+#[derive(Default)]
+struct BalloonCounters {
+    inflated: AtomicU64,
+    deflated: AtomicU64,
+    reported: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters for BalloonCounters {
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("inflated_pages", value(&self.inflated)),
+            ("deflated_pages", value(&self.deflated)),
+            ("reported_pages", value(&self.reported)),
+            ("errors", value(&self.errors)),
+        ]
+    }
+}
+
+/// Says how large a balloon should be, and is. Clones are the same.
+#[derive(Clone)]
+pub struct BalloonControl {
+    config: Arc<Config>,
+    interrupt: Interrupt,
+}
+
+impl BalloonControl {
+    /// Asks the guest to have `pages` of 4 KiB in the balloon; it does so when and if it can.
+    pub fn set_target(&self, pages: u32) {
+        self.config.target.store(pages, Ordering::SeqCst);
+        self.interrupt.config_changed();
+    }
+
+    /// Pages of 4 KiB that the balloon should have.
+    #[must_use]
+    pub fn target(&self) -> u32 {
+        self.config.target.load(Ordering::SeqCst)
+    }
+
+    /// Pages of 4 KiB that the guest says are in the balloon.
+    #[must_use]
+    pub fn actual(&self) -> u32 {
+        self.config.actual.load(Ordering::SeqCst)
+    }
+}
+
+/// A memory balloon.
+pub struct Balloon {
+    features: u64,
+    config: Arc<Config>,
+    discard: Box<dyn Discard>,
+    counters: Arc<BalloonCounters>,
+}
+
+/// What a request asks for: ranges to discard, and how many pages they have.
+struct Request {
+    head: u16,
+    ranges: Vec<Range<u64>>,
+}
+
+impl Balloon {
+    /// The balloon that `config` describes, and the way to change its size. `interrupt` is the one that the
+    /// device gets.
+    #[must_use]
+    pub fn new(
+        config: BalloonConfig,
+        discard: Box<dyn Discard>,
+        interrupt: Interrupt,
+    ) -> (Self, BalloonControl) {
+        let mut features = 0;
+        if config.deflate_on_oom {
+            features |= DEFLATE_ON_OOM;
+        }
+        if config.free_page_reporting {
+            features |= REPORTING;
+        }
+        let space = Arc::new(Config {
+            target: AtomicU32::new(config.target_pages),
+            actual: AtomicU32::new(0),
+        });
+        let control = BalloonControl {
+            config: Arc::clone(&space),
+            interrupt,
+        };
+        let balloon = Self {
+            features,
+            config: space,
+            discard,
+            counters: Arc::default(),
+        };
+        (balloon, control)
+    }
+
+    /// Works on the requests of a queue that gives pages away.
+    fn take_pages<'a, M: GuestAddressSpace>(
+        &mut self,
+        queue: usize,
+        mut turn: Turn<'a, M>,
+    ) -> Result<(), DeviceError> {
+        for _ in 0..REQUESTS_A_TURN {
+            let Some(chain) = turn.pop(queue)? else {
+                if turn.enable_notification(queue)? {
+                    continue;
+                }
+                return Ok(());
+            };
+            let request = match queue {
+                INFLATE => inflated(&turn, chain)?,
+                _ => reported(chain)?,
+            };
+            let (back, result) = turn.unlocked(|| self.discard.discard(&request.ranges))?;
+            turn = back;
+            self.count(queue, &request, &result);
+            turn.complete(queue, request.head, 0)?;
+            turn.signal(queue)?;
+        }
+        turn.notify_again(queue);
+        Ok(())
+    }
+
+    fn count(&self, queue: usize, request: &Request, result: &io::Result<()>) {
+        let pages = |range: &Range<u64>| (range.end - range.start) / PAGE_BYTES;
+        let (counter, more) = match (result, queue) {
+            (Err(_), _) => (&self.counters.errors, 1),
+            (Ok(()), INFLATE) => (
+                &self.counters.inflated,
+                request.ranges.iter().map(pages).sum(),
+            ),
+            (Ok(()), _) => (
+                &self.counters.reported,
+                request.ranges.iter().map(pages).sum(),
+            ),
+        };
+        counter.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Pages that come back need nothing: the guest touches them, and they are there.
+    fn deflate<M: GuestAddressSpace>(&self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
+        turn.drain(DEFLATE, |turn, chain| {
+            let pages = page_numbers(turn, chain)?.len();
+            self.counters
+                .deflated
+                .fetch_add(pages as u64, Ordering::Relaxed);
+            Ok(Outcome::Done(0))
+        })
+    }
+}
+
+/// The pages that a request to inflate names, as ranges.
+fn inflated<M: GuestAddressSpace>(turn: &Turn<'_, M>, chain: Chain) -> Result<Request, QueueError> {
+    let head = chain.head;
+    let mut pages = page_numbers(turn, chain)?;
+    pages.sort_unstable();
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for page in pages {
+        let start = u64::from(page) * PAGE_BYTES;
+        let end = start + PAGE_BYTES;
+        if !turn.has_memory(start, PAGE_BYTES) {
+            return Err(QueueError::Request {
+                head,
+                what: "a page for the balloon that is not guest memory",
+            });
+        }
+        match ranges.last_mut() {
+            Some(last) if start <= last.end => last.end = end,
+            _ => ranges.push(start..end),
+        }
+    }
+    Ok(Request { head, ranges })
+}
+
+fn page_numbers<M: GuestAddressSpace>(
+    turn: &Turn<'_, M>,
+    mut chain: Chain,
+) -> Result<Vec<u32>, QueueError> {
+    let malformed = |what| QueueError::Request {
+        head: chain.head,
+        what,
+    };
+    let bytes = chain.readable.len();
+    if !chain.writable.is_empty() {
+        return Err(malformed("page numbers are readable memory only"));
+    }
+    let entry = PAGE_NUMBER_BYTES as u64;
+    if !bytes.is_multiple_of(entry) || bytes / entry > PAGES_MAX {
+        return Err(malformed("page numbers of 4 bytes, at most 16384 of them"));
+    }
+    let mut numbers = vec![0; usize::try_from(bytes).unwrap_or_default()];
+    turn.read(&mut chain.readable, &mut numbers)?;
+    Ok(numbers
+        .as_chunks::<PAGE_NUMBER_BYTES>()
+        .0
+        .iter()
+        .map(|number| u32::from_le_bytes(*number))
+        .collect())
+}
+
+/// The memory that a report names (5.5.6.7), in whole pages.
+fn reported(chain: Chain) -> Result<Request, QueueError> {
+    if !chain.readable.is_empty() {
+        return Err(QueueError::Request {
+            head: chain.head,
+            what: "free pages are writable memory only",
+        });
+    }
+    let mut ranges: Vec<Range<u64>> = chain
+        .writable
+        .pieces()
+        .map(|(start, bytes)| {
+            start.next_multiple_of(PAGE_BYTES)..(start + bytes) / PAGE_BYTES * PAGE_BYTES
+        })
+        .filter(|range| !range.is_empty())
+        .collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|later, earlier| {
+        let touches = later.start <= earlier.end;
+        if touches {
+            earlier.end = earlier.end.max(later.end);
+        }
+        touches
+    });
+    Ok(Request {
+        head: chain.head,
+        ranges,
+    })
+}
+
+impl<M: GuestAddressSpace> Device<M> for Balloon {
+    fn identity(&self) -> Identity {
+        let queues = if self.features & REPORTING == 0 { 2 } else { 3 };
+        Identity {
+            device_type: VIRTIO_ID_BALLOON,
+            features: self.features,
+            queue_sizes: vec![QUEUE_SIZE; queues],
+            config: Arc::clone(&self.config) as _,
+            counters: Arc::clone(&self.counters) as _,
+        }
+    }
+
+    fn notified(
+        &mut self,
+        queue: usize,
+        mut turn: Turn<'_, M>,
+        _: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        match queue {
+            DEFLATE => self.deflate(&mut turn),
+            INFLATE | REPORT => self.take_pages(queue, turn),
+            _ => Ok(()),
+        }
+    }
+
+    fn save(&self) -> DeviceSnapshot {
+        DeviceSnapshot::Balloon(BalloonSnapshot {
+            target_pages: self.config.target.load(Ordering::SeqCst),
+            actual_pages: self.config.actual.load(Ordering::SeqCst),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
+        let DeviceSnapshot::Balloon(state) = state else {
+            return Err(DeviceStateError::other("balloon", state));
+        };
+        self.config
+            .target
+            .store(state.target_pages, Ordering::SeqCst);
+        self.config
+            .actual
+            .store(state.actual_pages, Ordering::SeqCst);
+        Ok(())
+    }
+}

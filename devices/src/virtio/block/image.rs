@@ -1,0 +1,152 @@
+//! A raw image on the host: sectors of guest memory to and from a file, with nothing copied in between.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
+use rustix::io::Errno;
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{
+    GuestAddressSpace, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
+};
+
+use super::super::buffer::Buffer;
+use super::super::queue::QueueError;
+use super::super::turn::Turn;
+use super::spec::SECTOR_BYTES;
+
+/// A part of an image, in bytes, that lies in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+}
+
+/// A file, or a block device of the host.
+pub(super) struct Image {
+    file: File,
+    sectors: u64,
+}
+
+impl Image {
+    /// The image in `file`, whose position nobody else uses. A last part that is no whole sector is not
+    /// seen by the guest.
+    pub(super) fn new(file: File) -> io::Result<Self> {
+        let bytes = seek(&file, SeekFrom::End(0))?;
+        Ok(Self {
+            file,
+            sectors: bytes / SECTOR_BYTES,
+        })
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Where `bytes` from `sector` on are, if they are whole sectors of the image.
+    pub(super) fn extent(&self, sector: u64, bytes: u64) -> Option<Extent> {
+        let whole = bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES);
+        let end = sector.checked_add(bytes / SECTOR_BYTES)?;
+        (whole && end <= self.sectors).then_some(Extent {
+            offset: sector * SECTOR_BYTES,
+            bytes,
+        })
+    }
+
+    /// Fills `buffer` from `offset` on.
+    pub(super) fn read<M: GuestAddressSpace>(
+        &self,
+        offset: u64,
+        buffer: &Buffer,
+        turn: &Turn<'_, M>,
+    ) -> Result<io::Result<()>, QueueError> {
+        let mut result = self.seek(offset);
+        if result.is_ok() {
+            turn.each_slice(buffer, Permissions::Write, |mut slice| {
+                result = self.read_slice(&mut slice);
+                result.is_ok()
+            })?;
+        }
+        Ok(result)
+    }
+
+    /// Writes `buffer` from `offset` on.
+    pub(super) fn write<M: GuestAddressSpace>(
+        &self,
+        offset: u64,
+        buffer: &Buffer,
+        turn: &Turn<'_, M>,
+    ) -> Result<io::Result<()>, QueueError> {
+        let mut result = self.seek(offset);
+        if result.is_ok() {
+            turn.each_slice(buffer, Permissions::Read, |slice| {
+                result = (&self.file)
+                    .write_all_volatile(&slice)
+                    .map_err(into_io_error);
+                result.is_ok()
+            })?;
+        }
+        Ok(result)
+    }
+
+    /// All that was written is on the disk.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        Ok(fdatasync(&self.file)?)
+    }
+
+    /// The guest needs `extent` no longer. A file system that cannot give it back keeps it.
+    pub(super) fn discard(&self, extent: Extent) -> io::Result<()> {
+        match self.punch(extent) {
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Makes `extent` zeros without writing them; unsupported where the file system cannot do that. It
+    /// stays allocated unless it `may_shrink`.
+    pub(super) fn write_zeroes(&self, extent: Extent, may_shrink: MayShrink) -> io::Result<()> {
+        if may_shrink == MayShrink::Yes {
+            return Ok(self.punch(extent)?);
+        }
+        let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.file, zero, extent.offset, extent.bytes) {
+            // tmpfs punches holes and allocates, but does not do both at once.
+            Err(Errno::OPNOTSUPP) => {
+                self.punch(extent)?;
+                let keep = FallocateFlags::KEEP_SIZE;
+                Ok(fallocate(&self.file, keep, extent.offset, extent.bytes)?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn punch(&self, extent: Extent) -> rustix::io::Result<()> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.file, punch, extent.offset, extent.bytes)
+    }
+
+    fn seek(&self, offset: u64) -> io::Result<()> {
+        seek(&self.file, SeekFrom::Start(offset))?;
+        Ok(())
+    }
+
+    fn read_slice<B: BitmapSlice>(&self, slice: &mut VolatileSlice<'_, B>) -> io::Result<()> {
+        (&self.file)
+            .read_exact_volatile(slice)
+            .map_err(into_io_error)
+    }
+}
+
+/// Whether a range that becomes zeros may be deallocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MayShrink {
+    Yes,
+    No,
+}
+
+fn into_io_error(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,229 @@
+//! One request of a driver (virtio 1.2, 5.2.6): header and data, then a status byte.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::GuestAddressSpace;
+
+use super::super::buffer::Buffer;
+use super::super::device::DeviceError;
+use super::super::queue::{Chain, QueueError};
+use super::super::turn::Turn;
+use super::image::{Extent, MayShrink};
+use super::spec::{
+    FLUSH_FEATURE, HEADER_BYTES, ID_BYTES, Kind, RANGE_BYTES, RANGE_SECTORS_MAX, RANGE_UNMAP,
+    RANGES_MAX, SECTOR_BYTES, Status,
+};
+use super::{Access, Block};
+
+/// A request whose parts were found.
+struct Request {
+    kind: Kind,
+    sector: u64,
+    /// What the driver sends: data to write, or ranges.
+    outgoing: Buffer,
+    /// Where it wants data.
+    incoming: Buffer,
+}
+
+/// A range to discard or to write zeroes to.
+#[derive(Clone, Copy)]
+struct Range {
+    extent: Extent,
+    may_shrink: MayShrink,
+}
+
+/// The status of a request, and how many bytes of its data were written to guest memory.
+type Answer = (Status, u64);
+
+impl Block {
+    /// Does what `chain` asks for. Returns how many bytes of its writable memory were written.
+    pub(super) fn execute<M: GuestAddressSpace>(
+        &self,
+        turn: &Turn<'_, M>,
+        chain: Chain,
+    ) -> Result<u32, DeviceError> {
+        let malformed = |what| QueueError::Request {
+            head: chain.head,
+            what,
+        };
+        let Chain {
+            mut readable,
+            mut writable,
+            ..
+        } = chain;
+        let mut header = [0; HEADER_BYTES];
+        if turn.read(&mut readable, &mut header)? < HEADER_BYTES {
+            return Err(malformed("no room for a header in the readable memory").into());
+        }
+        let mut status_byte = writable.take_last(1);
+        if status_byte.is_empty() {
+            return Err(malformed("no room for a status in the writable memory").into());
+        }
+        let [kind, _reserved] = [0, 4].map(|at| word(&header, at));
+        let request = Request {
+            kind: Kind::of(kind),
+            sector: long(&header, 8),
+            outgoing: readable,
+            incoming: writable,
+        };
+        let (status, written) = self.answer(turn, &request)?;
+        if status == Status::IoError {
+            count(&self.counters.errors, 1);
+        }
+        turn.write(&mut status_byte, &[status as u8])?;
+        // 2.7.8: the bytes from the start; the status is behind all of the data.
+        let all = request.incoming.len();
+        let written = if written == all { all + 1 } else { written };
+        Ok(u32::try_from(written).unwrap_or(u32::MAX))
+    }
+
+    fn answer<M: GuestAddressSpace>(
+        &self,
+        turn: &Turn<'_, M>,
+        request: &Request,
+    ) -> Result<Answer, QueueError> {
+        let read_only = self.access == Access::ReadOnly;
+        match request.kind {
+            Kind::Read => self.read(turn, request),
+            Kind::GetId => self.identify(turn, request),
+            Kind::Flush => Ok((status_of(&self.image.flush()), 0)),
+            Kind::Write | Kind::Discard | Kind::WriteZeroes if read_only => {
+                Ok((Status::IoError, 0))
+            }
+            Kind::Write => Ok((self.write(turn, request)?, 0)),
+            Kind::Discard | Kind::WriteZeroes => Ok((self.ranges(turn, request)?, 0)),
+            Kind::Unknown => Ok((Status::Unsupported, 0)),
+        }
+    }
+
+    fn read<M: GuestAddressSpace>(
+        &self,
+        turn: &Turn<'_, M>,
+        request: &Request,
+    ) -> Result<Answer, QueueError> {
+        let bytes = request.incoming.len();
+        let Some(extent) = self.image.extent(request.sector, bytes) else {
+            return Ok((Status::IoError, 0));
+        };
+        let result = self.image.read(extent.offset, &request.incoming, turn)?;
+        if result.is_err() {
+            return Ok((Status::IoError, 0));
+        }
+        count(&self.counters.read_ops, 1);
+        count(&self.counters.read_bytes, bytes);
+        Ok((Status::Ok, bytes))
+    }
+
+    fn write<M: GuestAddressSpace>(
+        &self,
+        turn: &Turn<'_, M>,
+        request: &Request,
+    ) -> Result<Status, QueueError> {
+        let bytes = request.outgoing.len();
+        let Some(extent) = self.image.extent(request.sector, bytes) else {
+            return Ok(Status::IoError);
+        };
+        let mut result = self.image.write(extent.offset, &request.outgoing, turn)?;
+        // 5.2.6.2: a driver that cannot flush is told of nothing that is not on the disk.
+        if result.is_ok() && turn.features() & FLUSH_FEATURE == 0 {
+            result = self.image.flush();
+        }
+        if result.is_ok() {
+            count(&self.counters.write_ops, 1);
+            count(&self.counters.write_bytes, bytes);
+        }
+        Ok(status_of(&result))
+    }
+
+    fn identify<M: GuestAddressSpace>(
+        &self,
+        turn: &Turn<'_, M>,
+        request: &Request,
+    ) -> Result<Answer, QueueError> {
+        if request.incoming.len() < ID_BYTES as u64 {
+            return Ok((Status::IoError, 0));
+        }
+        let mut id = [0; ID_BYTES];
+        id[..self.id.len()].copy_from_slice(&self.id);
+        let written = turn.write(&mut request.incoming.clone(), &id)?;
+        Ok((Status::Ok, written as u64))
+    }
+
+    /// Discards, or writes zeroes. All ranges are looked at before anything is done.
+    fn ranges<M: GuestAddressSpace>(
+        &self,
+        turn: &Turn<'_, M>,
+        request: &Request,
+    ) -> Result<Status, QueueError> {
+        let mut left = request.outgoing.clone();
+        let whole = left.len().is_multiple_of(RANGE_BYTES as u64);
+        let number = left.len() / RANGE_BYTES as u64;
+        if !whole || !(1..=u64::from(RANGES_MAX)).contains(&number) {
+            return Ok(Status::IoError);
+        }
+        let mut ranges = Vec::new();
+        while !left.is_empty() {
+            let mut entry = [0; RANGE_BYTES];
+            turn.read(&mut left, &mut entry)?;
+            match self.range(request.kind, &entry) {
+                Ok(range) => ranges.push(range),
+                Err(status) => return Ok(status),
+            }
+        }
+        for range in ranges {
+            let result = match request.kind {
+                Kind::Discard => self.image.discard(range.extent),
+                _ => self.image.write_zeroes(range.extent, range.may_shrink),
+            };
+            if result.is_err() {
+                return Ok(status_of(&result));
+            }
+        }
+        Ok(Status::Ok)
+    }
+
+    fn range(&self, kind: Kind, entry: &[u8; RANGE_BYTES]) -> Result<Range, Status> {
+        let (sector, sectors, flags) = (long(entry, 0), word(entry, 8), word(entry, 12));
+        let known = match kind {
+            Kind::WriteZeroes => RANGE_UNMAP,
+            _ => 0,
+        };
+        if flags & !known != 0 {
+            return Err(Status::Unsupported);
+        }
+        if sectors > RANGE_SECTORS_MAX {
+            return Err(Status::IoError);
+        }
+        let extent = self
+            .image
+            .extent(sector, u64::from(sectors) * SECTOR_BYTES)
+            .ok_or(Status::IoError)?;
+        let may_shrink = if flags & RANGE_UNMAP == 0 {
+            MayShrink::No
+        } else {
+            MayShrink::Yes
+        };
+        Ok(Range { extent, may_shrink })
+    }
+}
+
+fn status_of(result: &io::Result<()>) -> Status {
+    match result {
+        Ok(()) => Status::Ok,
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Status::Unsupported,
+        Err(_) => Status::IoError,
+    }
+}
+
+fn count(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Ordering::Relaxed);
+}
+
+fn word(bytes: &[u8; 16], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn long(bytes: &[u8; 16], at: usize) -> u64 {
+    u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32
+}

@@ -1,0 +1,339 @@
+//! The console device (virtio 1.2, 5.3), with one port: what the guest writes goes to a sink, what it reads
+//! comes from [`ConsoleInput`].
+//!
+//! The sink is waited for, as a serial port's is. A sink that fails loses output, which is counted.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_manager::EventSet;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{
+    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
+};
+use super::queue::{Chain, QueueError};
+use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn, drain, notify};
+
+/// The queues of port 0 (5.3.2), from the driver's point of view.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZE: u16 = 64;
+/// Most bytes of input that wait for the guest; a restored state may hold as many.
+const INPUT_LIMIT: usize = 64 * 1024;
+/// Bytes that are moved at once.
+const PIECE: usize = 4096;
+
+/// Where a console's output goes.
+pub type ConsoleOutput = Box<dyn Write + Send>;
+
+/// The state of a console.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleSnapshot {
+    /// Input that the guest has not read, oldest byte first, at most 64 KiB.
+    pub waiting_input: Vec<u8>,
+}
+
+/// Gives input to a console. Clones are the same.
+#[derive(Clone)]
+pub struct ConsoleInput {
+    shared: Arc<Waiting>,
+}
+
+struct Waiting {
+    bytes: Mutex<VecDeque<u8>>,
+    arrived: EventFd,
+}
+
+impl Waiting {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ConsoleInput {
+    /// Gives `bytes` to the guest, now or when it reads. Returns how many were taken: fewer than all when
+    /// too much waits already.
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        let mut waiting = self.shared.lock();
+        let taken = bytes.len().min(INPUT_LIMIT - waiting.len());
+        waiting.extend(&bytes[..taken]);
+        drop(waiting);
+        notify(&self.shared.arrived);
+        taken
+    }
+}
+
+#[derive(Default)]
+struct ConsoleCounters {
+    lost: AtomicU64,
+}
+
+impl Counters for ConsoleCounters {
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("lost_bytes", self.lost.load(Ordering::Relaxed))]
+    }
+}
+
+/// 5.3.4: all of its fields belong to features that are not offered.
+struct NoConfig;
+
+impl ConfigSpace for NoConfig {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+}
+
+/// A console with one port.
+pub struct Console {
+    output: ConsoleOutput,
+    input: Arc<Waiting>,
+    counters: Arc<ConsoleCounters>,
+}
+
+impl Console {
+    /// A console that writes to `output`, and the way to its input.
+    ///
+    /// # Errors
+    /// Descriptors that cannot be had.
+    pub fn new(output: ConsoleOutput) -> io::Result<(Self, ConsoleInput)> {
+        let shared = Arc::new(Waiting {
+            bytes: Mutex::default(),
+            arrived: EventFd::new(EFD_NONBLOCK)?,
+        });
+        let console = Self {
+            output,
+            input: Arc::clone(&shared),
+            counters: Arc::default(),
+        };
+        Ok((console, ConsoleInput { shared }))
+    }
+
+    fn transmit<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+    ) -> Result<(), DeviceError> {
+        turn.drain(TRANSMIT, |turn, mut chain| {
+            one_way(&chain, chain.writable.is_empty())?;
+            while !chain.readable.is_empty() {
+                let mut piece = [0; PIECE];
+                let len = turn.read(&mut chain.readable, &mut piece)?;
+                if self.output.write_all(&piece[..len]).is_err() {
+                    self.counters.lost.fetch_add(len as u64, Ordering::Relaxed);
+                }
+            }
+            if self.output.flush().is_err() {
+                self.counters.lost.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(Outcome::Done(0))
+        })
+    }
+
+    fn receive<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
+        turn.drain(RECEIVE, |turn, mut chain| {
+            one_way(&chain, chain.readable.is_empty())?;
+            let mut waiting = self.input.lock();
+            if waiting.is_empty() {
+                return Ok(Outcome::Later);
+            }
+            let room = usize::try_from(chain.writable.len()).unwrap_or(PIECE);
+            let len = room.min(PIECE).min(waiting.len());
+            let bytes: Vec<u8> = waiting.drain(..len).collect();
+            Ok(Outcome::done(turn.write(&mut chain.writable, &bytes)?))
+        })
+    }
+}
+
+/// Each queue has memory of one direction only (5.3.6).
+fn one_way(chain: &Chain, is_so: bool) -> Result<(), QueueError> {
+    if is_so {
+        return Ok(());
+    }
+    Err(QueueError::Request {
+        head: chain.head,
+        what: "memory of the wrong direction for this queue of a console",
+    })
+}
+
+impl<M: GuestAddressSpace> Device<M> for Console {
+    fn identity(&self) -> Identity {
+        Identity {
+            device_type: VIRTIO_ID_CONSOLE,
+            features: 0,
+            queue_sizes: vec![QUEUE_SIZE; 2],
+            config: Arc::new(NoConfig),
+            counters: Arc::clone(&self.counters) as _,
+        }
+    }
+
+    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+        watch.add(&self.input.arrived, 0, EventSet::IN)
+    }
+
+    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+        self.receive(&mut turn)
+    }
+
+    fn notified(
+        &mut self,
+        queue: usize,
+        mut turn: Turn<'_, M>,
+        _: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        match queue {
+            RECEIVE => self.receive(&mut turn),
+            _ => self.transmit(&mut turn),
+        }
+    }
+
+    fn ready(
+        &mut self,
+        _: Token,
+        _: EventSet,
+        mut turn: Turn<'_, M>,
+        _: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        drain(&self.input.arrived);
+        self.receive(&mut turn)
+    }
+
+    fn save(&self) -> DeviceSnapshot {
+        DeviceSnapshot::Console(ConsoleSnapshot {
+            waiting_input: self.input.lock().iter().copied().collect(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
+        let DeviceSnapshot::Console(state) = state else {
+            return Err(DeviceStateError::other("console", state));
+        };
+        let bytes = state.waiting_input.len();
+        if bytes > INPUT_LIMIT {
+            return Err(DeviceStateError {
+                device: "console",
+                what: format!("{bytes} bytes of waiting input, at most {INPUT_LIMIT} are possible"),
+            });
+        }
+        *self.input.lock() = state.waiting_input.iter().copied().collect();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::super::testing::*;
+    use super::super::{DeviceSnapshot, VirtioMmio};
+    use super::*;
+
+    struct Sink(mpsc::Sender<Vec<u8>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.send(bytes.to_vec()).map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn started() -> (Driver, ConsoleInput, mpsc::Receiver<Vec<u8>>) {
+        let (sender, receiver) = mpsc::channel();
+        let (console, input) = Console::new(Box::new(Sink(sender))).unwrap();
+        let mut driver = Driver::new(|_| Box::new(console));
+        driver.start(EVENT_INDEX);
+        (driver, input, receiver)
+    }
+
+    #[test]
+    fn output_reaches_the_sink_whole_and_in_order() {
+        let (mut driver, _input, output) = started();
+        let text: Vec<u8> = (0..20_000_u32).map(|n| (n % 251) as u8).collect();
+        driver.write_memory(DATA, &text);
+        assert_eq!(
+            driver.request(1, &[Part::Out(DATA, 1), Part::Out(DATA + 1, 19_999)]),
+            0
+        );
+        assert_eq!(driver.request(1, &[Part::Out(DATA, 3)]), 0);
+        let seen: Vec<u8> = output.try_iter().flatten().collect();
+        assert_eq!(seen, [text.as_slice(), &text[..3]].concat());
+    }
+
+    #[test]
+    fn a_closed_sink_loses_output_and_nothing_else() {
+        let (mut driver, _input, output) = started();
+        drop(output);
+        driver.request(1, &[Part::Out(DATA, 5)]);
+        driver.request(1, &[Part::Out(DATA, 6)]);
+        assert_eq!(driver.device.counters(), [("lost_bytes", 11)]);
+    }
+
+    #[test]
+    fn input_waits_for_the_guest_and_fills_what_it_offers() {
+        let (mut driver, input, _output) = started();
+        assert_eq!(input.input(b"hello, "), 7);
+        driver.add(0, &[Part::In(DATA, 3)]);
+        driver.add(0, &[Part::In(DATA + 0x100, 10)]);
+        driver.add(0, &[Part::In(DATA + 0x200, 10)]);
+        driver.notify(0);
+        assert_eq!(driver.wait_used(0).1, 3);
+        assert_eq!(driver.wait_used(0).1, 4);
+        assert_eq!(driver.read_memory(DATA, 3), b"hel");
+        assert_eq!(driver.read_memory(DATA + 0x100, 4), b"lo, ");
+        assert_eq!(input.input(b"guest"), 5);
+        assert_eq!(driver.wait_used(0).1, 5);
+        assert_eq!(driver.read_memory(DATA + 0x200, 5), b"guest");
+    }
+
+    #[test]
+    fn input_is_bounded() {
+        let (_driver, input, _output) = started();
+        assert_eq!(input.input(&vec![0; 2 * INPUT_LIMIT]), INPUT_LIMIT);
+        assert_eq!(input.input(&[0]), 0);
+    }
+
+    #[test]
+    fn memory_of_the_wrong_direction_needs_a_reset() {
+        for (queue, part) in [(0, Part::Out(DATA, 8)), (1, Part::In(DATA, 8))] {
+            let (mut driver, input, output) = started();
+            input.input(b"x");
+            driver.add(queue, &[part]);
+            driver.notify(queue);
+            driver.wait_needs_reset();
+            assert!(output.try_recv().is_err());
+            driver.start(0);
+            assert_eq!(driver.request(0, &[Part::In(DATA, 8)]), 1);
+        }
+    }
+
+    #[test]
+    fn waiting_input_moves_with_the_guest() {
+        let (driver, input, _output) = started();
+        input.input(b"typed ahead");
+        driver.device.pause();
+        let saved = driver.device.save().unwrap();
+        let (console, _input) = Console::new(Box::new(io::sink())).unwrap();
+        let mut driver = driver.moved(&saved, |_| Box::new(console));
+        driver.device.resume();
+        assert_eq!(driver.request(0, &[Part::In(DATA, 64)]), 11);
+        assert_eq!(driver.read_memory(DATA, 11), b"typed ahead");
+
+        let mut flood = saved;
+        flood.device = DeviceSnapshot::Console(ConsoleSnapshot {
+            waiting_input: vec![0; INPUT_LIMIT + 1],
+        });
+        let (console, _input) = Console::new(Box::new(io::sink())).unwrap();
+        let (interrupt, _line) = interrupt();
+        let result =
+            VirtioMmio::restore("_console0", Box::new(console), memory(), interrupt, &flood);
+        assert!(result.err().unwrap().to_string().contains("65537"));
+    }
+}

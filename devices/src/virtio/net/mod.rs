@@ -1,0 +1,327 @@
+//! The network device (virtio 1.2, 5.1) over a tap: one pair of queues, checksum and TCP segmentation
+//! offloads, mergeable receive buffers, and a rate limit for each direction.
+//!
+//! A packet is one read or write of the tap, and so it is copied once: what a guest offers is in pieces,
+//! and to read or write pieces at once takes raw pointers, which this crate does not use.
+
+mod receive;
+mod spec;
+mod state;
+mod tap;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_manager::EventSet;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use vm_memory::GuestAddressSpace;
+
+use super::device::{
+    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
+    read_config,
+};
+use super::queue::{Chain, QueueError};
+use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
+use crate::rate_limit::{RateLimit, RateLimiter};
+use receive::Waiting;
+use spec::{
+    ETHERNET_BYTES, FEATURES, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HEADER_BYTES, MTU, PACKET_MAX,
+    QUEUE_SIZE, RECEIVE, TRANSMIT,
+};
+use tap::retried;
+
+pub use state::NetSnapshot;
+pub use tap::{Offloads, Tap};
+
+const TAP: Token = 0;
+const RECEIVE_TIMER: Token = 1;
+const TRANSMIT_TIMER: Token = 2;
+
+/// A network interface.
+pub struct NetConfig {
+    /// The host's side.
+    pub tap: Box<dyn Tap>,
+    /// The guest's address.
+    pub mac: [u8; 6],
+    /// The largest packet that the guest should send, in bytes; none leaves it to the guest.
+    pub mtu: Option<u16>,
+    /// How much may come to the guest.
+    pub receive_limit: RateLimit,
+    /// How much the guest may send.
+    pub transmit_limit: RateLimit,
+}
+
+/// What an interface has done.
+#[derive(Default)]
+struct NetCounters {
+    received_bytes: AtomicU64,
+    received_packets: AtomicU64,
+    received_dropped: AtomicU64,
+    sent_bytes: AtomicU64,
+    sent_packets: AtomicU64,
+    sent_dropped: AtomicU64,
+}
+
+impl Counters for NetCounters {
+    /// By Cloud Hypervisor's names where it has them.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("rx_bytes", value(&self.received_bytes)),
+            ("rx_frames", value(&self.received_packets)),
+            ("rx_dropped", value(&self.received_dropped)),
+            ("tx_bytes", value(&self.sent_bytes)),
+            ("tx_frames", value(&self.sent_packets)),
+            ("tx_dropped", value(&self.sent_dropped)),
+        ]
+    }
+}
+
+fn count(counter: &AtomicU64, more: usize) {
+    counter.fetch_add(more as u64, Ordering::Relaxed);
+}
+
+struct Config {
+    mac: Mutex<[u8; 6]>,
+    mtu: u16,
+}
+
+impl Config {
+    fn mac(&self) -> MutexGuard<'_, [u8; 6]> {
+        self.mac.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        read_config(&spec::config(*self.mac(), self.mtu), offset, data);
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        spec::accepts(features)
+    }
+}
+
+/// A network device.
+pub struct Net {
+    tap: Box<dyn Tap>,
+    config: Arc<Config>,
+    has_mtu: bool,
+    receive_limiter: RateLimiter,
+    transmit_limiter: RateLimiter,
+    /// From the host, on its way to the guest.
+    waiting: Waiting,
+    /// From the guest, on its way to the host.
+    outgoing: Vec<u8>,
+    /// The tap had no room for it.
+    blocked: bool,
+    /// What the tap was told.
+    offloads: Option<Offloads>,
+    /// The guest came from another host, and its network does not know yet.
+    announce: bool,
+    counters: Arc<NetCounters>,
+}
+
+impl Net {
+    /// The interface that `config` describes.
+    ///
+    /// # Errors
+    /// Descriptors that cannot be had.
+    pub fn new(config: NetConfig) -> io::Result<Self> {
+        Ok(Self {
+            tap: config.tap,
+            config: Arc::new(Config {
+                mac: Mutex::new(config.mac),
+                mtu: config.mtu.unwrap_or_default(),
+            }),
+            has_mtu: config.mtu.is_some(),
+            receive_limiter: RateLimiter::new(config.receive_limit)?,
+            transmit_limiter: RateLimiter::new(config.transmit_limit)?,
+            waiting: Waiting::new(),
+            outgoing: vec![0; PACKET_MAX],
+            blocked: false,
+            offloads: None,
+            announce: false,
+            counters: Arc::default(),
+        })
+    }
+
+    fn transmit<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+    ) -> Result<(), DeviceError> {
+        turn.drain(TRANSMIT, |turn, chain| self.send(turn, chain))
+    }
+
+    fn send<M: GuestAddressSpace>(
+        &mut self,
+        turn: &Turn<'_, M>,
+        mut chain: Chain,
+    ) -> Result<Outcome, DeviceError> {
+        let len = usize::try_from(chain.readable.len()).unwrap_or(usize::MAX);
+        if !chain.writable.is_empty() || len < HEADER_BYTES {
+            return Err(QueueError::Request {
+                head: chain.head,
+                what: "a packet to send is readable memory, with a header",
+            }
+            .into());
+        }
+        if !(HEADER_BYTES + ETHERNET_BYTES..=PACKET_MAX).contains(&len) {
+            count(&self.counters.sent_dropped, 1);
+            return Ok(Outcome::Done(0));
+        }
+        let bytes = len - HEADER_BYTES;
+        let admitted = self.transmit_limiter.admit(bytes as u64);
+        if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
+            return Ok(Outcome::Later);
+        }
+        let packet = &mut self.outgoing[..len];
+        turn.read(&mut chain.readable, packet)?;
+        match retried(|| self.tap.send(packet)) {
+            Ok(()) => {
+                count(&self.counters.sent_bytes, bytes);
+                count(&self.counters.sent_packets, 1);
+            }
+            // The tap says when there is room.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.blocked = true;
+                return Ok(Outcome::Later);
+            }
+            // A header that the kernel does not take, or an interface that is down.
+            Err(_) => count(&self.counters.sent_dropped, 1),
+        }
+        Ok(Outcome::Done(0))
+    }
+
+    /// Tells the tap what the guest can take.
+    fn agree(&mut self, features: u64) -> Result<(), DeviceError> {
+        let offloads = Offloads {
+            checksum: features & GUEST_CSUM != 0,
+            tso4: features & GUEST_TSO4 != 0,
+            tso6: features & GUEST_TSO6 != 0,
+        };
+        if self.offloads != Some(offloads) {
+            self.tap
+                .set_offloads(offloads)
+                .map_err(DeviceError::host("TUNSETOFFLOAD"))?;
+            self.offloads = Some(offloads);
+        }
+        Ok(())
+    }
+
+    /// Has the switches learn where the guest is now, by a reverse ARP request of its own address (RFC
+    /// 903), as other monitors do. It may get lost as any packet may.
+    fn announce(&mut self) {
+        if std::mem::take(&mut self.announce)
+            && retried(|| self.tap.send(&announcement(*self.config.mac()))).is_err()
+        {
+            count(&self.counters.sent_dropped, 1);
+        }
+    }
+}
+
+fn announcement(mac: [u8; 6]) -> [u8; HEADER_BYTES + 60] {
+    let mut packet = [0; HEADER_BYTES + 60];
+    let frame = &mut packet[HEADER_BYTES..];
+    frame[..6].fill(0xff);
+    frame[6..12].copy_from_slice(&mac);
+    // Reverse ARP; Ethernet, IPv4, 6 and 4 bytes of address, request reverse.
+    frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    frame[22..28].copy_from_slice(&mac);
+    frame[32..38].copy_from_slice(&mac);
+    packet
+}
+
+impl<M: GuestAddressSpace> Device<M> for Net {
+    fn identity(&self) -> Identity {
+        Identity {
+            device_type: VIRTIO_ID_NET,
+            features: FEATURES | if self.has_mtu { MTU } else { 0 },
+            queue_sizes: vec![QUEUE_SIZE; 2],
+            config: Arc::clone(&self.config) as _,
+            counters: Arc::clone(&self.counters) as _,
+        }
+    }
+
+    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+        // By edges: a packet for which the guest has no room must not wake the worker again and again.
+        let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        watch.add(&self.tap.as_raw_fd(), TAP, both)?;
+        watch.add(self.receive_limiter.timer(), RECEIVE_TIMER, EventSet::IN)?;
+        watch.add(self.transmit_limiter.timer(), TRANSMIT_TIMER, EventSet::IN)
+    }
+
+    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+        self.agree(turn.features())?;
+        self.announce();
+        self.receive(&mut turn)
+    }
+
+    fn notified(
+        &mut self,
+        queue: usize,
+        mut turn: Turn<'_, M>,
+        _: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        match queue {
+            RECEIVE => self.receive(&mut turn),
+            _ => self.transmit(&mut turn),
+        }
+    }
+
+    fn ready(
+        &mut self,
+        token: Token,
+        events: EventSet,
+        mut turn: Turn<'_, M>,
+        _: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        let failed = DeviceError::host("the timer of the rate limit");
+        match token {
+            RECEIVE_TIMER => self.receive_limiter.timer_ran_out().map_err(failed)?,
+            TRANSMIT_TIMER => self.transmit_limiter.timer_ran_out().map_err(failed)?,
+            _ => {}
+        }
+        let unblocked = events.contains(EventSet::OUT) && std::mem::take(&mut self.blocked);
+        if token == TRANSMIT_TIMER || unblocked {
+            self.transmit(&mut turn)?;
+        }
+        if token != TRANSMIT_TIMER {
+            self.receive(&mut turn)?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, _: &mut Watch<'_, '_>) {
+        self.waiting.clear();
+    }
+
+    fn save(&self) -> DeviceSnapshot {
+        DeviceSnapshot::Net(NetSnapshot {
+            mac: *self.config.mac(),
+            waiting_packet: self.waiting.packet().to_vec(),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
+        let DeviceSnapshot::Net(state) = state else {
+            return Err(DeviceStateError::other("net", state));
+        };
+        if !self.waiting.set(&state.waiting_packet) {
+            return Err(DeviceStateError {
+                device: "net",
+                what: format!(
+                    "a waiting packet of {} bytes, from {HEADER_BYTES} to {PACKET_MAX} are possible",
+                    state.waiting_packet.len()
+                ),
+            });
+        }
+        *self.config.mac() = state.mac;
+        self.announce = true;
+        Ok(())
+    }
+}

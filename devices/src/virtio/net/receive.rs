@@ -1,0 +1,197 @@
+//! From the tap to the guest.
+
+use std::sync::atomic::Ordering;
+
+use vm_memory::GuestAddressSpace;
+
+use super::super::device::DeviceError;
+use super::super::queue::{Chain, QueueError};
+use super::super::turn::Turn;
+use super::spec::{ETHERNET_BYTES, HEADER_BYTES, MERGEABLE, NUM_BUFFERS, PACKET_MAX, RECEIVE};
+use super::tap::{is_idle, retried};
+use super::{Net, Tap, count};
+
+/// Packets that one turn brings; then others get theirs.
+const PACKETS_A_TURN: u32 = 256;
+
+/// A packet that was read from the tap, and waits for the guest or for the rate limit.
+pub(super) struct Waiting {
+    buffer: Vec<u8>,
+    /// Bytes of the packet in it; 0 is none.
+    len: usize,
+    admitted: bool,
+}
+
+impl Waiting {
+    pub(super) fn new() -> Self {
+        Self {
+            buffer: vec![0; PACKET_MAX],
+            len: 0,
+            admitted: false,
+        }
+    }
+
+    pub(super) fn packet(&self) -> &[u8] {
+        &self.buffer[..self.len]
+    }
+
+    /// False for what can be no packet.
+    pub(super) fn set(&mut self, packet: &[u8]) -> bool {
+        if !packet.is_empty() && !(HEADER_BYTES..=PACKET_MAX).contains(&packet.len()) {
+            return false;
+        }
+        self.buffer[..packet.len()].copy_from_slice(packet);
+        self.len = packet.len();
+        self.admitted = false;
+        true
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+        self.admitted = false;
+    }
+
+    /// Reads the next packet. False if there is none.
+    fn fill(&mut self, tap: &dyn Tap) -> Result<bool, DeviceError> {
+        match retried(|| tap.receive(&mut self.buffer)) {
+            Ok(len) => {
+                self.len = len;
+                self.admitted = false;
+                Ok(true)
+            }
+            Err(error) if is_idle(&error) => Ok(false),
+            Err(error) => Err(DeviceError::host("reading from the tap")(error)),
+        }
+    }
+}
+
+/// What became of a packet.
+enum Delivery {
+    Done,
+    /// The guest has no room for it, and will notify when it has more.
+    NoRoom,
+    /// The guest made more room just now.
+    Again,
+    /// The guest never will have.
+    Impossible,
+}
+
+impl Net {
+    /// Brings packets to the guest until there are none, it has no room, or the rate limit says so.
+    pub(super) fn receive<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+    ) -> Result<(), DeviceError> {
+        if !turn.is_ready(RECEIVE) {
+            return Ok(());
+        }
+        for _ in 0..PACKETS_A_TURN {
+            if self.waiting.len == 0 && !self.waiting.fill(self.tap.as_ref())? {
+                return Ok(turn.signal(RECEIVE)?);
+            }
+            if self.waiting.len < HEADER_BYTES + ETHERNET_BYTES {
+                self.drop_waiting();
+                continue;
+            }
+            if !self.admit()? {
+                return Ok(turn.signal(RECEIVE)?);
+            }
+            match self.deliver(turn)? {
+                Delivery::Done => {
+                    count(&self.counters.received_packets, 1);
+                    count(
+                        &self.counters.received_bytes,
+                        self.waiting.len - HEADER_BYTES,
+                    );
+                    self.waiting.clear();
+                }
+                Delivery::Impossible => self.drop_waiting(),
+                Delivery::NoRoom => return Ok(turn.signal(RECEIVE)?),
+                Delivery::Again => {}
+            }
+        }
+        turn.notify_again(RECEIVE);
+        Ok(turn.signal(RECEIVE)?)
+    }
+
+    fn drop_waiting(&mut self) {
+        self.counters
+            .received_dropped
+            .fetch_add(1, Ordering::Relaxed);
+        self.waiting.clear();
+    }
+
+    fn admit(&mut self) -> Result<bool, DeviceError> {
+        if !self.waiting.admitted {
+            let bytes = self.waiting.len - HEADER_BYTES;
+            self.waiting.admitted = self
+                .receive_limiter
+                .admit(bytes as u64)
+                .map_err(DeviceError::host("the timer of the rate limit"))?;
+        }
+        Ok(self.waiting.admitted)
+    }
+
+    /// Puts the waiting packet into as many buffers as it takes, or into one if they are not mergeable
+    /// (5.1.6.4).
+    fn deliver<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+    ) -> Result<Delivery, DeviceError> {
+        let mergeable = turn.features() & MERGEABLE != 0;
+        let most = if mergeable {
+            turn.queue_size(RECEIVE)
+        } else {
+            1
+        };
+        let (chains, room) = self.collect(turn, most)?;
+        if room < self.waiting.len as u64 {
+            let all = chains.len() == usize::from(most);
+            // With what there is taken, so that the driver notifies of whatever comes behind it.
+            let more = !all && turn.enable_notification(RECEIVE)?;
+            for _ in &chains {
+                turn.put_back(RECEIVE);
+            }
+            return Ok(match (all, more) {
+                (true, _) => Delivery::Impossible,
+                (false, true) => Delivery::Again,
+                (false, false) => Delivery::NoRoom,
+            });
+        }
+        let number = u16::try_from(chains.len()).unwrap_or(u16::MAX);
+        self.waiting.buffer[NUM_BUFFERS].copy_from_slice(&number.to_le_bytes());
+        let mut rest = self.waiting.packet();
+        for mut chain in chains {
+            let written = turn.write(&mut chain.writable, rest)?;
+            rest = &rest[written..];
+            let written = u32::try_from(written).unwrap_or(u32::MAX);
+            turn.complete(RECEIVE, chain.head, written)?;
+        }
+        Ok(Delivery::Done)
+    }
+
+    /// Takes chains until there is room for the packet, at most `most`.
+    fn collect<M: GuestAddressSpace>(
+        &self,
+        turn: &mut Turn<'_, M>,
+        most: u16,
+    ) -> Result<(Vec<Chain>, u64), DeviceError> {
+        let mut chains = Vec::new();
+        let mut room = 0;
+        while room < self.waiting.len as u64 && chains.len() < usize::from(most) {
+            let Some(chain) = turn.pop(RECEIVE)? else {
+                break;
+            };
+            if !chain.readable.is_empty() {
+                return Err(QueueError::Request {
+                    head: chain.head,
+                    what: "a buffer for packets is writable memory only",
+                }
+                .into());
+            }
+            room += chain.writable.len();
+            chains.push(chain);
+        }
+        Ok((chains, room))
+    }
+}

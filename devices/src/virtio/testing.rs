@@ -1,0 +1,379 @@
+//! A driver for the unit tests: it does through registers and rings what a guest's driver does, and knows
+//! nothing of the code that it tests but the bus interface.
+#![allow(clippy::cast_possible_truncation)]
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Device, Interrupt, VirtioMmio, VirtioSnapshot};
+use crate::MmioDevice;
+
+pub(crate) type Memory = Arc<GuestMemoryMmap<AtomicBitmap>>;
+
+/// Nothing that these tests wait for takes this long.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// VIRTIO_F_VERSION_1.
+pub(crate) const VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_INDIRECT_DESC.
+pub(crate) const INDIRECT: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX.
+pub(crate) const EVENT_INDEX: u64 = 1 << 29;
+/// Descriptor flags: VIRTQ_DESC_F_NEXT, _WRITE and _INDIRECT.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const TABLE: u16 = 4;
+/// Guest memory goes to here, and on at `HIGH`.
+pub(crate) const LOW_END: u64 = 8 << 20;
+/// The second piece of guest memory, as long as the first.
+pub(crate) const HIGH: u64 = 16 << 20;
+/// Free for data.
+pub(crate) const DATA: u64 = 4 << 20;
+/// Status with DRIVER_OK.
+pub(crate) const RUNNING: u32 = 15;
+pub(crate) const NEEDS_RESET: u32 = 64;
+
+pub(crate) fn memory() -> Memory {
+    let bytes = 8 << 20;
+    Arc::new(
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes), (GuestAddress(HIGH), bytes)])
+            .unwrap(),
+    )
+}
+
+/// A descriptor that a test writes as it likes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Raw {
+    pub(crate) address: u64,
+    pub(crate) bytes: u32,
+    pub(crate) flags: u16,
+    pub(crate) next: u16,
+}
+
+/// A part of a well-made chain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part {
+    /// Device-readable: address, bytes.
+    Out(u64, u32),
+    /// Device-writable: address, bytes.
+    In(u64, u32),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Ring {
+    pub(crate) base: u64,
+    size: u16,
+    next_descriptor: u16,
+    next_available: u16,
+    seen_used: u16,
+}
+
+impl Ring {
+    fn new(index: usize, size: u16) -> Self {
+        Self {
+            base: 0x10_0000 + 0x1_0000 * index as u64,
+            size,
+            next_descriptor: 0,
+            next_available: 0,
+            seen_used: 0,
+        }
+    }
+    fn available(&self) -> u64 {
+        self.base + 0x4000
+    }
+    pub(crate) fn used(&self) -> u64 {
+        self.base + 0x8000
+    }
+}
+
+pub(crate) struct Driver {
+    pub(crate) device: VirtioMmio<Memory>,
+    pub(crate) memory: Memory,
+    pub(crate) rings: Vec<Ring>,
+    line: EventFd,
+    line_epoll: Epoll,
+}
+
+pub(crate) fn interrupt() -> (Interrupt, EventFd) {
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    (Interrupt::new(line.try_clone().unwrap()), line)
+}
+
+fn readable(line: &EventFd) -> Epoll {
+    let epoll = Epoll::new().unwrap();
+    let event = EpollEvent::new(EventSet::IN, 0);
+    epoll
+        .ctl(ControlOperation::Add, line.as_raw_fd(), event)
+        .unwrap();
+    epoll
+}
+
+impl Driver {
+    pub(crate) fn new(make: impl FnOnce(Interrupt) -> Box<dyn Device<Memory>>) -> Self {
+        let memory = memory();
+        let (interrupt, line) = interrupt();
+        let model = make(interrupt.clone());
+        let device = VirtioMmio::new("_test", model, Arc::clone(&memory), interrupt).unwrap();
+        Self {
+            device,
+            memory,
+            rings: Vec::new(),
+            line_epoll: readable(&line),
+            line,
+        }
+    }
+
+    /// The same guest and driver, with its device restored elsewhere. It is paused.
+    pub(crate) fn moved(
+        self,
+        saved: &VirtioSnapshot,
+        make: impl FnOnce(Interrupt) -> Box<dyn Device<Memory>>,
+    ) -> Self {
+        let (interrupt, line) = interrupt();
+        let model = make(interrupt.clone());
+        let memory = Arc::clone(&self.memory);
+        let device = VirtioMmio::restore("_test", model, memory, interrupt, saved).unwrap();
+        Self {
+            device,
+            line_epoll: readable(&line),
+            line,
+            memory: self.memory,
+            rings: self.rings,
+        }
+    }
+
+    pub(crate) fn get(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.device.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    pub(crate) fn set(&mut self, offset: u64, value: u32) {
+        self.device.write(offset, &value.to_le_bytes());
+    }
+
+    pub(crate) fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
+        let mut data = [0; N];
+        self.device.read(0x100 + offset, &mut data);
+        data
+    }
+
+    pub(crate) fn offered(&mut self) -> u64 {
+        self.set(0x14, 0);
+        let low = self.get(0x10);
+        self.set(0x14, 1);
+        u64::from(low) | u64::from(self.get(0x10)) << 32
+    }
+
+    /// Resets the device and offers it `features`; true when it agrees.
+    pub(crate) fn negotiate(&mut self, features: u64) -> bool {
+        for status in [0, 1, 3] {
+            self.set(0x70, status);
+        }
+        let [low, high] = [features & 0xffff_ffff, features >> 32].map(|half| half as u32);
+        for (select, half) in [(0, low), (1, high)] {
+            self.set(0x24, select);
+            self.set(0x20, half);
+        }
+        self.set(0x70, 11);
+        self.get(0x70) == 11
+    }
+
+    pub(crate) fn set_up_queue(&mut self, index: usize, size: u16) {
+        let ring = Ring::new(index, size);
+        // Rings are zeroed by the driver.
+        self.memory
+            .write_slice(&[0; 0x1_0000], GuestAddress(ring.base))
+            .unwrap();
+        self.set(0x30, index as u32);
+        self.set(0x38, size.into());
+        let areas = [
+            (0x80, ring.base),
+            (0x90, ring.available()),
+            (0xa0, ring.used()),
+        ];
+        for (register, address) in areas {
+            self.set(register, address as u32);
+            self.set(register + 4, (address >> 32) as u32);
+        }
+        self.set(0x44, 1);
+        self.rings
+            .resize(self.rings.len().max(index + 1), ring.clone());
+        self.rings[index] = ring;
+    }
+
+    /// A driver's whole way to DRIVER_OK, with queues of 16 entries.
+    pub(crate) fn start(&mut self, features: u64) {
+        assert!(self.negotiate(features | VERSION_1), "features refused");
+        self.rings.clear();
+        for index in 0..self.device.notifiers().len() {
+            self.set_up_queue(index, 16);
+        }
+        self.set(0x70, RUNNING);
+        assert_eq!(self.get(0x70), RUNNING);
+    }
+
+    pub(crate) fn write_memory(&self, address: u64, data: &[u8]) {
+        self.memory
+            .write_slice(data, GuestAddress(address))
+            .unwrap();
+    }
+
+    pub(crate) fn read_memory(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.memory
+            .read_slice(&mut data, GuestAddress(address))
+            .unwrap();
+        data
+    }
+
+    pub(crate) fn write_descriptor(&self, table: u64, index: u16, raw: Raw) {
+        let at = table + 16 * u64::from(index);
+        let mut bytes = raw.address.to_le_bytes().to_vec();
+        bytes.extend(raw.bytes.to_le_bytes());
+        bytes.extend(raw.flags.to_le_bytes());
+        bytes.extend(raw.next.to_le_bytes());
+        self.write_memory(at, &bytes);
+    }
+
+    /// Makes the chain that begins with `head` available, and does not notify.
+    pub(crate) fn make_available(&mut self, queue: usize, head: u16) {
+        let ring = &mut self.rings[queue];
+        let slot = ring.available() + 4 + 2 * u64::from(ring.next_available % ring.size);
+        ring.next_available = ring.next_available.wrapping_add(1);
+        let (index_at, index) = (ring.available() + 2, ring.next_available);
+        self.write_memory(slot, &head.to_le_bytes());
+        self.memory
+            .store(index, GuestAddress(index_at), Ordering::Release)
+            .unwrap();
+        fence(Ordering::SeqCst);
+    }
+
+    /// Adds a chain of `parts`; returns its head.
+    pub(crate) fn add(&mut self, queue: usize, parts: &[Part]) -> u16 {
+        let size = self.rings[queue].size;
+        let table = self.rings[queue].base;
+        let head = self.rings[queue].next_descriptor;
+        for (number, part) in (1..).zip(parts) {
+            let (address, bytes, write) = match *part {
+                Part::Out(address, bytes) => (address, bytes, 0),
+                Part::In(address, bytes) => (address, bytes, WRITE),
+            };
+            let index = self.rings[queue].next_descriptor;
+            let next = (index + 1) % size;
+            self.rings[queue].next_descriptor = next;
+            let more = if number == parts.len() { 0 } else { NEXT };
+            let raw = Raw {
+                address,
+                bytes,
+                flags: write | more,
+                next,
+            };
+            self.write_descriptor(table, index, raw);
+        }
+        self.make_available(queue, head);
+        head
+    }
+
+    /// Writes `descriptors` to the table from index 0 on, and makes the chain of `head` available.
+    pub(crate) fn add_raw(&mut self, queue: usize, descriptors: &[Raw], head: u16) {
+        for (index, raw) in (0..).zip(descriptors) {
+            self.write_descriptor(self.rings[queue].base, index, *raw);
+        }
+        self.make_available(queue, head);
+    }
+
+    pub(crate) fn notify(&mut self, queue: usize) {
+        self.set(0x50, queue as u32);
+    }
+
+    fn used_index(&self, queue: usize) -> u16 {
+        self.memory
+            .load(
+                GuestAddress(self.rings[queue].used() + 2),
+                Ordering::Acquire,
+            )
+            .unwrap()
+    }
+
+    /// The next used chain, if the device has given one back: its head, and the bytes written.
+    pub(crate) fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
+        if self.used_index(queue) == self.rings[queue].seen_used {
+            return None;
+        }
+        let ring = &mut self.rings[queue];
+        let at = ring.used() + 4 + 8 * u64::from(ring.seen_used % ring.size);
+        ring.seen_used = ring.seen_used.wrapping_add(1);
+        // used_event: an interrupt with the very next one.
+        let event_at = ring.available() + 4 + 2 * u64::from(ring.size);
+        let seen = ring.seen_used;
+        self.write_memory(event_at, &seen.to_le_bytes());
+        fence(Ordering::SeqCst);
+        let entry = self.read_memory(at, 8);
+        let word = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap());
+        Some((u16::try_from(word(0)).unwrap(), word(4)))
+    }
+
+    /// Waits for the next used chain by the interrupt, as a driver does.
+    pub(crate) fn wait_used(&mut self, queue: usize) -> (u16, u32) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(used) = self.used(queue) {
+                return used;
+            }
+            self.wait_line(deadline);
+            let causes = self.get(0x60);
+            self.set(0x64, causes);
+        }
+    }
+
+    /// Adds a chain, notifies, and waits until it is used; returns the bytes written.
+    pub(crate) fn request(&mut self, queue: usize, parts: &[Part]) -> u32 {
+        let head = self.add(queue, parts);
+        self.notify(queue);
+        let (used, written) = self.wait_used(queue);
+        assert_eq!(used, head);
+        written
+    }
+
+    /// Waits until the device says that it needs a reset, by a configuration change interrupt.
+    pub(crate) fn wait_needs_reset(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.get(0x70) & NEEDS_RESET == 0 || self.get(0x60) & 2 == 0 {
+            self.wait_line(deadline);
+        }
+        let why = self.device.failure().expect("no reason for the reset");
+        assert!(!why.is_empty());
+    }
+
+    /// Waits until `condition` holds, looking at it again and again.
+    pub(crate) fn wait_until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "{what} did not come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Whether the interrupt was raised since this was asked last.
+    pub(crate) fn was_interrupted(&self) -> bool {
+        self.line.read().is_ok()
+    }
+
+    fn wait_line(&self, deadline: Instant) {
+        let failure = self.device.failure();
+        assert!(
+            Instant::now() < deadline,
+            "no interrupt; failure: {failure:?}"
+        );
+        let mut events = [EpollEvent::default()];
+        self.line_epoll.wait(1000, &mut events).unwrap();
+        let _taken = self.line.read();
+    }
+}

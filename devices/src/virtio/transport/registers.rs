@@ -1,0 +1,277 @@
+//! virtio over MMIO, version 2 (virtio 1.2, 4.2): the register file and its status machine.
+//!
+//! ```text
+//! 0 ── ACKNOWLEDGE ── DRIVER ── FEATURES_OK ── DRIVER_OK     a driver's way, bit after bit
+//!                       │            │             │
+//!                    features      queues     the worker has the queues
+//! ```
+//!
+//! Registers can be written only in the state in which the driver has to write them; all other writes,
+//! and accesses of a wrong width, do nothing and are counted. Writing 0 to `Status` resets the device:
+//! when the write is over, the device touches nothing of the driver's any more.
+
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::GuestAddressSpace;
+
+use super::super::queue::{QueueError, QueueSnapshot};
+use super::super::spec::{MAGIC, VENDOR, VERSION, register, status};
+use super::super::turn::notify;
+use super::{Registers, VirtioMmio, fresh_queues, offered};
+use crate::MmioDevice;
+
+/// The steps of a driver's start (3.1.1).
+const STATUS_ORDER: [u32; 4] = [
+    status::ACKNOWLEDGE,
+    status::DRIVER,
+    status::FEATURES_OK,
+    status::DRIVER_OK,
+];
+/// What a driver can write to `Status`, beside DEVICE_NEEDS_RESET as it read it.
+pub(super) const KNOWN_STATUS: u32 =
+    status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
+
+impl<M: GuestAddressSpace> VirtioMmio<M> {
+    pub(super) fn has(&self, bits: u32) -> bool {
+        self.registers.status & bits == bits
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let interrupt = &self.shared.interrupt;
+        match offset {
+            register::MAGIC_VALUE => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => self.identity.device_type,
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => half(
+                offered(&self.identity),
+                self.registers.device_features_select,
+            ),
+            register::QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
+            register::QUEUE_READY => self.queue().map_or(0, |queue| queue.ready.into()),
+            register::INTERRUPT_STATUS => interrupt.status(),
+            register::STATUS => self.status(),
+            register::CONFIG_GENERATION => interrupt.generation(),
+            // No shared memory region: a length and base of all ones (4.2.2).
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            _ => {
+                self.refuse();
+                0
+            }
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            register::DEVICE_FEATURES_SEL => self.registers.device_features_select = value,
+            register::DRIVER_FEATURES => self.write_driver_features(value),
+            register::DRIVER_FEATURES_SEL => self.registers.driver_features_select = value,
+            register::QUEUE_SEL => self.registers.queue_select = value,
+            register::QUEUE_READY => self.write_queue_ready(value),
+            register::QUEUE_NUM
+            | register::QUEUE_DESC_LOW
+            | register::QUEUE_DESC_HIGH
+            | register::QUEUE_DRIVER_LOW
+            | register::QUEUE_DRIVER_HIGH
+            | register::QUEUE_DEVICE_LOW
+            | register::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
+            register::QUEUE_NOTIFY => self.notify(value),
+            register::INTERRUPT_ACK => self.shared.interrupt.acknowledge(value),
+            register::STATUS => self.write_status(value),
+            _ => self.refuse(),
+        }
+    }
+
+    fn status(&self) -> u32 {
+        let needs_reset = if self.shared.interrupt.is_reset_needed() {
+            status::DEVICE_NEEDS_RESET
+        } else {
+            0
+        };
+        self.registers.status | needs_reset
+    }
+
+    /// 3.1.1: each step needs the one before; bits are only added (2.1.1), but for the reset.
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let value = value & !status::DEVICE_NEEDS_RESET;
+        let old = self.registers.status;
+        // Of the steps, those that are there without the one before.
+        let skips = STATUS_ORDER
+            .windows(2)
+            .any(|pair| value & pair[1] != 0 && value & pair[0] == 0);
+        if value & !KNOWN_STATUS != 0 || old & !value != 0 || skips {
+            return self.refuse();
+        }
+        let new = value & !old;
+        if new & status::FEATURES_OK != 0 && !self.features_fit() {
+            // The driver reads the status back, and gives up (3.1.1, steps 5 and 6).
+            self.registers.status = value & !(status::FEATURES_OK | status::DRIVER_OK);
+            return;
+        }
+        self.registers.status = value;
+        if new & status::DRIVER_OK != 0 {
+            self.shared.interrupt.driver_is_ready();
+            if let Err(error) = self.activate() {
+                self.shared.fail(&error);
+            }
+        }
+    }
+
+    fn features_fit(&self) -> bool {
+        let chosen = self.registers.driver_features;
+        chosen & !offered(&self.identity) == 0
+            && chosen & (1 << VIRTIO_F_VERSION_1) != 0
+            && self.identity.config.accepts(chosen)
+    }
+
+    pub(super) fn activate(&self) -> Result<(), QueueError> {
+        let features = self.registers.driver_features;
+        let event_index = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        self.shared.activate(&self.queues, features, event_index)
+    }
+
+    fn reset(&mut self) {
+        self.shared.reset();
+        self.identity.config.reset();
+        self.registers = Registers::default();
+        self.queues = fresh_queues(&self.identity);
+    }
+
+    fn write_driver_features(&mut self, value: u32) {
+        if !self.has(status::DRIVER) || self.has(status::FEATURES_OK) {
+            return self.refuse();
+        }
+        let features = &mut self.registers.driver_features;
+        match self.registers.driver_features_select {
+            0 => set_low(features, value),
+            1 => set_high(features, value),
+            // There are no more than 64 feature bits yet: a driver that knows more chooses none of them.
+            _ if value == 0 => {}
+            _ => self.refuse(),
+        }
+    }
+
+    /// Queues are set up between FEATURES_OK and DRIVER_OK, each before it is ready.
+    fn can_set_up_queues(&self) -> bool {
+        self.has(status::FEATURES_OK)
+            && self.registers.status & (status::DRIVER_OK | status::FAILED) == 0
+    }
+
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        let allowed = self.can_set_up_queues();
+        let Some(queue) = self.queue_mut().filter(|queue| allowed && !queue.ready) else {
+            return self.refuse();
+        };
+        match offset {
+            register::QUEUE_NUM => match u16::try_from(value) {
+                Ok(size) if (QueueSnapshot { size, ..*queue }).size_is_possible() => {
+                    queue.size = size;
+                }
+                _ => self.refuse(),
+            },
+            register::QUEUE_DESC_LOW => set_low(&mut queue.descriptor_table, value),
+            register::QUEUE_DESC_HIGH => set_high(&mut queue.descriptor_table, value),
+            register::QUEUE_DRIVER_LOW => set_low(&mut queue.available_ring, value),
+            register::QUEUE_DRIVER_HIGH => set_high(&mut queue.available_ring, value),
+            register::QUEUE_DEVICE_LOW => set_low(&mut queue.used_ring, value),
+            _ => set_high(&mut queue.used_ring, value),
+        }
+    }
+
+    fn write_queue_ready(&mut self, value: u32) {
+        let can_set_up = self.can_set_up_queues();
+        let index = self.queue_index();
+        let Some(queue) = self.queue_mut() else {
+            return self.refuse();
+        };
+        match value {
+            // A driver may take a queue back at any time; it comes into use again only by a reset.
+            0 => {
+                queue.ready = false;
+                self.shared.stop_queue(index);
+            }
+            1 if can_set_up => queue.ready = true,
+            _ => self.refuse(),
+        }
+    }
+
+    /// The way of notifications for which there is no ioeventfd.
+    fn notify(&self, value: u32) {
+        let queue = usize::try_from(value)
+            .ok()
+            .and_then(|index| self.shared.notifiers.get(index));
+        match queue {
+            Some(notifier) if self.has(status::DRIVER_OK) => notify(notifier),
+            _ => self.refuse(),
+        }
+    }
+
+    fn queue_index(&self) -> usize {
+        usize::try_from(self.registers.queue_select).unwrap_or(usize::MAX)
+    }
+
+    fn queue(&self) -> Option<&QueueSnapshot> {
+        self.queues.get(self.queue_index())
+    }
+
+    fn queue_mut(&mut self) -> Option<&mut QueueSnapshot> {
+        let index = self.queue_index();
+        self.queues.get_mut(index)
+    }
+
+    fn refuse(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl<M: GuestAddressSpace + Send + Sync> MmioDevice for VirtioMmio<M> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        match offset.checked_sub(register::CONFIG) {
+            Some(offset) => self.identity.config.read(offset, data),
+            None => match <&mut [u8; 4]>::try_from(&mut *data) {
+                Ok(data) if offset.is_multiple_of(4) => {
+                    *data = self.read_register(offset).to_le_bytes()
+                }
+                _ => {
+                    data.fill(0);
+                    self.refuse();
+                }
+            },
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        match offset.checked_sub(register::CONFIG) {
+            Some(offset) if self.has(status::DRIVER) => self.identity.config.write(offset, data),
+            Some(_) => self.refuse(),
+            None => match <[u8; 4]>::try_from(data) {
+                Ok(data) if offset.is_multiple_of(4) => {
+                    self.write_register(offset, u32::from_le_bytes(data));
+                }
+                _ => self.refuse(),
+            },
+        }
+    }
+}
+
+fn half(value: u64, select: u32) -> u32 {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    match select {
+        0 => u32::from_le_bytes([a, b, c, d]),
+        1 => u32::from_le_bytes([e, f, g, h]),
+        _ => 0,
+    }
+}
+
+fn set_low(value: &mut u64, low: u32) {
+    *value = (*value >> 32 << 32) | u64::from(low);
+}
+
+fn set_high(value: &mut u64, high: u32) {
+    *value = (u64::from(high) << 32) | (*value & u64::from(u32::MAX));
+}

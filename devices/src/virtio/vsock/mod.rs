@@ -1,0 +1,345 @@
+//! The socket device (virtio 1.2, 5.10), whose host side is Unix sockets: stream connections in both
+//! directions, each half closed by itself, with credit both ways.
+
+mod connection;
+mod host;
+mod hub;
+mod spec;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use event_manager::EventSet;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vm_memory::GuestAddressSpace;
+
+use super::device::{
+    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
+    read_config,
+};
+use super::queue::{Chain, QueueError};
+use super::state::DeviceSnapshot;
+use super::turn::{Outcome, Turn};
+use host::HostSocket;
+use hub::Hub;
+use spec::{
+    EVENTS, GUEST_CID_MIN, HEADER_BYTES, Header, QUEUE_SIZE, RECEIVE, TRANSMIT, TRANSPORT_RESET,
+};
+
+pub use state::VsockSnapshot;
+
+const LISTENER: Token = 0;
+/// Packets to the guest that one turn brings; then others get theirs.
+const PACKETS_A_TURN: u32 = 256;
+
+/// A socket device.
+#[derive(Clone, Debug)]
+pub struct VsockConfig {
+    /// The guest's address: 3 or more, below 2^32 - 1.
+    pub guest_cid: u64,
+    /// Where the host asks for connections to the guest; for those to port N of the host, somebody listens
+    /// on this path with `_N` behind it.
+    pub path: PathBuf,
+}
+
+/// Why a socket device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VsockError {
+    /// An address that is reserved.
+    #[error("a guest cannot have the vsock address {0}: from {GUEST_CID_MIN} to 4294967294")]
+    Cid(u64),
+    /// The socket of the host's side.
+    #[error("{}: {source}{}", .path.display(), in_use(.source))]
+    Socket {
+        /// Where it was to be.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn in_use(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::AddrInUse {
+        "; another guest has it, or one that was killed has left it: remove it then"
+    } else {
+        ""
+    }
+}
+
+/// The guest's address, which is all of the configuration space (5.10.4).
+struct Config(AtomicU64);
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let cid = self.0.load(Ordering::SeqCst).to_le_bytes();
+        read_config(&cid, offset, data);
+    }
+}
+
+#[derive(Default)]
+struct VsockCounters {
+    connections: AtomicU64,
+    received: AtomicU64,
+    sent: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters for VsockCounters {
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("connections", value(&self.connections)),
+            ("rx_bytes", value(&self.received)),
+            ("tx_bytes", value(&self.sent)),
+            ("errors", value(&self.errors)),
+        ]
+    }
+}
+
+/// A socket device.
+pub struct Vsock {
+    hub: Hub,
+    config: Arc<Config>,
+    counters: Arc<VsockCounters>,
+    /// The guest came from elsewhere, and does not know yet that its connections are gone.
+    tell_reset: bool,
+    /// The guest's packets wait until it has taken what is for it.
+    held: bool,
+}
+
+impl Vsock {
+    /// The device that `config` describes, with its socket, whose file is removed at the end.
+    ///
+    /// # Errors
+    /// See [`VsockError`].
+    pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
+        let cid = config.guest_cid;
+        if !is_guest_cid(cid) {
+            return Err(VsockError::Cid(cid));
+        }
+        let socket = HostSocket::bind(&config.path).map_err(|source| VsockError::Socket {
+            path: config.path,
+            source,
+        })?;
+        Ok(Self {
+            hub: Hub::new(socket, cid),
+            config: Arc::new(Config(AtomicU64::new(cid))),
+            counters: Arc::default(),
+            tell_reset: false,
+            held: false,
+        })
+    }
+
+    /// Takes packets of the guest, as long as it takes those for it.
+    fn transmit<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+        watch: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        turn.drain(TRANSMIT, |turn, chain| {
+            if self.hub.is_full() {
+                self.held = true;
+                return Ok(Outcome::Later);
+            }
+            let (header, data) = packet(turn, chain)?;
+            self.counters.sent.fetch_add(data.len(), Ordering::Relaxed);
+            self.hub.packet(turn, &header, data, watch)?;
+            Ok(Outcome::Done(0))
+        })
+    }
+
+    /// Brings packets to the guest.
+    fn receive<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+        watch: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        for _ in 0..PACKETS_A_TURN {
+            if !self.hub.has_work() {
+                return self.received(turn);
+            }
+            let Some(mut chain) = turn.pop(RECEIVE)? else {
+                if turn.enable_notification(RECEIVE)? {
+                    continue;
+                }
+                return self.received(turn);
+            };
+            let mut head = chain.writable.take(HEADER_BYTES as u64);
+            if !chain.readable.is_empty() || head.len() < HEADER_BYTES as u64 {
+                return Err(QueueError::Request {
+                    head: chain.head,
+                    what: "a buffer for packets is writable memory, with room for a header",
+                }
+                .into());
+            }
+            let Some(header) = self.hub.next(turn, &mut chain.writable, watch)? else {
+                turn.put_back(RECEIVE);
+                return self.received(turn);
+            };
+            turn.write(&mut head, &header.encode())?;
+            let bytes = u64::from(header.len);
+            self.counters.received.fetch_add(bytes, Ordering::Relaxed);
+            let written = header.len.saturating_add(44);
+            turn.complete(RECEIVE, chain.head, written)?;
+        }
+        turn.notify_again(RECEIVE);
+        self.received(turn)
+    }
+
+    fn received<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+    ) -> Result<(), DeviceError> {
+        if self.held && !self.hub.is_full() {
+            self.held = false;
+            turn.notify_again(TRANSMIT);
+        }
+        let connections = self.hub.connections() as u64;
+        self.counters
+            .connections
+            .store(connections, Ordering::Relaxed);
+        Ok(turn.signal(RECEIVE)?)
+    }
+
+    /// Says that all connections are gone (5.10.6.7), when the guest has room for it.
+    fn tell_reset<M: GuestAddressSpace>(
+        &mut self,
+        turn: &mut Turn<'_, M>,
+    ) -> Result<(), DeviceError> {
+        turn.drain(EVENTS, |turn, mut chain| {
+            if !self.tell_reset {
+                return Ok(Outcome::Later);
+            }
+            if chain.writable.len() < TRANSPORT_RESET.len() as u64 {
+                return Err(QueueError::Request {
+                    head: chain.head,
+                    what: "an event is 4 bytes of writable memory",
+                }
+                .into());
+            }
+            self.tell_reset = false;
+            let written = turn.write(&mut chain.writable, &TRANSPORT_RESET)?;
+            Ok(Outcome::done(written))
+        })
+    }
+}
+
+fn is_guest_cid(cid: u64) -> bool {
+    (GUEST_CID_MIN..u64::from(u32::MAX)).contains(&cid)
+}
+
+/// A packet of the guest: its header, and where its data is.
+fn packet<M: GuestAddressSpace>(
+    turn: &Turn<'_, M>,
+    mut chain: Chain,
+) -> Result<(Header, super::Buffer), QueueError> {
+    let malformed = |what| QueueError::Request {
+        head: chain.head,
+        what,
+    };
+    let mut bytes = [0; HEADER_BYTES];
+    let read = turn.read(&mut chain.readable, &mut bytes)?;
+    if read < HEADER_BYTES || !chain.writable.is_empty() {
+        return Err(malformed(
+            "a packet to send is readable memory, with a header",
+        ));
+    }
+    let header = Header::decode(&bytes);
+    let data = chain.readable.take(header.len.into());
+    if data.len() < u64::from(header.len) {
+        return Err(malformed("a packet shorter than its header says"));
+    }
+    Ok((header, data))
+}
+
+impl<M: GuestAddressSpace> Device<M> for Vsock {
+    fn identity(&self) -> Identity {
+        Identity {
+            device_type: VIRTIO_ID_VSOCK,
+            features: 0,
+            queue_sizes: vec![QUEUE_SIZE; 3],
+            config: Arc::clone(&self.config) as _,
+            counters: Arc::clone(&self.counters) as _,
+        }
+    }
+
+    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+        // By edges: a host whose connection cannot be taken must not wake the worker again and again.
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        watch.add(&self.hub.socket.listener.as_raw_fd(), LISTENER, events)
+    }
+
+    fn started(
+        &mut self,
+        mut turn: Turn<'_, M>,
+        watch: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        self.tell_reset(&mut turn)?;
+        self.receive(&mut turn, watch)
+    }
+
+    fn notified(
+        &mut self,
+        queue: usize,
+        mut turn: Turn<'_, M>,
+        watch: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        match queue {
+            TRANSMIT => self.transmit(&mut turn, watch)?,
+            EVENTS => self.tell_reset(&mut turn)?,
+            _ => {}
+        }
+        self.receive(&mut turn, watch)
+    }
+
+    fn ready(
+        &mut self,
+        token: Token,
+        events: EventSet,
+        mut turn: Turn<'_, M>,
+        watch: &mut Watch<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        if token == LISTENER {
+            if self.hub.accept(watch).is_err() {
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            }
+        } else {
+            self.hub.stream_event(token, events, watch);
+        }
+        self.receive(&mut turn, watch)
+    }
+
+    fn reset(&mut self, watch: &mut Watch<'_, '_>) {
+        self.hub.clear(watch);
+        self.tell_reset = false;
+        self.held = false;
+    }
+
+    fn save(&self) -> DeviceSnapshot {
+        DeviceSnapshot::Vsock(VsockSnapshot {
+            guest_cid: self.hub.guest_cid,
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
+        let DeviceSnapshot::Vsock(state) = state else {
+            return Err(DeviceStateError::other("vsock", state));
+        };
+        if !is_guest_cid(state.guest_cid) {
+            return Err(DeviceStateError {
+                device: "vsock",
+                what: format!("{} is no address of a guest", state.guest_cid),
+            });
+        }
+        self.hub.guest_cid = state.guest_cid;
+        self.config.0.store(state.guest_cid, Ordering::SeqCst);
+        self.tell_reset = true;
+        Ok(())
+    }
+}
