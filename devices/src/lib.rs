@@ -5,14 +5,17 @@
 //! interrupt is an [`EventFd`](vmm_sys_util::eventfd::EventFd) that somebody else wires up, and a
 //! register access arrives through the [`PortDevice`] trait.
 
+pub mod acpi;
 mod debug_exit;
 mod ports;
 mod reset;
+mod rtc;
 mod serial;
 
 pub use debug_exit::{DEBUG_EXIT_PORT, DebugExit};
 pub use ports::{PortBus, PortDevice, PortRange, PortsError};
 pub use reset::{I8042_PORT, I8042_PORTS, ResetController};
+pub use rtc::{HostClock, RTC_CENTURY, RTC_PORT, RTC_PORTS, Rtc, RtcError, RtcMemory, RtcSnapshot};
 pub use serial::{
     COM1_INTERRUPT, COM1_PORT, COM1_PORTS, Serial, SerialError, SerialInput, SerialOutput,
     SerialSnapshot,
