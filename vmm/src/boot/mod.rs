@@ -5,9 +5,11 @@
 //! 0x0_0500  GDT                          0x0_9000  page tables (64-bit protocol only)
 //! 0x0_6000  hvm_start_info, modules,     0x2_0000  command line
 //!           memory map (PVH only)        0x9_fc00  hole up to 1 MiB, as on a PC
-//! 0x0_7000  boot_params (64-bit only)    1 MiB     kernel; initramfs at the end of low RAM
+//! 0x0_7000  boot_params (64-bit only)    0xe_0000  generation ID, ACPI tables
+//!                                        1 MiB     kernel; initramfs at the end of low RAM
 //! ```
 
+mod acpi;
 mod cpuid;
 mod elf_note;
 mod linux;
@@ -23,10 +25,12 @@ use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{
     BzImage, Elf, KernelLoader, KernelLoaderResult, elf::PvhBootCapability, load_cmdline,
 };
+use rustix::rand::GetRandomFlags;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::memory::{GuestMemory, LOW_RAM_END};
 
+pub use acpi::{Platform, VirtioMmio};
 pub use cpuid::{CpuidError, for_vcpu as cpuid_for_vcpu, missing_features};
 
 const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
@@ -137,11 +141,15 @@ struct Initramfs {
     bytes: u64,
 }
 
-/// Loads `payload` into `memory` and writes the boot structures.
+/// Loads `payload` into `memory` and writes the boot structures, and the tables that describe `platform`.
 ///
 /// # Errors
 /// A file that cannot be read, is no kernel or does not fit; the file is named.
-pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<Loaded, BootError> {
+pub fn load(
+    memory: &GuestMemory,
+    payload: &Payload,
+    platform: &Platform<'_>,
+) -> Result<Loaded, BootError> {
     let mut file = open("kernel", &payload.kernel)?;
     let kernel = load_kernel(memory, &payload.kernel, &mut file)?;
     let initramfs = match &payload.initramfs {
@@ -149,6 +157,7 @@ pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<Loaded, BootError
         None => None,
     };
     write_command_line(memory, &payload.command_line)?;
+    acpi::write(memory, platform, new_generation_id()?)?;
     let direct_start = elf_note::direct_start(&mut file)
         .map_err(|source| file_error("kernel", &payload.kernel, source))?;
     let entry = match (kernel.pvh_boot_cap, kernel.setup_header) {
@@ -302,14 +311,78 @@ fn write_command_line(memory: &GuestMemory, text: &str) -> Result<(), BootError>
     load_cmdline(memory, COMMAND_LINE, &line).map_err(|e| error(&e))
 }
 
-/// RAM as the guest is told of it: start and size in bytes, without the hole below 1 MiB.
-fn usable_ram(memory: &GuestMemory) -> Vec<(u64, u64)> {
+/// A generation ID that no guest had before: 16 random bytes.
+fn new_generation_id() -> Result<[u8; 16], BootError> {
+    let mut id = [0; 16];
+    let filled = rustix::rand::getrandom(&mut id, GetRandomFlags::empty());
+    match filled {
+        Ok(16) => Ok(id),
+        Ok(bytes) => Err(BootError::Memory(format!("{bytes} random bytes, not 16"))),
+        Err(error) => Err(BootError::Memory(format!("random bytes: {error}"))),
+    }
+}
+
+/// A range of memory as the guest is told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MapEntry {
+    start: u64,
+    bytes: u64,
+    kind: MapKind,
+}
+
+/// The kinds of memory, by their numbers in both protocols' maps (ACPI 6.5, table 15.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum MapKind {
+    Ram = 1,
+    Reserved = 2,
+}
+
+/// The memory map: RAM without the hole below 1 MiB, in which the firmware area is reserved.
+fn memory_map(memory: &GuestMemory) -> Vec<MapEntry> {
     use vm_memory::GuestMemoryRegion;
-    let mut usable = vec![(0, EBDA_START)];
+    let entry = |start, end: u64, kind| MapEntry {
+        start,
+        bytes: end - start,
+        kind,
+    };
+    let mut map = vec![
+        entry(0, EBDA_START, MapKind::Ram),
+        entry(acpi::FIRMWARE_START, KERNEL_MIN, MapKind::Reserved),
+    ];
     for region in memory.iter() {
         let end = region.start_addr().raw_value() + region.len();
         let start = region.start_addr().raw_value().max(KERNEL_MIN);
-        usable.push((start, end - start));
+        map.push(entry(start, end, MapKind::Ram));
     }
-    usable
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, GuestRam};
+
+    #[test]
+    fn the_memory_map_has_the_hole_below_4_gib_and_reserves_the_firmware_area() {
+        let map = |gib: u64| {
+            let ram = GuestRam::new(gib << 30, Backing::Memfd).unwrap();
+            let map = memory_map(ram.memory());
+            let rows = map.iter().map(|e| (e.start, e.start + e.bytes, e.kind));
+            rows.collect::<Vec<_>>()
+        };
+        let low = [
+            (0, 0x9_fc00, MapKind::Ram),
+            (0xe_0000, 0x10_0000, MapKind::Reserved),
+        ];
+        let below = (0x10_0000, 3 << 30, MapKind::Ram);
+        assert_eq!(map(3), [&low[..], &[below]].concat());
+        let above = (4 << 30, 6 << 30, MapKind::Ram);
+        assert_eq!(map(5), [&low[..], &[below, above]].concat());
+    }
+
+    #[test]
+    fn no_two_generation_ids_are_the_same() {
+        assert_ne!(new_generation_id().unwrap(), new_generation_id().unwrap());
+    }
 }
