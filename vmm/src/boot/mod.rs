@@ -5,7 +5,8 @@
 //! 0x0_0500  GDT                          0x0_9000  page tables (64-bit protocol only)
 //! 0x0_6000  hvm_start_info, modules,     0x2_0000  command line
 //!           memory map (PVH only)        0x9_fc00  hole up to 1 MiB, as on a PC
-//! 0x0_7000  boot_params (64-bit only)    0xe_0000  generation ID, ACPI tables
+//! 0x0_7000  boot_params (64-bit only)    0xe_0000  ACPI tables; generation ID and reset
+//!                                                  vector at the end
 //!                                        1 MiB     kernel; initramfs at the end of low RAM
 //! ```
 
@@ -15,6 +16,7 @@ mod elf_note;
 mod linux;
 mod pvh;
 mod registers;
+mod reset_vector;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -39,6 +41,8 @@ const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
 const COMMAND_LINE_CAPACITY: usize = 2048;
 /// Usable RAM ends here below 1 MiB: above are, on a PC, the EBDA, video memory and the BIOS.
 const EBDA_START: u64 = 0x9_fc00;
+/// The firmware area begins here and ends at 1 MiB; the memory map says that it is reserved.
+const FIRMWARE_START: u64 = 0xe_0000;
 /// Kernels are loaded from here on.
 const KERNEL_MIN: u64 = 0x10_0000;
 
@@ -158,6 +162,7 @@ pub fn load(
     };
     write_command_line(memory, &payload.command_line)?;
     acpi::write(memory, platform, new_generation_id()?)?;
+    reset_vector::write(memory)?;
     let direct_start = elf_note::direct_start(&mut file)
         .map_err(|source| file_error("kernel", &payload.kernel, source))?;
     let entry = match (kernel.pvh_boot_cap, kernel.setup_header) {
@@ -348,7 +353,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<MapEntry> {
     };
     let mut map = vec![
         entry(0, EBDA_START, MapKind::Ram),
-        entry(acpi::FIRMWARE_START, KERNEL_MIN, MapKind::Reserved),
+        entry(FIRMWARE_START, KERNEL_MIN, MapKind::Reserved),
     ];
     for region in memory.iter() {
         let end = region.start_addr().raw_value() + region.len();

@@ -6,8 +6,8 @@
 //! from the local APIC and kvm-clock. Guests that do not look for ACPI find a PC without it.
 //!
 //! ```text
-//! 0xe_0000  generation ID, alone in its page
-//! 0xe_1000  RSDP, then XSDT, FADT, MADT and DSDT, one after the other; 3 KiB with two vCPUs
+//! 0xe_0000  RSDP, then DSDT, FADT, MADT and XSDT, one after the other; 1 KiB with two vCPUs
+//! 0xf_f000  generation ID, whose page nothing shares but the reset vector
 //! ```
 //!
 //! All of it lies where a PC's firmware is: a guest finds the RSDP by searching there, too, and the memory map
@@ -23,13 +23,11 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use super::BootError;
 use crate::memory::GuestMemory;
 
-/// The firmware area begins here and ends at 1 MiB; the memory map says that it is reserved.
-pub(super) const FIRMWARE_START: u64 = 0xe_0000;
-/// Where the generation ID is: 16 bytes, in a page of its own as its specification demands.
-pub(crate) const GENERATION_ID: GuestAddress = GuestAddress(FIRMWARE_START);
-/// Where the RSDP is, and the tables behind it.
-pub(super) const RSDP: GuestAddress = GuestAddress(FIRMWARE_START + 0x1000);
-/// Room for the RSDP and the tables: up to 1 MiB.
+/// Where the RSDP is, and the tables behind it: where the firmware area begins.
+pub(super) const RSDP: GuestAddress = GuestAddress(super::FIRMWARE_START);
+/// Where the generation ID is: 16 bytes, in no page that a guest uses otherwise, as its specification demands.
+pub(super) const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
+/// Room for the RSDP and the tables: up to the generation ID.
 const CAPACITY: usize = 0x1_f000;
 
 /// Registers of virtio-mmio devices: from here on, in the hole below 4 GiB.
