@@ -63,6 +63,12 @@ impl Linux {
             "echo cpus: $(nproc), $(grep -c ^processor /proc/cpuinfo)",
             &format!("\ncpus: {0}, {0}", self.cpus),
         );
+        // One package, and a core for each.
+        self.ask(
+            "awk -F: '/^physical id/ { p[$2] = 1 } /^cpu cores/ { c = $2 } \
+             END { for (i in p) n++; print \"topology:\", n, c + 0 }' /proc/cpuinfo",
+            &format!("\ntopology: 1 {}", self.cpus),
+        );
         let most = self.memory_mib * MIB_KIB;
         let least = most - most / 16 - 64 * MIB_KIB;
         self.ask(

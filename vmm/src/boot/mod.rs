@@ -161,7 +161,8 @@ pub fn load(
         None => None,
     };
     write_command_line(memory, &payload.command_line)?;
-    acpi::write(memory, platform, new_generation_id()?)?;
+    acpi::write(memory, platform)?;
+    change_generation_id(memory)?;
     reset_vector::write(memory)?;
     let direct_start = elf_note::direct_start(&mut file)
         .map_err(|source| file_error("kernel", &payload.kernel, source))?;
@@ -316,6 +317,16 @@ fn write_command_line(memory: &GuestMemory, text: &str) -> Result<(), BootError>
     load_cmdline(memory, COMMAND_LINE, &line).map_err(|e| error(&e))
 }
 
+/// Gives the guest in `memory` a generation ID that no guest had before.
+///
+/// # Errors
+/// No random bytes, or no such memory.
+pub fn change_generation_id(memory: &GuestMemory) -> Result<(), BootError> {
+    memory
+        .write_slice(&new_generation_id()?, acpi::GENERATION_ID)
+        .map_err(|error| BootError::Memory(error.to_string()))
+}
+
 /// A generation ID that no guest had before: 16 random bytes.
 fn new_generation_id() -> Result<[u8; 16], BootError> {
     let mut id = [0; 16];
@@ -388,6 +399,13 @@ mod tests {
 
     #[test]
     fn no_two_generation_ids_are_the_same() {
-        assert_ne!(new_generation_id().unwrap(), new_generation_id().unwrap());
+        let ram = GuestRam::new(2 << 20, Backing::Memfd).unwrap();
+        let mut seen = [[0_u8; 16]; 3];
+        for id in &mut seen {
+            change_generation_id(ram.memory()).unwrap();
+            ram.memory().read_slice(id, GuestAddress(0xf_f000)).unwrap();
+        }
+        assert!(seen.iter().all(|id| *id != [0; 16]));
+        assert!(seen[0] != seen[1] && seen[1] != seen[2] && seen[0] != seen[2]);
     }
 }

@@ -72,12 +72,8 @@ pub struct Platform<'a> {
     pub virtio_mmio: &'a [VirtioMmio],
 }
 
-/// Writes the tables, and `generation_id`.
-pub(super) fn write(
-    memory: &GuestMemory,
-    platform: &Platform<'_>,
-    generation_id: [u8; 16],
-) -> Result<(), BootError> {
+/// Writes the tables.
+pub(super) fn write(memory: &GuestMemory, platform: &Platform<'_>) -> Result<(), BootError> {
     let tables = build(platform);
     if tables.len() > CAPACITY {
         return Err(BootError::Memory(format!(
@@ -85,11 +81,9 @@ pub(super) fn write(
             tables.len()
         )));
     }
-    let error = |error: vm_memory::GuestMemoryError| BootError::Memory(error.to_string());
-    memory.write_slice(&tables, RSDP).map_err(error)?;
     memory
-        .write_slice(&generation_id, GENERATION_ID)
-        .map_err(error)
+        .write_slice(&tables, RSDP)
+        .map_err(|error| BootError::Memory(error.to_string()))
 }
 
 /// The RSDP and all tables, as they are from [`RSDP`] on.
