@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use ferry_tests::ferry::Ferry;
+use ferry_tests::dirtier::PATIENT;
+use ferry_tests::endpoint::Endpoint;
+use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::linux_guest::{CMDLINE, LOAD_BUTTON, READY};
 use ferry_tests::machine::Machine;
 use ferry_tests::paths;
@@ -108,13 +110,30 @@ impl Linux {
         assert!(ended.status.success(), "{ended:?}");
     }
 
+    /// A daemon in the guest hears of the button, and switches it off.
+    fn obeys_its_power_button(mut self) {
+        self.ask(LOAD_BUTTON, "/ # ");
+        self.ask(
+            "mkdir -p /etc/acpi/PWRF; echo 'poweroff -f' > /etc/acpi/PWRF/00000080; \
+             chmod +x /etc/acpi/PWRF/00000080; acpid -d &",
+            "/ # ",
+        );
+        // A button that nobody listens to is not heard.
+        self.ask(
+            "until ls -l /proc/$(pidof acpid)/fd | grep -q event0; do sleep 1; done; echo acpid: $?",
+            "\nacpid: 0",
+        );
+        self.ferry.ctl(&["power-button"]).unwrap();
+        self.ends();
+    }
+
     fn switches_itself_off(mut self) {
         self.ask("poweroff -f", "reboot: Power down");
         self.ends();
     }
 }
 
-/// A bzImage with the memory that it needs least, up to its power-off.
+/// A bzImage with little memory, up to its power-off.
 fn a_small_guest_switches_itself_off(series: &str) {
     let mut linux = Linux::boot(&format!("{series}/vmlinuz"), 1, 128, &[]);
     linux.ask("echo $((6*7)) is the answer", "\n42 is the answer");
@@ -132,6 +151,19 @@ fn bzimage_6_1_boots_and_switches_itself_off() {
 #[test]
 fn bzimage_6_12_boots_and_switches_itself_off() {
     a_small_guest_switches_itself_off("6.12");
+}
+
+#[test]
+fn too_little_memory_for_a_kernel_to_unpack_itself_is_said() {
+    for series in ["6.1", "6.12"] {
+        let kernel = paths::linux_guest(&format!("{series}/vmlinuz")).unwrap();
+        let kernel = kernel.to_str().unwrap();
+        let arguments = ["run", "--kernel", kernel, "--memory", "32M"];
+        let ended = ferry::invoke(&arguments, SHELL_LIMIT).unwrap();
+        assert!(!ended.status.success(), "{ended:?}");
+        let why = "it unpacks itself up to 0x";
+        assert!(ended.stderr.contains(why), "{ended:?}");
+    }
 }
 
 /// A vmlinux with more memory than the lab host has: it reboots within the same monitor, and obeys the power button.
@@ -154,19 +186,7 @@ fn a_large_guest_reboots_and_obeys_its_power_button(series: &str) {
     let info = linux.ferry.ctl_json(&["info"]).unwrap();
     assert_eq!(info["state"], "Running", "{info}");
 
-    linux.ask(LOAD_BUTTON, "/ # ");
-    linux.ask(
-        "mkdir -p /etc/acpi/PWRF; echo 'poweroff -f' > /etc/acpi/PWRF/00000080; \
-         chmod +x /etc/acpi/PWRF/00000080; acpid -d &",
-        "/ # ",
-    );
-    // A button that nobody listens to is not heard.
-    linux.ask(
-        "until ls -l /proc/$(pidof acpid)/fd | grep -q event0; do sleep 1; done; echo acpid: $?",
-        "\nacpid: 0",
-    );
-    linux.ferry.ctl(&["power-button"]).unwrap();
-    linux.ends();
+    linux.obeys_its_power_button();
 }
 
 #[test]
@@ -200,4 +220,25 @@ fn vmlinux_6_1_runs_on_four_vcpus() {
 #[test]
 fn vmlinux_6_12_runs_on_four_vcpus_and_knows_its_generation_id() {
     a_guest_with_four_vcpus_ends_at_its_reset("6.12", "ls /sys/bus/platform/drivers/vmgenid/");
+}
+
+/// Its clocks go on at the destination, no watchdog barks, and the devices that came with it still reach it.
+#[test]
+fn vmlinux_6_12_is_carried_and_obeys_its_power_button_there() {
+    let mut linux = Linux::boot("6.12/vmlinux", 2, 128, &[]);
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let destination = Ferry::receive(&endpoint).unwrap();
+    linux.ferry.send_migration(&endpoint, &PATIENT).unwrap();
+    linux.ferry = destination;
+    linux.sees_its_cpus_and_memory();
+    linux.uses_every_cpu();
+    linux.ask(
+        "a=$(date +%s); sleep 2; b=$(date +%s); echo clock goes: $((2 <= b - a && b - a <= 5))",
+        "\nclock goes: 1",
+    );
+    linux.ask(
+        "echo barks: $(dmesg | grep -cE 'lockup|stall|clocksource.*unstable')",
+        "\nbarks: 0",
+    );
+    linux.obeys_its_power_button();
 }

@@ -77,6 +77,16 @@ pub enum BootError {
         /// What is wrong.
         why: String,
     },
+    /// The kernel needs more room than there is.
+    #[error(
+        "kernel {}: it unpacks itself up to {end:#x}, beyond the guest's memory; give the guest more", path.display()
+    )]
+    KernelSize {
+        /// Which file.
+        path: PathBuf,
+        /// Where the memory that it needs first ends.
+        end: u64,
+    },
     /// The initramfs does not fit behind the kernel.
     #[error(
         "initramfs {}: its {bytes} bytes do not fit the guest's memory behind the kernel, which ends \
@@ -249,10 +259,37 @@ fn load_kernel(
     } else {
         BzImage::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
     };
-    loaded.map_err(|error| BootError::Kernel {
+    let mut loaded = loaded.map_err(|error| BootError::Kernel {
         path: path.to_owned(),
         why: error.to_string(),
-    })
+    })?;
+    loaded.kernel_end = loaded.kernel_end.max(unpacked_end(&loaded));
+    if loaded.kernel_end > low_ram_end(memory) {
+        return Err(BootError::KernelSize {
+            path: path.to_owned(),
+            end: loaded.kernel_end,
+        });
+    }
+    Ok(loaded)
+}
+
+/// Where a bzImage ends once it has unpacked itself: `init_size` bytes from where it runs on, which is no lower than
+/// `pref_address` (boot.rst; both are there from protocol version 2.10 on).
+fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
+    match loaded.setup_header {
+        Some(header) if header.version >= 0x20a => loaded
+            .kernel_load
+            .raw_value()
+            .max(header.pref_address)
+            .saturating_add(header.init_size.into()),
+        _ => 0,
+    }
+}
+
+/// Where RAM ends below the hole below 4 GiB.
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    let end = memory.last_addr().raw_value().saturating_add(1);
+    end.min(LOW_RAM_END)
 }
 
 /// The setup header's magic: Linux Documentation/arch/x86/boot.rst.
@@ -282,11 +319,7 @@ fn load_initramfs(
         bytes,
         kernel_end: kernel.kernel_end,
     };
-    let mut end = memory
-        .last_addr()
-        .raw_value()
-        .saturating_add(1)
-        .min(LOW_RAM_END);
+    let mut end = low_ram_end(memory);
     if let Some(header) = kernel.setup_header {
         end = end.min(u64::from(header.initrd_addr_max) + 1);
     }
@@ -395,6 +428,30 @@ mod tests {
         assert_eq!(map(3), [&low[..], &[below]].concat());
         let above = (4 << 30, 6 << 30, MapKind::Ram);
         assert_eq!(map(5), [&low[..], &[below, above]].concat());
+    }
+
+    #[test]
+    fn a_bzimage_needs_room_to_unpack_itself() {
+        // Debian's 6.1: loaded at 1 MiB, it runs at 16 MiB.
+        let mut loaded = KernelLoaderResult {
+            kernel_load: GuestAddress(KERNEL_MIN),
+            setup_header: Some(linux_loader::bootparam::setup_header {
+                version: 0x20f,
+                pref_address: 16 << 20,
+                init_size: 46 << 20,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        assert_eq!(unpacked_end(&loaded), 62 << 20);
+        loaded.kernel_load = GuestAddress(32 << 20);
+        assert_eq!(unpacked_end(&loaded), 78 << 20);
+        if let Some(header) = &mut loaded.setup_header {
+            (header.pref_address, header.init_size) = (u64::MAX, u32::MAX);
+        }
+        assert_eq!(unpacked_end(&loaded), u64::MAX);
+        loaded.setup_header = None;
+        assert_eq!(unpacked_end(&loaded), 0);
     }
 
     #[test]
