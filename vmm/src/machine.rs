@@ -22,7 +22,7 @@ use crate::kvm::dirty_log::{self, DirtyLogMode};
 use crate::kvm::host::{Host, HostError};
 use crate::kvm::logging::{DirtyLog, LogError};
 use crate::kvm::slots::{SlotError, Slots};
-use crate::kvm::state::{self, MachineState, StateError, VcpuState};
+use crate::kvm::state::{self, MachineState, MachineTime, Restored, StateError, VcpuState};
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::migration::guest::Section;
 use crate::migration::header::SectionKind;
@@ -228,31 +228,43 @@ impl EmptyMachine {
         cpuid: Vec<kvm_cpuid_entry2>,
         wiring: Wiring,
     ) -> Result<(Machine, Vec<String>)> {
-        let mut left_out = Vec::new();
-        let machine: MachineState = sections::decode(saved, sections::MACHINE)?;
-        machine
-            .restore(&self.vm)
-            .map_err(|source| MachineError::State {
-                section: sections::MACHINE.into(),
-                source,
-            })?;
-        for (index, vcpu) in self.vcpus.iter().enumerate() {
-            let section = sections::of_vcpu(index);
-            let state: VcpuState = sections::decode(saved, &section)?;
-            let restored = state.restore(vcpu).map_err(|source| MachineError::State {
-                section: section.clone(),
-                source,
-            })?;
-            left_out.extend(
-                restored
-                    .refused_msrs
-                    .iter()
-                    .map(|msr| format!("{section} MSR {msr:#x}")),
-            );
-        }
+        let left_out = self.restore_kvm(saved)?;
         let end = End::new(wiring.on_end);
         let platform = Platform::restore(saved, &self.vm, wiring.serial_output, &end.tell)?;
         Ok((self.assemble(platform, cpuid, end)?, left_out))
+    }
+
+    /// Restores what KVM keeps: features, then the clocks, then what is set by them. Returns what KVM refused.
+    fn restore_kvm(&self, saved: &[Section]) -> Result<Vec<String>> {
+        let names: Vec<String> = (0..self.vcpus.len()).map(sections::of_vcpu).collect();
+        let states = names
+            .iter()
+            .map(|name| sections::decode(saved, name))
+            .collect::<Result<Vec<VcpuState>>>()?;
+        for ((name, state), vcpu) in names.iter().zip(&states).zip(&self.vcpus) {
+            state.prepare(vcpu).map_err(state_error(name))?;
+        }
+        let time: MachineTime = sections::decode(saved, sections::TIME)?;
+        if time.tsc.len() != self.vcpus.len() {
+            return Err(MachineError::Section {
+                section: sections::TIME.into(),
+                why: format!("{} counters for {} vCPUs", time.tsc.len(), self.vcpus.len()),
+            });
+        }
+        let restored = time.restore(&self.vm, &self.vcpus);
+        let mut left_out = refused(
+            sections::TIME,
+            &restored.map_err(state_error(sections::TIME))?,
+        );
+        let machine: MachineState = sections::decode(saved, sections::MACHINE)?;
+        machine
+            .restore(&self.vm)
+            .map_err(state_error(sections::MACHINE))?;
+        for ((name, state), vcpu) in names.iter().zip(&states).zip(&self.vcpus) {
+            let restored = state.restore(vcpu).map_err(state_error(name))?;
+            left_out.extend(refused(name, &restored));
+        }
+        Ok(left_out)
     }
 
     fn assemble(
@@ -290,6 +302,22 @@ impl EmptyMachine {
             host: self.host,
         })
     }
+}
+
+fn state_error(section: &str) -> impl Fn(StateError) -> MachineError {
+    let section = section.to_owned();
+    move |source| MachineError::State {
+        section: section.clone(),
+        source,
+    }
+}
+
+/// What KVM would not take back, by name.
+fn refused(section: &str, restored: &Restored) -> Vec<String> {
+    let refused = restored.refused_msrs.iter();
+    refused
+        .map(|msr| format!("{section} MSR {msr:#x}"))
+        .collect()
 }
 
 fn create_vm(host: &Host) -> Result<VmFd> {
@@ -446,24 +474,19 @@ impl Machine {
         if *running || self.has_ended() {
             return Err(MachineError::Ended);
         }
-        let machine_error = |source| MachineError::State {
-            section: sections::MACHINE.into(),
-            source,
-        };
-        let msr_indices = state::msr_indices(self.host.kvm()).map_err(machine_error)?;
+        let msr_indices =
+            state::msr_indices(self.host.kvm()).map_err(state_error(sections::MACHINE))?;
         let mut saved = Vec::new();
         for (index, gate) in self.gates().enumerate() {
-            let section = sections::of_vcpu(index);
-            let state = VcpuState::save(&gate.fd(), &msr_indices).map_err(|source| {
-                MachineError::State {
-                    section: section.clone(),
-                    source,
-                }
-            })?;
-            saved.push(sections::encode(&section, &state)?);
+            let name = sections::of_vcpu(index);
+            let state = VcpuState::save(&gate.fd(), &msr_indices).map_err(state_error(&name))?;
+            saved.push(sections::encode(&name, &state)?);
         }
-        let machine = MachineState::save(&self.vm).map_err(machine_error)?;
+        let machine = MachineState::save(&self.vm).map_err(state_error(sections::MACHINE))?;
         saved.push(sections::encode(sections::MACHINE, &machine)?);
+        let time = MachineTime::save(&self.vm, self.gates().map(|gate| gate.fd()))
+            .map_err(state_error(sections::TIME))?;
+        saved.push(sections::encode(sections::TIME, &time)?);
         saved.extend(self.platform.save()?);
         Ok(saved)
     }

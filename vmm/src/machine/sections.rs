@@ -9,6 +9,7 @@ const STATE_VERSION: u16 = 1;
 
 /// The sections beside those of the vCPUs.
 pub(super) const MACHINE: &str = "machine";
+pub(super) const TIME: &str = "time";
 pub(super) const SERIAL: &str = "serial";
 pub(super) const RTC: &str = "rtc";
 pub(super) const ACPI: &str = "acpi";
@@ -20,7 +21,7 @@ pub(super) fn of_vcpu(index: usize) -> String {
 
 /// All sections of a machine with `cpus` vCPUs.
 pub(super) fn kinds(cpus: usize) -> Vec<SectionKind> {
-    let rest = [MACHINE, SERIAL, RTC, ACPI].map(str::to_owned);
+    let rest = [MACHINE, TIME, SERIAL, RTC, ACPI].map(str::to_owned);
     (0..cpus).map(of_vcpu).chain(rest).map(kind).collect()
 }
 
