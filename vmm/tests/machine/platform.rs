@@ -2,9 +2,11 @@
 
 use guest_images::dirtier::Config;
 use vm_memory::{Bytes, GuestAddress};
+use vmm::kvm::state::MachineTime;
+use vmm::machine::EmptyMachine;
 use vmm::memory::Backing;
 
-use super::{Running, SHAPE, busy, carry};
+use super::{Running, SHAPE, busy, carry, host, wiring};
 
 /// The state of a section, while the guest stands.
 fn state(guest: &Running, section: &str) -> Vec<u8> {
@@ -42,6 +44,27 @@ fn what_the_guest_was_told_is_carried_with_it() {
     // A guest that never asked for the time has what it had.
     assert_eq!(state(&destination, "rtc"), clock);
     destination.audit();
+}
+
+#[test]
+fn a_clock_for_each_vcpu_is_demanded() {
+    let source = Running::dirtier(&SHAPE, &busy());
+    source.machine.pause().unwrap();
+    let mut sections = source.machine.save().unwrap();
+    for section in &mut sections {
+        if section.kind.name == "time" {
+            let time = MachineTime {
+                tsc: vec![Some(1)],
+                clock_ns: 1,
+            };
+            section.data = postcard::to_stdvec(&time).unwrap();
+        }
+    }
+    let empty = EmptyMachine::new(&host(), &SHAPE).unwrap();
+    let (wiring, _console, _ends) = wiring();
+    let restored = empty.restore(&sections, source.machine.cpuid().to_vec(), wiring);
+    let error = restored.err().unwrap().to_string();
+    assert_eq!(error, "section time: 1 counters for 2 vCPUs");
 }
 
 #[test]
