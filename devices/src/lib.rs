@@ -5,11 +5,13 @@
 //! interrupt is an [`EventFd`](vmm_sys_util::eventfd::EventFd) that somebody else wires up, and a
 //! register access arrives through the traits [`PortDevice`] and [`MmioDevice`].
 
+pub mod acpi;
 mod debug_exit;
 mod mmio;
 mod ports;
 mod rate_limit;
 mod reset;
+mod rtc;
 mod serial;
 pub mod virtio;
 
@@ -18,6 +20,7 @@ pub use mmio::{MmioBus, MmioDevice, MmioError, MmioRange};
 pub use ports::{PortBus, PortDevice, PortRange, PortsError};
 pub use rate_limit::{Rate, RateLimit};
 pub use reset::{I8042_PORT, I8042_PORTS, ResetController};
+pub use rtc::{HostClock, RTC_CENTURY, RTC_PORT, RTC_PORTS, Rtc, RtcError, RtcMemory, RtcSnapshot};
 pub use serial::{
     COM1_INTERRUPT, COM1_PORT, COM1_PORTS, Serial, SerialError, SerialInput, SerialOutput,
     SerialSnapshot,

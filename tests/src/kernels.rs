@@ -16,6 +16,15 @@ const MODULES: [(&str, &str); 3] = [
     ("kvm-amd", "kernel/arch/x86/kvm/kvm-amd.ko"),
 ];
 
+/// The modules by which a guest hears of its power button, in the order of loading.
+const BUTTON_MODULES: [(&str, &str); 2] = [
+    ("button", "kernel/drivers/acpi/button.ko"),
+    ("evdev", "kernel/drivers/input/evdev.ko"),
+];
+
+/// A module's name and content.
+pub type Module = (&'static str, Vec<u8>);
+
 /// The kernel series that the lab knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Series {
@@ -125,8 +134,20 @@ impl DebianKernel {
     ///
     /// # Errors
     /// [`ModuleError`] with the module's path.
-    pub fn kvm_modules(&self) -> Result<Vec<(&'static str, Vec<u8>)>, ModuleError> {
-        MODULES
+    pub fn kvm_modules(&self) -> Result<Vec<Module>, ModuleError> {
+        self.modules(&MODULES)
+    }
+
+    /// The modules by which a guest hears of its power button, in the order of loading.
+    ///
+    /// # Errors
+    /// [`ModuleError`] with the module's path.
+    pub fn button_modules(&self) -> Result<Vec<Module>, ModuleError> {
+        self.modules(&BUTTON_MODULES)
+    }
+
+    fn modules(&self, wanted: &[(&'static str, &'static str)]) -> Result<Vec<Module>, ModuleError> {
+        wanted
             .iter()
             .map(|(name, path)| Ok((*name, self.module(path)?)))
             .collect()

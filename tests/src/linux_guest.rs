@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::{fs, iter};
 
 use crate::initramfs::{Initramfs, InitramfsError};
-use crate::kernels::{DebianKernel, Series};
+use crate::kernels::{DebianKernel, ModuleError, Series};
 use crate::paths::Missing;
 use crate::vmlinux::{self, VmlinuxError};
 
-/// The command line that it is started with: no ACPI and no PCI are there to be found.
-pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+/// The command line that it is started with.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1";
 
 /// What its `/init` prints before the shell's first prompt.
 pub const READY: &str = "linux-guest: ready";
@@ -33,6 +33,9 @@ pub enum LinuxGuestError {
     /// A kernel was not fetched.
     #[error(transparent)]
     Missing(#[from] Missing),
+    /// A module of the kernel cannot be read.
+    #[error(transparent)]
+    Module(#[from] ModuleError),
     /// The initramfs cannot be made.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
@@ -54,11 +57,16 @@ pub enum LinuxGuestError {
     },
 }
 
+/// What loads the modules by which it hears of its power button.
+pub const LOAD_BUTTON: &str =
+    "for module in button evdev; do insmod /modules/$(uname -r)/$module.ko; done";
+
 /// Writes `guest.cpio`, and `vmlinuz` and `vmlinux` in a folder named by the series, into `folder`.
 ///
 /// # Errors
 /// [`LinuxGuestError`] naming what is missing.
 pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
+    let mut initramfs = Initramfs::with_init(INIT)?;
     for series in Series::ALL {
         let kernel = DebianKernel::find(series)?;
         let place = folder.join(series.name());
@@ -71,10 +79,13 @@ pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
         fs::copy(&kernel.image, &image).map_err(failed(&image))?;
         vmlinux::extract(&image, &place.join("vmlinux"))
             .map_err(|source| LinuxGuestError::Vmlinux { series, source })?;
+        for (name, content) in kernel.button_modules()? {
+            let path = format!("/modules/{}/{name}.ko", kernel.release);
+            initramfs.bytes(&path, 0o644, &content);
+        }
     }
     let path = folder.join("guest.cpio");
-    let content = Initramfs::with_init(INIT)?.finish();
-    fs::write(&path, content).map_err(|source| LinuxGuestError::Write { path, source })
+    fs::write(&path, initramfs.finish()).map_err(|source| LinuxGuestError::Write { path, source })
 }
 
 /// The files of a folder that [`write()`] wrote, as paths relative to it.

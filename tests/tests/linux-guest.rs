@@ -3,8 +3,10 @@
 
 use std::time::Duration;
 
-use ferry_tests::ferry::Ferry;
-use ferry_tests::linux_guest::{CMDLINE, READY};
+use ferry_tests::dirtier::PATIENT;
+use ferry_tests::endpoint::Endpoint;
+use ferry_tests::ferry::{self, Ferry};
+use ferry_tests::linux_guest::{CMDLINE, LOAD_BUTTON, READY};
 use ferry_tests::machine::Machine;
 use ferry_tests::paths;
 
@@ -12,64 +14,231 @@ use ferry_tests::paths;
 const BOOT_LIMIT: Duration = Duration::from_secs(100);
 const SHELL_LIMIT: Duration = Duration::from_secs(30);
 
-fn linux(kernel: &str, cpus: u32) -> Ferry {
-    let machine = Machine {
-        kernel: paths::linux_guest(kernel).unwrap(),
-        initramfs: Some(paths::linux_guest("guest.cpio").unwrap()),
-        cmdline: CMDLINE.to_owned(),
-        memory_mib: 256,
-        cpus,
-    };
-    let ferry = Ferry::run(&machine).unwrap();
-    ferry.serial().wait_for(READY, BOOT_LIMIT).unwrap();
-    ferry.serial().wait_for("/ # ", SHELL_LIMIT).unwrap();
-    ferry
+const MIB_KIB: u32 = 1024;
+
+/// A guest at its shell.
+struct Linux {
+    ferry: Ferry,
+    cpus: u32,
+    memory_mib: u32,
 }
 
-/// Types a command and waits for what only the guest can have computed.
-fn ask(ferry: &mut Ferry, command: &str, answer: &str) {
-    let mark = ferry.serial().mark();
-    ferry.type_in(&format!("{command}\n")).unwrap();
-    ferry
-        .serial()
-        .wait_after(mark, answer, SHELL_LIMIT)
-        .unwrap();
+impl Linux {
+    fn boot(kernel: &str, cpus: u32, memory_mib: u32, options: &[&str]) -> Self {
+        let machine = Machine {
+            kernel: paths::linux_guest(kernel).unwrap(),
+            initramfs: Some(paths::linux_guest("guest.cpio").unwrap()),
+            cmdline: CMDLINE.to_owned(),
+            memory_mib,
+            cpus,
+        };
+        let linux = Self {
+            ferry: Ferry::run_with(&machine, options).unwrap(),
+            cpus,
+            memory_mib,
+        };
+        linux.is_at_its_shell(0);
+        linux
+    }
+
+    /// Waits for the shell in the output behind `mark`.
+    fn is_at_its_shell(&self, mark: usize) {
+        let serial = self.ferry.serial();
+        serial.wait_after(mark, READY, BOOT_LIMIT).unwrap();
+        serial.wait_after(mark, "/ # ", SHELL_LIMIT).unwrap();
+    }
+
+    /// Types a command and waits for what only the guest can have computed.
+    fn ask(&mut self, command: &str, answer: &str) {
+        let mark = self.ferry.serial().mark();
+        self.ferry.type_in(&format!("{command}\n")).unwrap();
+        self.ferry
+            .serial()
+            .wait_after(mark, answer, SHELL_LIMIT)
+            .unwrap();
+    }
+
+    /// The guest counts what it was given. Of its memory the kernel keeps a part for itself: less than 64 MiB and
+    /// a sixteenth.
+    fn sees_its_cpus_and_memory(&mut self) {
+        self.ask(
+            "echo cpus: $(nproc), $(grep -c ^processor /proc/cpuinfo)",
+            &format!("\ncpus: {0}, {0}", self.cpus),
+        );
+        // One package, and a core for each.
+        self.ask(
+            "awk -F: '/^physical id/ { p[$2] = 1 } /^cpu cores/ { c = $2 } \
+             END { for (i in p) n++; print \"topology:\", n, c + 0 }' /proc/cpuinfo",
+            &format!("\ntopology: 1 {}", self.cpus),
+        );
+        let most = self.memory_mib * MIB_KIB;
+        let least = most - most / 16 - 64 * MIB_KIB;
+        self.ask(
+            &format!(
+                "awk '/^MemTotal/ {{ print \"memory right:\", ({least} < $2 && $2 < {most}) }}' \
+                 /proc/meminfo"
+            ),
+            "\nmemory right: 1",
+        );
+    }
+
+    /// Each vCPU ran something, and takes interrupts of its own timer.
+    fn uses_every_cpu(&mut self) {
+        self.ask(
+            "for cpu in $(seq 0 $(($(nproc) - 1))); do taskset -c $cpu sh -c ':' && echo on $cpu; done \
+             | wc -l | sed 's/^/ran on: /'",
+            &format!("\nran on: {}", self.cpus),
+        );
+        self.ask(
+            "awk '/LOC:/ { for (n = 0, i = 2; i <= NF; i++) n += $i ~ /^[1-9]/; print \"timers:\", n }' \
+             /proc/interrupts",
+            &format!("\ntimers: {}", self.cpus),
+        );
+    }
+
+    fn sees_the_time(&mut self) {
+        self.ask(
+            "d=$(($(cat /sys/class/rtc/rtc0/since_epoch) - $(date +%s))); \
+             echo clocks agree: $((d * d <= 4 && $(date +%Y) >= 2026))",
+            "\nclocks agree: 1",
+        );
+    }
+
+    /// Waits for the end of the guest and of its monitor.
+    fn ends(mut self) {
+        let ended = self.ferry.wait(SHELL_LIMIT).unwrap();
+        assert!(ended.status.success(), "{ended:?}");
+    }
+
+    /// A daemon in the guest hears of the button, and switches it off.
+    fn obeys_its_power_button(mut self) {
+        self.ask(LOAD_BUTTON, "/ # ");
+        self.ask(
+            "mkdir -p /etc/acpi/PWRF; echo 'poweroff -f' > /etc/acpi/PWRF/00000080; \
+             chmod +x /etc/acpi/PWRF/00000080; acpid -d &",
+            "/ # ",
+        );
+        // A button that nobody listens to is not heard.
+        self.ask(
+            "until ls -l /proc/$(pidof acpid)/fd | grep -q event0; do sleep 1; done; echo acpid: $?",
+            "\nacpid: 0",
+        );
+        self.ferry.ctl(&["power-button"]).unwrap();
+        self.ends();
+    }
+
+    fn switches_itself_off(mut self) {
+        self.ask("poweroff -f", "reboot: Power down");
+        self.ends();
+    }
 }
 
-/// To the shell, through a sum and a list of CPUs, and shut down from inside.
-fn boots_to_its_shell(kernel: &str, cpus: u32) {
-    let mut ferry = linux(kernel, cpus);
-    ask(
-        &mut ferry,
-        "echo $((6*7)) is the answer",
-        "\n42 is the answer",
+/// A bzImage with little memory, up to its power-off.
+fn a_small_guest_switches_itself_off(series: &str) {
+    let mut linux = Linux::boot(&format!("{series}/vmlinuz"), 1, 128, &[]);
+    linux.ask("echo $((6*7)) is the answer", "\n42 is the answer");
+    linux.sees_its_cpus_and_memory();
+    linux.sees_the_time();
+    linux.ask("dmesg | grep -c 'ACPI: Interpreter enabled'", "\n1");
+    linux.switches_itself_off();
+}
+
+#[test]
+fn bzimage_6_1_boots_and_switches_itself_off() {
+    a_small_guest_switches_itself_off("6.1");
+}
+
+#[test]
+fn bzimage_6_12_boots_and_switches_itself_off() {
+    a_small_guest_switches_itself_off("6.12");
+}
+
+#[test]
+fn too_little_memory_for_a_kernel_to_unpack_itself_is_said() {
+    for series in ["6.1", "6.12"] {
+        let kernel = paths::linux_guest(&format!("{series}/vmlinuz")).unwrap();
+        let kernel = kernel.to_str().unwrap();
+        let arguments = ["run", "--kernel", kernel, "--memory", "32M"];
+        let ended = ferry::invoke(&arguments, SHELL_LIMIT).unwrap();
+        assert!(!ended.status.success(), "{ended:?}");
+        let why = "it unpacks itself up to 0x";
+        assert!(ended.stderr.contains(why), "{ended:?}");
+    }
+}
+
+/// A vmlinux with more memory than the lab host has: it reboots within the same monitor, and obeys the power button.
+fn a_large_guest_reboots_and_obeys_its_power_button(series: &str) {
+    let mut linux = Linux::boot(&format!("{series}/vmlinux"), 2, 5 * 1024, &[]);
+    linux.sees_its_cpus_and_memory();
+    linux.uses_every_cpu();
+    let touched = linux.ferry.resident().unwrap().shared_kib;
+    assert!(
+        touched < 1024 * u64::from(MIB_KIB),
+        "{touched} KiB of 5 GiB"
     );
-    ask(
-        &mut ferry,
-        "echo cpus: $(nproc)",
-        &format!("\ncpus: {cpus}"),
+    linux.ask("touch /run/before", "/ # ");
+
+    let mark = linux.ferry.serial().mark();
+    linux.ferry.type_in("reboot -f\n").unwrap();
+    linux.is_at_its_shell(mark);
+    linux.sees_its_cpus_and_memory();
+    linux.ask("ls /run/before", "No such file");
+    let info = linux.ferry.ctl_json(&["info"]).unwrap();
+    assert_eq!(info["state"], "Running", "{info}");
+
+    linux.obeys_its_power_button();
+}
+
+#[test]
+fn vmlinux_6_1_reboots_and_obeys_its_power_button() {
+    a_large_guest_reboots_and_obeys_its_power_button("6.1");
+}
+
+#[test]
+fn vmlinux_6_12_reboots_and_obeys_its_power_button() {
+    a_large_guest_reboots_and_obeys_its_power_button("6.12");
+}
+
+/// Four vCPUs; a reboot from outside, and one from inside that is to be the end.
+fn a_guest_with_four_vcpus_ends_at_its_reset(series: &str, generation_id: &str) {
+    let mut linux = Linux::boot(&format!("{series}/vmlinux"), 4, 256, &["--no-reboot"]);
+    linux.sees_its_cpus_and_memory();
+    linux.uses_every_cpu();
+    linux.ask(generation_id, "FERY0001:00");
+    let refused = linux.ferry.ctl(&["reboot"]).unwrap_err().to_string();
+    assert!(refused.contains("cannot be started again"), "{refused}");
+    linux.ferry.type_in("reboot -f\n").unwrap();
+    linux.ends();
+}
+
+#[test]
+fn vmlinux_6_1_runs_on_four_vcpus() {
+    // This kernel has no driver for it.
+    a_guest_with_four_vcpus_ends_at_its_reset("6.1", "ls /sys/bus/acpi/devices/");
+}
+
+#[test]
+fn vmlinux_6_12_runs_on_four_vcpus_and_knows_its_generation_id() {
+    a_guest_with_four_vcpus_ends_at_its_reset("6.12", "ls /sys/bus/platform/drivers/vmgenid/");
+}
+
+/// Its clocks go on at the destination, no watchdog barks, and the devices that came with it still reach it.
+#[test]
+fn vmlinux_6_12_is_carried_and_obeys_its_power_button_there() {
+    let mut linux = Linux::boot("6.12/vmlinux", 2, 128, &[]);
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let destination = Ferry::receive(&endpoint).unwrap();
+    linux.ferry.send_migration(&endpoint, &PATIENT).unwrap();
+    linux.ferry = destination;
+    linux.sees_its_cpus_and_memory();
+    linux.uses_every_cpu();
+    linux.ask(
+        "a=$(date +%s); sleep 2; b=$(date +%s); echo clock goes: $((2 <= b - a && b - a <= 5))",
+        "\nclock goes: 1",
     );
-    ferry.type_in("reboot -f\n").unwrap();
-    let ended = ferry.wait(SHELL_LIMIT).unwrap();
-    assert!(ended.status.success(), "{ended:?}");
-}
-
-#[test]
-fn bzimage_6_1_boots_to_its_shell_and_shuts_down() {
-    boots_to_its_shell("6.1/vmlinuz", 1);
-}
-
-#[test]
-fn bzimage_6_12_boots_to_its_shell_and_shuts_down() {
-    boots_to_its_shell("6.12/vmlinuz", 1);
-}
-
-#[test]
-fn vmlinux_6_1_boots_to_its_shell_and_shuts_down() {
-    boots_to_its_shell("6.1/vmlinux", 1);
-}
-
-#[test]
-fn vmlinux_6_12_boots_to_its_shell_and_shuts_down() {
-    boots_to_its_shell("6.12/vmlinux", 1);
+    linux.ask(
+        "echo barks: $(dmesg | grep -cE 'lockup|stall|clocksource.*unstable')",
+        "\nbarks: 0",
+    );
+    linux.obeys_its_power_button();
 }

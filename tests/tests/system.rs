@@ -154,6 +154,38 @@ fn a_paused_guest_stays_paused_at_the_destination() {
     audit(&mut destination);
 }
 
+#[test]
+fn a_reboot_starts_the_guest_again_in_the_same_monitor() {
+    let mut ferry = dirtier::start(1);
+    let mark = ferry.serial().mark();
+    ferry.ctl(&["power-button"]).unwrap();
+    ferry.ctl(&["pause"]).unwrap();
+    ferry.ctl(&["reboot"]).unwrap();
+    let info = ferry.ctl_json(&["info"]).unwrap();
+    assert_eq!(info["state"], "Running", "{info}");
+    ferry
+        .serial()
+        .wait_after(mark, "dirtier: ready", LIMIT)
+        .unwrap();
+    dirtier::assert_runs(&mut ferry);
+    audit(&mut ferry);
+}
+
+#[test]
+fn a_guest_that_arrived_cannot_be_rebooted_and_lives_on() {
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let mut source = dirtier::start(1);
+    let mut destination = Ferry::receive(&endpoint).unwrap();
+    source.send_migration(&endpoint, &PATIENT).unwrap();
+    let refused = dirtier::refusal(destination.ctl(&["reboot"]).unwrap_err());
+    assert!(
+        refused.contains("cannot be started again here"),
+        "{refused}"
+    );
+    assert_only_runs(&mut destination, &mut source);
+    audit(&mut destination);
+}
+
 /// The demo with few pages, its temporary files in a folder of their own.
 fn small_demo(folder: &Path) -> Command {
     let mut command = Command::new(paths::ferry().unwrap());

@@ -4,37 +4,38 @@
 //! memory and vCPUs and nothing in them; booting it or restoring a guest into it makes a [`Machine`], whose
 //! vCPUs wait until it is resumed.
 
+mod kvm;
+mod platform;
+mod sections;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::{
-    COM1_INTERRUPT, COM1_PORT, COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, I8042_PORT, I8042_PORTS,
-    PortBus, PortRange, PortsError, ResetController, Serial, SerialError, SerialOutput,
-    SerialSnapshot,
-};
+use devices::acpi::{EventsError, GenericEvent, SleepError};
+use devices::{PortBus, PortsError, RtcError, Serial, SerialError, SerialOutput};
 use ept::{Notifier, OpenError, Subscription};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::boot::{self, BootError, CpuidError, Payload};
+use crate::boot::{self, BootError, CpuidError, Payload, VirtioMmio};
 use crate::kvm::dirty_log::{self, DirtyLogMode};
 use crate::kvm::host::{Host, HostError};
 use crate::kvm::logging::{DirtyLog, LogError};
 use crate::kvm::slots::{SlotError, Slots};
-use crate::kvm::state::{self, MachineState, StateError, VcpuState};
+use crate::kvm::state::{self, StateError};
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::migration::guest::Section;
 use crate::migration::header::SectionKind;
 use crate::vcpu::{Gate, GuestEnd, KickError, Vcpu, VcpuContext};
 
+use platform::{OnEnd, Platform};
+pub use sections::unreadable_sections;
+
 /// The most vCPUs of a guest.
 pub const MAX_CPUS: u32 = 64;
 /// Where KVM keeps three pages of its own on Intel hosts, in the hole below 4 GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;
-/// The version of every section of state that this monitor writes and reads.
-const STATE_VERSION: u16 = 1;
 
 /// The shape of a machine.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +98,15 @@ pub enum MachineError {
     /// The serial port.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// The clock.
+    #[error(transparent)]
+    Rtc(#[from] RtcError),
+    /// The sleep registers.
+    #[error(transparent)]
+    Sleep(#[from] SleepError),
+    /// The register of events, or the interrupt that tells of them.
+    #[error(transparent)]
+    Events(#[from] EventsError),
     /// Two devices at one place.
     #[error(transparent)]
     Ports(#[from] PortsError),
@@ -130,7 +140,7 @@ fn kvm_error(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
 pub struct Wiring {
     /// Where the guest's serial output goes.
     pub serial_output: SerialOutput,
-    /// Told when the guest comes to its end, from any thread, possibly more than once.
+    /// Told once how the guest came to its end, from any thread.
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
 }
 
@@ -140,6 +150,7 @@ pub struct EmptyMachine {
     vm: Arc<VmFd>,
     slots: Slots,
     vcpus: Vec<VcpuFd>,
+    virtio_mmio: Vec<VirtioMmio>,
     dirty_log: DirtyLogMode,
 }
 
@@ -172,6 +183,7 @@ impl EmptyMachine {
             vm,
             slots,
             vcpus,
+            virtio_mmio: Vec::new(),
             dirty_log,
         })
     }
@@ -188,8 +200,12 @@ impl EmptyMachine {
     /// The kernel's, and KVM's.
     pub fn boot(self, payload: &Payload, wiring: Wiring) -> Result<Machine> {
         let memory = self.ram().memory();
-        let loaded = boot::load(memory, payload)?;
-        let count = u32::try_from(self.vcpus.len()).unwrap_or(MAX_CPUS);
+        let platform = boot::Platform {
+            cpus: u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX),
+            virtio_mmio: &self.virtio_mmio,
+        };
+        let loaded = boot::load(memory, payload, &platform)?;
+        let count = u32::from(platform.cpus);
         let seen = boot::cpuid_for_vcpu(self.host.kvm(), 0, count)?;
         for (index, vcpu) in (0..).zip(&self.vcpus) {
             let cpuid = boot::cpuid_for_vcpu(self.host.kvm(), index, count)?;
@@ -197,9 +213,9 @@ impl EmptyMachine {
                 .map_err(kvm_error("KVM_SET_CPUID2"))?;
             boot::start_registers(memory, vcpu, index, &loaded)?;
         }
-        let interrupt = self.interrupt(COM1_INTERRUPT)?;
-        let serial = Serial::new(interrupt, wiring.serial_output);
-        self.assemble(serial, seen.as_slice().to_vec(), wiring.on_end)
+        let end = End::new(wiring.on_end);
+        let platform = Platform::new(&self.vm, self.ram(), wiring.serial_output, &end.tell)?;
+        self.assemble(platform, seen.as_slice().to_vec(), end)
     }
 
     /// Restores a guest: vCPUs, controllers and devices as [`Machine::save`] wrote them. `cpuid` is what its
@@ -209,67 +225,26 @@ impl EmptyMachine {
     /// Sections that are missing or make no sense, and KVM's.
     pub fn restore(
         self,
-        sections: &[Section],
+        saved: &[Section],
         cpuid: Vec<kvm_cpuid_entry2>,
         wiring: Wiring,
     ) -> Result<(Machine, Vec<String>)> {
-        let mut left_out = Vec::new();
-        let machine: MachineState = decode(sections, "machine")?;
-        machine
-            .restore(&self.vm)
-            .map_err(|source| MachineError::State {
-                section: "machine".into(),
-                source,
-            })?;
-        for (index, vcpu) in self.vcpus.iter().enumerate() {
-            let section = vcpu_section(index);
-            let state: VcpuState = decode(sections, &section)?;
-            let restored = state.restore(vcpu).map_err(|source| MachineError::State {
-                section: section.clone(),
-                source,
-            })?;
-            left_out.extend(
-                restored
-                    .refused_msrs
-                    .iter()
-                    .map(|msr| format!("{section} MSR {msr:#x}")),
-            );
-        }
-        let saved: SerialSnapshot = decode(sections, "serial")?;
-        let interrupt = self.interrupt(COM1_INTERRUPT)?;
-        let serial = Serial::restore(&saved, interrupt, wiring.serial_output)?;
-        Ok((self.assemble(serial, cpuid, wiring.on_end)?, left_out))
-    }
-
-    fn interrupt(&self, line: u32) -> Result<EventFd> {
-        let event = EventFd::new(EFD_NONBLOCK).map_err(|source| MachineError::Kvm {
-            call: "eventfd",
-            source,
-        })?;
-        self.vm
-            .register_irqfd(&event, line)
-            .map_err(kvm_error("KVM_IRQFD"))?;
-        Ok(event)
+        let left_out = self.restore_kvm(saved)?;
+        let end = End::new(wiring.on_end);
+        let platform = Platform::restore(saved, &self.vm, wiring.serial_output, &end.tell)?;
+        Ok((self.assemble(platform, cpuid, end)?, left_out))
     }
 
     fn assemble(
         self,
-        serial: Serial,
+        platform: Platform,
         cpuid: Vec<kvm_cpuid_entry2>,
-        on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+        end: End,
     ) -> Result<Machine> {
-        let ended = Arc::new(AtomicBool::new(false));
-        let on_end: Arc<dyn Fn(GuestEnd) + Send + Sync> = {
-            let ended = Arc::clone(&ended);
-            Arc::new(move |end| {
-                ended.store(true, Ordering::SeqCst);
-                on_end(end);
-            })
-        };
-        let ports = Arc::new(port_bus(&serial, &on_end)?);
+        let ports = Arc::new(platform.ports(&end.tell)?);
         let context = VcpuContext {
             ports: Arc::clone(&ports),
-            on_end,
+            on_end: end.tell,
         };
         let notifier = Notifier::new();
         let mut vcpus = Vec::new();
@@ -285,9 +260,9 @@ impl EmptyMachine {
             vcpus,
             notifier,
             running: Mutex::new(false),
-            ended,
+            ended: end.came,
             log: Mutex::new(DirtyLog::new(self.dirty_log)),
-            serial,
+            platform,
             cpuid,
             ports,
             slots: self.slots,
@@ -312,28 +287,29 @@ fn create_vm(host: &Host) -> Result<VmFd> {
     Ok(vm)
 }
 
-fn port_bus(serial: &Serial, on_end: &Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Result<PortBus> {
-    let mut ports = PortBus::new();
-    let com1 = PortRange {
-        first: COM1_PORT,
-        count: COM1_PORTS,
-    };
-    ports.insert(com1, Arc::new(Mutex::new(serial.clone())))?;
-    let exit = Arc::clone(on_end);
-    let debug_exit = DebugExit::new(move |status| exit(GuestEnd::DebugExit(status)));
-    let debug_exit_port = PortRange {
-        first: DEBUG_EXIT_PORT,
-        count: 1,
-    };
-    ports.insert(debug_exit_port, Arc::new(Mutex::new(debug_exit)))?;
-    let reset = Arc::clone(on_end);
-    let controller = ResetController::new(move || reset(GuestEnd::Reset));
-    let i8042 = PortRange {
-        first: I8042_PORT,
-        count: I8042_PORTS,
-    };
-    ports.insert(i8042, Arc::new(Mutex::new(controller)))?;
-    Ok(ports)
+/// Tells the guest, through kvm-clock, that it stood: otherwise its watchdogs take the time for a lockup.
+fn excuse_pause(gate: &Gate) {
+    // A guest that does not use kvm-clock cannot be told: EINVAL (api.rst, KVM_KVMCLOCK_CTRL).
+    let _without_clock = gate.fd().kvmclock_ctrl();
+}
+
+/// The end of a guest, which comes once.
+struct End {
+    came: Arc<AtomicBool>,
+    tell: OnEnd,
+}
+
+impl End {
+    fn new(on_end: OnEnd) -> Self {
+        let came = Arc::new(AtomicBool::new(false));
+        let first = Arc::clone(&came);
+        let tell = Arc::new(move |end| {
+            if !first.swap(true, Ordering::SeqCst) {
+                on_end(end);
+            }
+        });
+        Self { came, tell }
+    }
 }
 
 /// A machine with a guest in it.
@@ -345,7 +321,7 @@ pub struct Machine {
     running: Mutex<bool>,
     ended: Arc<AtomicBool>,
     log: Mutex<DirtyLog>,
-    serial: Serial,
+    platform: Platform,
     cpuid: Vec<kvm_cpuid_entry2>,
     ports: Arc<PortBus>,
     slots: Slots,
@@ -369,7 +345,7 @@ impl Machine {
     /// Its serial port.
     #[must_use]
     pub fn serial(&self) -> &Serial {
-        &self.serial
+        &self.platform.serial
     }
 
     /// Its vCPUs.
@@ -420,6 +396,7 @@ impl Machine {
     pub fn resume(&self) {
         let mut running = self.running_state();
         if !*running {
+            self.gates().for_each(|gate| excuse_pause(gate));
             self.gates().for_each(|gate| gate.release());
             *running = true;
         }
@@ -437,7 +414,7 @@ impl Machine {
     /// The sections that [`Self::save`] writes.
     #[must_use]
     pub fn section_kinds(&self) -> Vec<SectionKind> {
-        section_names(self.vcpus.len()).map(section_kind).collect()
+        sections::kinds(self.vcpus.len())
     }
 
     /// The state of all but memory. The machine is paused.
@@ -449,29 +426,36 @@ impl Machine {
         if *running || self.has_ended() {
             return Err(MachineError::Ended);
         }
-        let msr_indices =
-            state::msr_indices(self.host.kvm()).map_err(|source| MachineError::State {
-                section: "machine".into(),
-                source,
-            })?;
-        let mut sections = Vec::new();
-        for (index, gate) in self.gates().enumerate() {
-            let section = vcpu_section(index);
-            let state = VcpuState::save(&gate.fd(), &msr_indices).map_err(|source| {
-                MachineError::State {
-                    section: section.clone(),
-                    source,
-                }
-            })?;
-            sections.push(encode(&section, &state)?);
+        let mut saved = self.save_kvm()?;
+        saved.extend(self.platform.save()?);
+        Ok(saved)
+    }
+
+    /// Gives the guest another generation ID and tells it so: for whoever clones a guest or puts it back in time,
+    /// before it runs.
+    ///
+    /// # Errors
+    /// A guest that has ended; no random bytes; an interrupt that cannot be raised.
+    pub fn change_generation(&self) -> Result<()> {
+        if self.has_ended() {
+            return Err(MachineError::Ended);
         }
-        let machine = MachineState::save(&self.vm).map_err(|source| MachineError::State {
-            section: "machine".into(),
-            source,
-        })?;
-        sections.push(encode("machine", &machine)?);
-        sections.push(encode("serial", &self.serial.save())?);
-        Ok(sections)
+        boot::change_generation_id(self.ram().memory())?;
+        Ok(self
+            .platform
+            .events
+            .raise(GenericEvent::GenerationChanged)?)
+    }
+
+    /// Presses the power button. What the guest does about it is its own decision.
+    ///
+    /// # Errors
+    /// A guest that has ended; an interrupt that cannot be raised.
+    pub fn power_button(&self) -> Result<()> {
+        if self.has_ended() {
+            return Err(MachineError::Ended);
+        }
+        Ok(self.platform.events.raise(GenericEvent::PowerButton)?)
     }
 
     /// What vCPU 0 sees of its processor.
@@ -486,82 +470,5 @@ impl Machine {
 
     fn running_state(&self) -> MutexGuard<'_, bool> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn vcpu_section(index: usize) -> String {
-    format!("vcpu{index}")
-}
-
-fn section_names(cpus: usize) -> impl Iterator<Item = String> {
-    (0..cpus)
-        .map(vcpu_section)
-        .chain(["machine".into(), "serial".into()])
-}
-
-fn section_kind(name: String) -> SectionKind {
-    SectionKind {
-        name,
-        version: STATE_VERSION,
-    }
-}
-
-/// Which of the announced sections a machine with `cpus` vCPUs cannot do without, or cannot read.
-#[must_use]
-pub fn unreadable_sections(announced: &[SectionKind], cpus: u32) -> Vec<String> {
-    let cpus = usize::try_from(cpus)
-        .unwrap_or(usize::MAX)
-        .min(MAX_CPUS as usize);
-    let needed: Vec<SectionKind> = section_names(cpus).map(section_kind).collect();
-    let missing = needed
-        .iter()
-        .filter(|kind| !announced.contains(kind))
-        .map(|kind| {
-            format!(
-                "{} version {} is needed and not announced",
-                kind.name, kind.version
-            )
-        });
-    let unknown = announced
-        .iter()
-        .filter(|kind| !needed.contains(kind))
-        .map(|kind| {
-            format!(
-                "{} version {} is announced and not known here",
-                kind.name, kind.version
-            )
-        });
-    missing.chain(unknown).collect()
-}
-
-fn encode<T: serde::Serialize>(name: &str, state: &T) -> Result<Section> {
-    let data = postcard::to_stdvec(state).map_err(|error| MachineError::Section {
-        section: name.into(),
-        why: error.to_string(),
-    })?;
-    Ok(Section {
-        kind: section_kind(name.into()),
-        data,
-    })
-}
-
-fn decode<T: serde::de::DeserializeOwned>(sections: &[Section], name: &str) -> Result<T> {
-    let error = |why: String| MachineError::Section {
-        section: name.into(),
-        why,
-    };
-    let kind = section_kind(name.into());
-    let mut found = sections.iter().filter(|section| section.kind == kind);
-    let section = found
-        .next()
-        .ok_or_else(|| error(format!("version {STATE_VERSION} of it is missing")))?;
-    if found.next().is_some() {
-        return Err(error("it is there twice".into()));
-    }
-    let (state, rest) =
-        postcard::take_from_bytes(&section.data).map_err(|source| error(source.to_string()))?;
-    match rest.len() {
-        0 => Ok(state),
-        bytes => Err(error(format!("{bytes} bytes too many"))),
     }
 }

@@ -3,6 +3,8 @@
 //! Everything that the API and the command line do to a guest goes through here, so that what a running
 //! migration forbids is forbidden to all of them.
 
+mod restart;
+
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,6 +19,8 @@ use crate::migration::progress::{Phase, Progress, Snapshot};
 use crate::migration::source::{DigestCheck, SendError, SendOptions, send};
 use crate::migration::transport::{TransportError, Url};
 use crate::vcpu::GuestEnd;
+
+pub use restart::{AfterReset, Relaunch};
 
 /// Why something was not done to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +49,14 @@ pub enum MonitorError {
     /// A value that cannot be.
     #[error("{0}")]
     Invalid(String),
+    /// Nothing here knows how the guest was started.
+    #[error(
+        "reboot: this guest cannot be started again here: it came from another monitor, or was to end at a reset"
+    )]
+    NoReboot,
+    /// The guest's machine was ended, and no other could be made.
+    #[error("the guest could not be started again: {0}")]
+    Restart(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The address of the destination.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -144,6 +156,7 @@ pub struct Monitor {
 struct Guest {
     machine: Arc<Machine>,
     config: VmConfig,
+    relaunch: Option<Relaunch>,
     /// Whether it ran when the last migration began: what an unconfirmed one goes back to when it is resolved.
     ran: bool,
 }
@@ -161,11 +174,12 @@ impl Monitor {
         })
     }
 
-    /// Takes a guest in.
-    pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig) {
+    /// Takes a guest in. Without `relaunch` it is over when it resets itself.
+    pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig, relaunch: Option<Relaunch>) {
         *self.guest() = Some(Guest {
             machine,
             config,
+            relaunch,
             ran: false,
         });
     }
@@ -219,6 +233,17 @@ impl Monitor {
         let guest = self.guest();
         self.unless_migrating("resume", &guest)?.resume();
         Ok(())
+    }
+
+    /// Presses the guest's power button; what it does about it is its own decision.
+    ///
+    /// # Errors
+    /// No guest, or one that has ended; a migration.
+    pub fn power_button(&self) -> Result<(), MonitorError> {
+        let guest = self.guest();
+        Ok(self
+            .unless_migrating("power-button", &guest)?
+            .power_button()?)
     }
 
     /// Ends the guest and the monitor.
@@ -326,14 +351,7 @@ impl Monitor {
     /// migration is cancelled first; one that is past that is waited for, because the guest is not this one's to
     /// end any more.
     pub fn interrupt(&self) {
-        // It fails where there is nothing to cancel.
-        let _nothing = self.progress.cancel();
-        let began = Instant::now();
-        let mut phase = self.progress.snapshot().phase;
-        while phase.is_active() && began.elapsed() < INTERRUPT_LIMIT {
-            std::thread::sleep(Duration::from_millis(1));
-            phase = self.progress.snapshot().phase;
-        }
+        let phase = self.cancel_and_wait();
         if phase == Phase::HandedOverUnconfirmed || phase == Phase::Committed {
             self.end(GuestEnd::Failed(
                 "ended while the hand-over was unconfirmed: the guest may run at the destination, \
@@ -343,6 +361,19 @@ impl Monitor {
         } else if phase != Phase::Completed || self.guest().is_some() {
             self.end(GuestEnd::Stopped);
         }
+    }
+
+    /// Cancels a migration, or waits for the end of one that is past that, but not for ever. Returns its phase.
+    fn cancel_and_wait(&self) -> Phase {
+        // It fails where there is nothing to cancel.
+        let _nothing = self.progress.cancel();
+        let began = Instant::now();
+        let mut phase = self.progress.snapshot().phase;
+        while phase.is_active() && began.elapsed() < INTERRUPT_LIMIT {
+            std::thread::sleep(Duration::from_millis(1));
+            phase = self.progress.snapshot().phase;
+        }
+        phase
     }
 
     /// Where the migration is.

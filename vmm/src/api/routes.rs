@@ -11,13 +11,11 @@ use crate::monitor::{Monitor, MonitorError, Resolution};
 const PREFIX: &str = "/api/v1/";
 
 /// Calls of the Cloud Hypervisor API that Ferry knows of and does not have.
-const NOT_IMPLEMENTED: [&str; 25] = [
+const NOT_IMPLEMENTED: [&str; 23] = [
     "vm.create",
     "vm.boot",
     "vm.delete",
     "vm.counters",
-    "vm.reboot",
-    "vm.power-button",
     "vm.nmi",
     "vm.resize",
     "vm.resize-disk",
@@ -62,6 +60,8 @@ pub(super) fn answer(monitor: &Arc<Monitor>, request: &Request) -> Response {
         ("GET", "vm.migration-progress") => json(&monitor.migration_progress()),
         ("PUT", "vm.pause") => done(monitor.pause()),
         ("PUT", "vm.resume") => done(monitor.resume()),
+        ("PUT", "vm.power-button") => done(monitor.power_button()),
+        ("PUT", "vm.reboot") => done(monitor.reboot()),
         ("PUT", "vm.shutdown" | "vmm.shutdown") => done(monitor.shutdown()),
         ("PUT", "vm.send-migration") => with_body(request, |wish| {
             monitor
@@ -91,6 +91,8 @@ fn is_known(call: &str) -> bool {
         "vm.pause",
         "vm.resume",
         "vm.shutdown",
+        "vm.power-button",
+        "vm.reboot",
         "vm.send-migration",
         "vm.cancel-migration",
         "vm.migration-resolve",
@@ -128,9 +130,11 @@ fn done(result: Result<(), MonitorError>) -> Response {
 fn failed(error: &MonitorError) -> Response {
     let status = match error {
         MonitorError::NoGuest => 404,
-        MonitorError::Migrating { .. } | MonitorError::NoMigration { .. } => 409,
+        MonitorError::Migrating { .. }
+        | MonitorError::NoMigration { .. }
+        | MonitorError::NoReboot => 409,
         MonitorError::Invalid(_) | MonitorError::Transport(_) => 400,
-        MonitorError::Machine(_) | MonitorError::Send(_) => 500,
+        MonitorError::Machine(_) | MonitorError::Send(_) | MonitorError::Restart(_) => 500,
     };
     Response::error(status, error)
 }

@@ -1,6 +1,10 @@
-//! The CPU features that a guest sees: the host's as KVM offers them, made each vCPU's own.
+//! The CPU features that a guest sees: the host's as KVM offers them, restricted to a named [`baseline`], made each
+//! vCPU's own.
 //!
 //! Source: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+
+pub mod baseline;
+mod topology;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
@@ -11,13 +15,6 @@ use kvm_ioctls::Kvm;
 pub struct CpuidError(String);
 
 const FEATURES: u32 = 1;
-const EXTENDED_TOPOLOGY: [u32; 2] = [0xb, 0x1f];
-const EXTENDED_FEATURES: u32 = 0x8000_0001;
-const SVM_FEATURES: u32 = 0x8000_000a;
-/// Leaf 1, ecx.
-const VMX: u32 = 1 << 5;
-/// Leaf 0x80000001, ecx.
-const SVM: u32 = 1 << 2;
 /// Leaf 1, ecx, and leaf 7, ecx: what the guest itself has switched on, not features.
 const OSXSAVE: u32 = 1 << 27;
 const OSPKE: u32 = 1 << 4;
@@ -30,27 +27,16 @@ const TSC_DEADLINE: u32 = 1 << 24;
 /// # Errors
 /// KVM's.
 pub fn for_vcpu(kvm: &Kvm, index: u32, count: u32) -> Result<CpuId, CpuidError> {
-    let mut cpuid = supported(kvm)?;
-    for entry in cpuid.as_mut_slice() {
+    let mut entries = supported(kvm)?.as_slice().to_vec();
+    for entry in &mut entries {
         if entry.function == FEATURES {
-            let initial_apic_id = (index & 0xff) << 24;
-            let logical_processors = (count & 0xff) << 16;
-            entry.ebx = (entry.ebx & 0xffff) | initial_apic_id | logical_processors;
             entry.ecx |= HYPERVISOR_PRESENT | TSC_DEADLINE;
-            entry.ecx &= !VMX;
-        }
-        // The state of nested virtualisation is not carried, so guests are not given it.
-        if entry.function == EXTENDED_FEATURES {
-            entry.ecx &= !SVM;
-        }
-        if entry.function == SVM_FEATURES {
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
-        }
-        if EXTENDED_TOPOLOGY.contains(&entry.function) {
-            entry.edx = index;
         }
     }
-    Ok(cpuid)
+    baseline::restrict(&mut entries);
+    topology::Place { index, count }.write(&mut entries);
+    CpuId::from_entries(&entries)
+        .map_err(|_| CpuidError(format!("{} entries are too many", entries.len())))
 }
 
 fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {
@@ -58,25 +44,39 @@ fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {
         .map_err(|error| CpuidError(format!("KVM_GET_SUPPORTED_CPUID: {error}")))
 }
 
+/// Leaf 1, edx, and leaf 0x80000001, ecx: topology, which is the guest's own.
+const HTT: u32 = 1 << 28;
+const CMP_LEGACY: u32 = 1 << 1;
+
 /// A register of a leaf.
 type Register = fn(&kvm_cpuid_entry2) -> u32;
 
 /// Leaves, sub-leaves and registers that are nothing but feature bits.
-const FEATURE_REGISTERS: [(u32, u32, Register, &str); 9] = [
+const FEATURE_REGISTERS: [(u32, u32, Register, &str); 14] = [
     (
         1,
         0,
         |e| e.ecx & !(HYPERVISOR_PRESENT | TSC_DEADLINE | OSXSAVE),
         "leaf 1 ecx",
     ),
-    (1, 0, |e| e.edx, "leaf 1 edx"),
+    (1, 0, |e| e.edx & !HTT, "leaf 1 edx"),
     (7, 0, |e| e.ebx, "leaf 7 ebx"),
     (7, 0, |e| e.ecx & !OSPKE, "leaf 7 ecx"),
     (7, 0, |e| e.edx, "leaf 7 edx"),
     (0xd, 0, |e| e.eax, "leaf 0xd eax"),
     (0xd, 1, |e| e.eax & 0xf, "leaf 0xd.1 eax"),
-    (0x8000_0001, 0, |e| e.ecx, "leaf 0x80000001 ecx"),
+    (7, 1, |e| e.eax, "leaf 7.1 eax"),
+    (7, 1, |e| e.edx, "leaf 7.1 edx"),
+    (0x4000_0001, 0, |e| e.eax, "leaf 0x40000001 eax"),
+    (
+        0x8000_0001,
+        0,
+        |e| e.ecx & !CMP_LEGACY,
+        "leaf 0x80000001 ecx",
+    ),
     (0x8000_0001, 0, |e| e.edx, "leaf 0x80000001 edx"),
+    (0x8000_0008, 0, |e| e.ebx, "leaf 0x80000008 ebx"),
+    (0x8000_0021, 0, |e| e.eax, "leaf 0x80000021 eax"),
 ];
 
 /// The features in `wanted` that this host cannot give, each as register and bits: empty if a guest that

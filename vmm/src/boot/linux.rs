@@ -8,7 +8,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::KernelLoaderResult;
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, Initramfs, usable_ram};
+use super::{BootError, Initramfs, acpi, memory_map};
 use crate::memory::GuestMemory;
 
 /// Where boot_params is; its address is what the kernel finds in rsi.
@@ -18,7 +18,6 @@ pub(super) const BOOT_PARAMS: GuestAddress = GuestAddress(0x7000);
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 /// `type_of_loader`: no assigned loader (boot.rst).
 const LOADER_UNDEFINED: u8 = 0xff;
-const E820_RAM: u32 = 1;
 /// What boot.rst demands of a loader that makes up the setup header itself, as for a vmlinux.
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
@@ -53,10 +52,11 @@ pub(super) fn write_boot_params(
         params.hdr.ramdisk_image = low(initramfs.start.raw_value())?;
         params.hdr.ramdisk_size = low(initramfs.bytes)?;
     }
-    for (slot, (addr, size)) in params.e820_table.iter_mut().zip(usable_ram(memory)) {
-        slot.addr = addr;
-        slot.size = size;
-        slot.r#type = E820_RAM;
+    params.acpi_rsdp_addr = acpi::RSDP.raw_value();
+    for (slot, entry) in params.e820_table.iter_mut().zip(memory_map(memory)) {
+        slot.addr = entry.start;
+        slot.size = entry.bytes;
+        slot.r#type = entry.kind as u32;
         params.e820_entries += 1;
     }
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, BOOT_PARAMS), memory)

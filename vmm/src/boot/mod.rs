@@ -5,14 +5,18 @@
 //! 0x0_0500  GDT                          0x0_9000  page tables (64-bit protocol only)
 //! 0x0_6000  hvm_start_info, modules,     0x2_0000  command line
 //!           memory map (PVH only)        0x9_fc00  hole up to 1 MiB, as on a PC
-//! 0x0_7000  boot_params (64-bit only)    1 MiB     kernel; initramfs at the end of low RAM
+//! 0x0_7000  boot_params (64-bit only)    0xe_0000  ACPI tables; generation ID and reset
+//!                                                  vector at the end
+//!                                        1 MiB     kernel; initramfs at the end of low RAM
 //! ```
 
+mod acpi;
 mod cpuid;
 mod elf_note;
 mod linux;
 mod pvh;
 mod registers;
+mod reset_vector;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -23,11 +27,13 @@ use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{
     BzImage, Elf, KernelLoader, KernelLoaderResult, elf::PvhBootCapability, load_cmdline,
 };
+use rustix::rand::GetRandomFlags;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::memory::{GuestMemory, LOW_RAM_END};
 
-pub use cpuid::{CpuidError, for_vcpu as cpuid_for_vcpu, missing_features};
+pub use acpi::{Platform, VirtioMmio};
+pub use cpuid::{CpuidError, baseline, for_vcpu as cpuid_for_vcpu, missing_features};
 
 const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
 /// Room for the command line, its closing zero included: what x86 Linux takes at most (COMMAND_LINE_SIZE
@@ -35,6 +41,8 @@ const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
 const COMMAND_LINE_CAPACITY: usize = 2048;
 /// Usable RAM ends here below 1 MiB: above are, on a PC, the EBDA, video memory and the BIOS.
 const EBDA_START: u64 = 0x9_fc00;
+/// The firmware area begins here and ends at 1 MiB; the memory map says that it is reserved.
+const FIRMWARE_START: u64 = 0xe_0000;
 /// Kernels are loaded from here on.
 const KERNEL_MIN: u64 = 0x10_0000;
 
@@ -68,6 +76,16 @@ pub enum BootError {
         path: PathBuf,
         /// What is wrong.
         why: String,
+    },
+    /// The kernel needs more room than there is.
+    #[error(
+        "kernel {}: it unpacks itself up to {end:#x}, beyond the guest's memory; give the guest more", path.display()
+    )]
+    KernelSize {
+        /// Which file.
+        path: PathBuf,
+        /// Where the memory that it needs first ends.
+        end: u64,
     },
     /// The initramfs does not fit behind the kernel.
     #[error(
@@ -137,11 +155,15 @@ struct Initramfs {
     bytes: u64,
 }
 
-/// Loads `payload` into `memory` and writes the boot structures.
+/// Loads `payload` into `memory` and writes the boot structures, and the tables that describe `platform`.
 ///
 /// # Errors
 /// A file that cannot be read, is no kernel or does not fit; the file is named.
-pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<Loaded, BootError> {
+pub fn load(
+    memory: &GuestMemory,
+    payload: &Payload,
+    platform: &Platform<'_>,
+) -> Result<Loaded, BootError> {
     let mut file = open("kernel", &payload.kernel)?;
     let kernel = load_kernel(memory, &payload.kernel, &mut file)?;
     let initramfs = match &payload.initramfs {
@@ -149,6 +171,9 @@ pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<Loaded, BootError
         None => None,
     };
     write_command_line(memory, &payload.command_line)?;
+    acpi::write(memory, platform)?;
+    change_generation_id(memory)?;
+    reset_vector::write(memory)?;
     let direct_start = elf_note::direct_start(&mut file)
         .map_err(|source| file_error("kernel", &payload.kernel, source))?;
     let entry = match (kernel.pvh_boot_cap, kernel.setup_header) {
@@ -234,10 +259,37 @@ fn load_kernel(
     } else {
         BzImage::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
     };
-    loaded.map_err(|error| BootError::Kernel {
+    let mut loaded = loaded.map_err(|error| BootError::Kernel {
         path: path.to_owned(),
         why: error.to_string(),
-    })
+    })?;
+    loaded.kernel_end = loaded.kernel_end.max(unpacked_end(&loaded));
+    if loaded.kernel_end > low_ram_end(memory) {
+        return Err(BootError::KernelSize {
+            path: path.to_owned(),
+            end: loaded.kernel_end,
+        });
+    }
+    Ok(loaded)
+}
+
+/// Where a bzImage ends once it has unpacked itself: `init_size` bytes from where it runs on, which is no lower than
+/// `pref_address` (boot.rst; both are there from protocol version 2.10 on).
+fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
+    match loaded.setup_header {
+        Some(header) if header.version >= 0x20a => loaded
+            .kernel_load
+            .raw_value()
+            .max(header.pref_address)
+            .saturating_add(header.init_size.into()),
+        _ => 0,
+    }
+}
+
+/// Where RAM ends below the hole below 4 GiB.
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    let end = memory.last_addr().raw_value().saturating_add(1);
+    end.min(LOW_RAM_END)
 }
 
 /// The setup header's magic: Linux Documentation/arch/x86/boot.rst.
@@ -267,11 +319,7 @@ fn load_initramfs(
         bytes,
         kernel_end: kernel.kernel_end,
     };
-    let mut end = memory
-        .last_addr()
-        .raw_value()
-        .saturating_add(1)
-        .min(LOW_RAM_END);
+    let mut end = low_ram_end(memory);
     if let Some(header) = kernel.setup_header {
         end = end.min(u64::from(header.initrd_addr_max) + 1);
     }
@@ -302,14 +350,119 @@ fn write_command_line(memory: &GuestMemory, text: &str) -> Result<(), BootError>
     load_cmdline(memory, COMMAND_LINE, &line).map_err(|e| error(&e))
 }
 
-/// RAM as the guest is told of it: start and size in bytes, without the hole below 1 MiB.
-fn usable_ram(memory: &GuestMemory) -> Vec<(u64, u64)> {
+/// Gives the guest in `memory` a generation ID that no guest had before.
+///
+/// # Errors
+/// No random bytes, or no such memory.
+pub fn change_generation_id(memory: &GuestMemory) -> Result<(), BootError> {
+    memory
+        .write_slice(&new_generation_id()?, acpi::GENERATION_ID)
+        .map_err(|error| BootError::Memory(error.to_string()))
+}
+
+/// A generation ID that no guest had before: 16 random bytes.
+fn new_generation_id() -> Result<[u8; 16], BootError> {
+    let mut id = [0; 16];
+    let filled = rustix::rand::getrandom(&mut id, GetRandomFlags::empty());
+    match filled {
+        Ok(16) => Ok(id),
+        Ok(bytes) => Err(BootError::Memory(format!("{bytes} random bytes, not 16"))),
+        Err(error) => Err(BootError::Memory(format!("random bytes: {error}"))),
+    }
+}
+
+/// A range of memory as the guest is told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MapEntry {
+    start: u64,
+    bytes: u64,
+    kind: MapKind,
+}
+
+/// The kinds of memory, by their numbers in both protocols' maps (ACPI 6.5, table 15.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum MapKind {
+    Ram = 1,
+    Reserved = 2,
+}
+
+/// The memory map: RAM without the hole below 1 MiB, in which the firmware area is reserved.
+fn memory_map(memory: &GuestMemory) -> Vec<MapEntry> {
     use vm_memory::GuestMemoryRegion;
-    let mut usable = vec![(0, EBDA_START)];
+    let entry = |start, end: u64, kind| MapEntry {
+        start,
+        bytes: end - start,
+        kind,
+    };
+    let mut map = vec![
+        entry(0, EBDA_START, MapKind::Ram),
+        entry(FIRMWARE_START, KERNEL_MIN, MapKind::Reserved),
+    ];
     for region in memory.iter() {
         let end = region.start_addr().raw_value() + region.len();
         let start = region.start_addr().raw_value().max(KERNEL_MIN);
-        usable.push((start, end - start));
+        map.push(entry(start, end, MapKind::Ram));
     }
-    usable
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, GuestRam};
+
+    #[test]
+    fn the_memory_map_has_the_hole_below_4_gib_and_reserves_the_firmware_area() {
+        let map = |gib: u64| {
+            let ram = GuestRam::new(gib << 30, Backing::Memfd).unwrap();
+            let map = memory_map(ram.memory());
+            let rows = map.iter().map(|e| (e.start, e.start + e.bytes, e.kind));
+            rows.collect::<Vec<_>>()
+        };
+        let low = [
+            (0, 0x9_fc00, MapKind::Ram),
+            (0xe_0000, 0x10_0000, MapKind::Reserved),
+        ];
+        let below = (0x10_0000, 3 << 30, MapKind::Ram);
+        assert_eq!(map(3), [&low[..], &[below]].concat());
+        let above = (4 << 30, 6 << 30, MapKind::Ram);
+        assert_eq!(map(5), [&low[..], &[below, above]].concat());
+    }
+
+    #[test]
+    fn a_bzimage_needs_room_to_unpack_itself() {
+        // Debian's 6.1: loaded at 1 MiB, it runs at 16 MiB.
+        let mut loaded = KernelLoaderResult {
+            kernel_load: GuestAddress(KERNEL_MIN),
+            setup_header: Some(linux_loader::bootparam::setup_header {
+                version: 0x20f,
+                pref_address: 16 << 20,
+                init_size: 46 << 20,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        assert_eq!(unpacked_end(&loaded), 62 << 20);
+        loaded.kernel_load = GuestAddress(32 << 20);
+        assert_eq!(unpacked_end(&loaded), 78 << 20);
+        if let Some(header) = &mut loaded.setup_header {
+            (header.pref_address, header.init_size) = (u64::MAX, u32::MAX);
+        }
+        assert_eq!(unpacked_end(&loaded), u64::MAX);
+        loaded.setup_header = None;
+        assert_eq!(unpacked_end(&loaded), 0);
+    }
+
+    #[test]
+    fn no_two_generation_ids_are_the_same() {
+        let ram = GuestRam::new(2 << 20, Backing::Memfd).unwrap();
+        let mut seen = [[0_u8; 16]; 3];
+        for id in &mut seen {
+            change_generation_id(ram.memory()).unwrap();
+            ram.memory().read_slice(id, GuestAddress(0xf_f000)).unwrap();
+        }
+        assert!(seen.iter().all(|id| *id != [0; 16]));
+        assert!(seen[0] != seen[1] && seen[1] != seen[2] && seen[0] != seen[2]);
+    }
 }

@@ -5,12 +5,11 @@
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{
-    XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry,
-    hvm_start_info,
+    XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, Initramfs, usable_ram};
+use super::{BootError, Initramfs, acpi, memory_map};
 use crate::memory::GuestMemory;
 
 /// Where the start info is; its address is what the guest finds in ebx.
@@ -24,12 +23,12 @@ pub(super) fn write_start_info(
     command_line: GuestAddress,
     initramfs: Option<Initramfs>,
 ) -> Result<(), BootError> {
-    let map: Vec<hvm_memmap_table_entry> = usable_ram(memory)
+    let map: Vec<hvm_memmap_table_entry> = memory_map(memory)
         .into_iter()
-        .map(|(addr, size)| hvm_memmap_table_entry {
-            addr,
-            size,
-            type_: XEN_HVM_MEMMAP_TYPE_RAM,
+        .map(|entry| hvm_memmap_table_entry {
+            addr: entry.start,
+            size: entry.bytes,
+            type_: entry.kind as u32,
             reserved: 0,
         })
         .collect();
@@ -51,6 +50,7 @@ pub(super) fn write_start_info(
             MODULES.raw_value()
         },
         cmdline_paddr: command_line.raw_value(),
+        rsdp_paddr: acpi::RSDP.raw_value(),
         memmap_paddr: MEMORY_MAP.raw_value(),
         memmap_entries: u32::try_from(map.len()).unwrap_or(0),
         ..Default::default()

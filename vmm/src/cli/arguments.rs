@@ -82,9 +82,10 @@ Examples:
   ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
   ferry run --config guest.json --api-socket /run/guest.sock
 
-Kernels: ELF images with a PVH note, vmlinux, bzImage. A guest ends when it resets the machine, or writes a
-status to the debug-exit port 0xf4; that status is then ferry's own. On a terminal, Ctrl-A x ends the guest.
-After the guest was migrated away, ferry ends with status 0.")]
+Kernels: ELF images with a PVH note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes
+a status to the debug-exit port 0xf4; that status is then ferry's own. When it resets the machine it starts
+again, from its files as they are then. On a terminal, Ctrl-A x ends the guest. After the guest was migrated
+away, ferry ends with status 0.")]
 pub(super) struct RunArguments {
     /// The kernel to boot
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
@@ -110,6 +111,9 @@ pub(super) struct RunArguments {
     /// Read the guest's configuration from this file (the API's VmConfig as JSON)
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initramfs", "cmdline", "cpus", "memory", "serial"])]
     pub(super) config: Option<PathBuf>,
+    /// End when the guest resets the machine, instead of starting it again
+    #[arg(long)]
+    pub(super) no_reboot: bool,
     /// KVM's dirty log to use in migrations: get, get-clear, initially-set [default: the best there is]
     #[arg(long, value_name = "KIND")]
     pub(super) dirty_log: Option<DirtyLogMode>,
@@ -125,7 +129,8 @@ Examples:
   ferry receive tcp:127.0.0.1:4444 --api-socket /run/guest.sock --memory-limit 4G
 
 Waits until a guest has arrived, then is its monitor. An attempt that fails is reported, and the next one
-waited for. Plain TCP is for loopback only.")]
+waited for. A guest that resets the machine here ends, because the files that it was launched from stayed
+where it came from. Plain TCP is for loopback only.")]
 pub(super) struct ReceiveArguments {
     /// Where to wait: unix:PATH or tcp:HOST:PORT (port 0: one that is free, told by migration-progress)
     #[arg(value_name = "URL")]
@@ -191,6 +196,10 @@ pub(super) enum Call {
     Resume,
     /// End the guest and its monitor
     Shutdown,
+    /// Press the guest's power button: it is asked to switch itself off
+    PowerButton,
+    /// End the guest without asking it, and start it again
+    Reboot,
     /// Send the guest to another ferry, live
     SendMigration(SendArguments),
     /// Show where a migration is

@@ -25,6 +25,8 @@ pub(super) fn ctl(arguments: &CtlArguments) -> Result<u8, Failure> {
         Call::Pause => put(socket, "vm.pause", None),
         Call::Resume => put(socket, "vm.resume", None),
         Call::Shutdown => put(socket, "vm.shutdown", None),
+        Call::PowerButton => put(socket, "vm.power-button", None),
+        Call::Reboot => put(socket, "vm.reboot", None),
         Call::CancelMigration => put(socket, "vm.cancel-migration", None),
         Call::MigrationResolve { action } => {
             let action = match action {

@@ -8,7 +8,7 @@ use std::thread;
 use super::Failure;
 use super::arguments::ReceiveArguments;
 use super::console;
-use super::service::{Service, Terminal, connect_input, end_with_parent};
+use super::service::{InputLine, Service, Terminal, end_with_parent};
 use crate::carrier::{Admission, Incoming};
 use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
 use crate::kvm::host::Host;
@@ -103,7 +103,8 @@ impl Reception {
         };
         let (monitor, serial) = (Arc::clone(&self.monitor), self.serial.clone());
         let adopt = Box::new(move |machine: &Arc<Machine>| {
-            monitor.adopt(Arc::clone(machine), configuration(machine, &serial));
+            let config = configuration(machine, &serial);
+            monitor.adopt(Arc::clone(machine), config, None);
         });
         let mut incoming = Incoming::new(Arc::clone(&self.host), self.admission, wiring, adopt);
         let progress = self.monitor.progress();
@@ -128,7 +129,7 @@ impl Reception {
 
     fn connect(&self, machine: &Machine) -> Result<(), Failure> {
         self.terminal.take(&self.serial)?;
-        connect_input(machine, &self.serial, &self.monitor)
+        InputLine::start(&self.serial, &self.monitor)?.connect(machine)
     }
 }
 

@@ -6,32 +6,71 @@ use std::sync::Arc;
 use super::Failure;
 use super::arguments::RunArguments;
 use super::console;
-use super::service::{Service, connect_input, end_with_parent};
-use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, VmConfig};
+use super::service::{InputLine, Service, end_with_parent};
+use crate::boot::Payload;
+use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
 use crate::kvm::host::Host;
-use crate::machine::{EmptyMachine, Wiring};
+use crate::machine::{EmptyMachine, Machine, Shape, Wiring};
+use crate::monitor::Relaunch;
+use crate::vcpu::GuestEnd;
 
 pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     let config = configuration(arguments)?;
-    let payload = config.boot_payload()?;
-    let shape = config.shape(arguments.dirty_log)?;
-    let host = Arc::new(Host::open()?);
+    let launch = Launch {
+        payload: config.boot_payload()?,
+        shape: config.shape(arguments.dirty_log)?,
+        serial: config.serial.clone(),
+        host: Arc::new(Host::open()?),
+    };
     if let Some(parent) = arguments.end_with_parent {
         end_with_parent(parent)?;
     }
     let service = Service::start(arguments.api_socket.as_deref())?;
-    let serial_output = console::output(&config.serial)?;
-    let wiring = Wiring {
-        serial_output,
-        on_end: service.on_end(),
-    };
-    let machine = Arc::new(EmptyMachine::new(&host, &shape)?.boot(&payload, wiring)?);
+    let machine = launch.machine(service.on_end())?;
     service.terminal().take(&config.serial)?;
-    connect_input(&machine, &config.serial, &service.monitor)?;
-    service.monitor.adopt(Arc::clone(&machine), config);
+    let input = InputLine::start(&config.serial, &service.monitor)?;
+    input.connect(&machine)?;
+    let relaunch = (!arguments.no_reboot).then(|| launch.again(input, service.on_end()));
+    service
+        .monitor
+        .adopt(Arc::clone(&machine), config, relaunch);
     machine.resume();
     drop(machine);
     service.until_end()
+}
+
+/// All that it takes to launch the guest, the first time and after each reset.
+struct Launch {
+    host: Arc<Host>,
+    shape: Shape,
+    payload: Payload,
+    serial: SerialConfig,
+}
+
+impl Launch {
+    /// A machine with the guest at its beginning.
+    fn machine(
+        &self,
+        on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    ) -> Result<Arc<Machine>, Failure> {
+        let wiring = Wiring {
+            serial_output: console::output(&self.serial)?,
+            on_end,
+        };
+        let machine = EmptyMachine::new(&self.host, &self.shape)?.boot(&self.payload, wiring)?;
+        Ok(Arc::new(machine))
+    }
+
+    /// What makes the machine anew, with the console of the one before.
+    fn again(self, input: InputLine, on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Relaunch {
+        Box::new(move || {
+            // The last words of the guest come before its first ones.
+            console::flush();
+            let machine = self.machine(Arc::clone(&on_end))?;
+            input.connect(&machine)?;
+            Ok(machine)
+        })
+    }
 }
 
 fn configuration(arguments: &RunArguments) -> Result<VmConfig, Failure> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use devices::SerialInput;
-use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -18,7 +18,7 @@ use super::console::{self, Input, RawTerminal};
 use crate::api::ApiServer;
 use crate::config::{SerialConfig, SerialMode};
 use crate::machine::Machine;
-use crate::monitor::Monitor;
+use crate::monitor::{AfterReset, Monitor};
 use crate::vcpu::{GuestEnd, install_kick_signal};
 
 /// A monitor that serves.
@@ -70,15 +70,30 @@ impl Service {
         self.terminal.clone()
     }
 
-    /// Serves until the guest is over. Returns the program's exit status.
+    /// Serves until the guest is over; a reset is not the end of one that can be started again. Returns the
+    /// program's exit status.
     pub(super) fn until_end(self) -> Result<u8, Failure> {
-        let end = self.ends.recv()?;
+        let end = self.last_end()?;
         self.terminal.give_back();
         self.monitor.release();
         console::flush();
         match &end {
             GuestEnd::Failed(why) => Err(format!("the guest failed: {why}").into()),
             end => Ok(end.status()),
+        }
+    }
+
+    fn last_end(&self) -> Result<GuestEnd, Failure> {
+        loop {
+            let end = self.ends.recv()?;
+            if end != GuestEnd::Reset {
+                return Ok(end);
+            }
+            match self.monitor.after_reset() {
+                Ok(AfterReset::GoesOn) => {}
+                Ok(AfterReset::Over) => return Ok(end),
+                Err(error) => return Ok(GuestEnd::Failed(error.to_string())),
+            }
         }
     }
 }
@@ -105,35 +120,79 @@ impl Terminal {
     }
 }
 
-/// Feeds the machine's serial port from standard input, if that is where it leads.
-pub(super) fn connect_input(
-    machine: &Machine,
-    serial: &SerialConfig,
-    monitor: &Arc<Monitor>,
-) -> Result<(), Failure> {
-    if serial.mode != SerialMode::Tty {
-        return Ok(());
-    }
-    let input = SerialInput::new(Input::new(Arc::clone(monitor))?, machine.serial().clone());
-    Ok(run_events(Box::new(input))?)
+type Subscriber = Box<dyn MutEventSubscriber + Send>;
+
+/// The way from standard input to the serial port of the machine that there is, if it leads there.
+pub(super) struct InputLine {
+    events: Option<EventLoop>,
+    monitor: Arc<Monitor>,
+    /// The machine's that is connected.
+    connected: Mutex<Option<SubscriberId>>,
 }
 
-/// A thread in which `subscriber` gets its events, for as long as the process lives.
-fn run_events(subscriber: Box<dyn MutEventSubscriber + Send>) -> io::Result<()> {
-    let mut manager = EventManager::new().map_err(io::Error::other)?;
-    manager.add_subscriber(subscriber);
-    thread::Builder::new()
-        .name("_events".into())
-        .spawn(move || {
-            loop {
-                if let Err(error) = manager.run() {
-                    // Epoll itself failed: there will be no more events, and the guest runs on without.
-                    eprintln!("ferry: device events: {error}");
-                    return;
+impl InputLine {
+    /// A line that leads to no machine yet.
+    pub(super) fn start(serial: &SerialConfig, monitor: &Arc<Monitor>) -> io::Result<Self> {
+        let events = match serial.mode {
+            SerialMode::Tty => Some(EventLoop::start()?),
+            SerialMode::Null | SerialMode::File => None,
+        };
+        Ok(Self {
+            events,
+            monitor: Arc::clone(monitor),
+            connected: Mutex::new(None),
+        })
+    }
+
+    /// Lets the line lead to `machine`, and no longer to the one before.
+    pub(super) fn connect(&self, machine: &Machine) -> Result<(), Failure> {
+        let Some(events) = &self.events else {
+            return Ok(());
+        };
+        let input = Input::new(Arc::clone(&self.monitor))?;
+        let input = SerialInput::new(input, machine.serial().clone());
+        let mut connected = self
+            .connected
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *connected = Some(events.replace(connected.take(), Box::new(input))?);
+        Ok(())
+    }
+}
+
+/// A thread in which subscribers get their events, for as long as the process lives.
+struct EventLoop(RemoteEndpoint<Subscriber>);
+
+impl EventLoop {
+    fn start() -> io::Result<Self> {
+        let mut manager = EventManager::<Subscriber>::new().map_err(io::Error::other)?;
+        let endpoint = manager.remote_endpoint();
+        thread::Builder::new()
+            .name("_events".into())
+            .spawn(move || {
+                loop {
+                    if let Err(error) = manager.run() {
+                        // Epoll itself failed: there will be no more events, and the guest runs on without.
+                        eprintln!("ferry: device events: {error}");
+                        return;
+                    }
                 }
-            }
-        })?;
-    Ok(())
+            })?;
+        Ok(Self(endpoint))
+    }
+
+    /// Puts `new` in the place of `old`.
+    fn replace(&self, old: Option<SubscriberId>, new: Subscriber) -> Result<SubscriberId, Failure> {
+        let id = self
+            .0
+            .call_blocking(move |events| -> Result<_, event_manager::Error> {
+                if let Some(old) = old {
+                    drop(events.remove_subscriber(old)?);
+                }
+                Ok(events.add_subscriber(new))
+            });
+        Ok(id.map_err(io::Error::other)?)
+    }
 }
 
 /// Ends this process as by SIGTERM when `parent`, which started it, ends, however that happens.

@@ -7,6 +7,8 @@
 //! This file has `unsafe` for one call: kvm-ioctls cannot know the size of the host's XSAVE area.
 #![allow(unsafe_code)]
 
+use std::ops::Deref;
+
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
@@ -64,7 +66,8 @@ pub struct VcpuState {
     pub xsave: kvm_xsave,
     /// Extended control registers.
     pub xcrs: kvm_xcrs,
-    /// Model-specific registers, those that the host lists and lets be read.
+    /// Model-specific registers, those that the host lists and lets be read, but for the time stamp counter, which is
+    /// in [`MachineTime`].
     pub msrs: Vec<MsrValue>,
     /// The local APIC.
     pub lapic: kvm_lapic_state,
@@ -98,9 +101,19 @@ pub struct MachineState {
     pub ioapic: kvm_irqchip,
     /// The interval timer.
     pub pit: kvm_pit_state2,
+}
+
+/// The guest's clocks, all of one moment: a guest that compares them must find them as far apart as they were.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineTime {
+    /// The time stamp counter of each vCPU; none where the host does not let it be read.
+    pub tsc: Vec<Option<u64>>,
     /// The clock that guests read through kvm-clock, in nanoseconds.
     pub clock_ns: u64,
 }
+
+/// IA32_TIME_STAMP_COUNTER: Intel SDM volume 4, table 2-2.
+const MSR_TSC: u32 = 0x10;
 
 /// What a restore had to leave out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -117,7 +130,9 @@ pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>> {
     let list = kvm
         .get_msr_index_list()
         .map_err(named("KVM_GET_MSR_INDEX_LIST"))?;
-    Ok(list.as_slice().to_vec())
+    let mut indices = list.as_slice().to_vec();
+    indices.retain(|index| *index != MSR_TSC);
+    Ok(indices)
 }
 
 impl VcpuState {
@@ -150,11 +165,12 @@ impl VcpuState {
         })
     }
 
-    /// Puts the state into a new vCPU.
+    /// Makes a new vCPU's features and the speed of its time stamp counter those of the saved one: to be done before
+    /// anything else of it is restored.
     ///
     /// # Errors
     /// KVM's, by the name of the call, and lists that are too long.
-    pub fn restore(&self, vcpu: &VcpuFd) -> Result<Restored> {
+    pub fn prepare(&self, vcpu: &VcpuFd) -> Result<()> {
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany {
             what: "CPUID",
             found: self.cpuid.len(),
@@ -166,6 +182,15 @@ impl VcpuState {
             vcpu.set_tsc_khz(self.tsc_khz)
                 .map_err(named("KVM_SET_TSC_KHZ"))?;
         }
+        Ok(())
+    }
+
+    /// Puts the rest of the state into a vCPU that is prepared, and whose time stamp counter was restored: KVM sets
+    /// the timer of its local APIC by it.
+    ///
+    /// # Errors
+    /// KVM's, by the name of the call, and lists that are too long.
+    pub fn restore(&self, vcpu: &VcpuFd) -> Result<Restored> {
         vcpu.set_mp_state(self.mp_state)
             .map_err(named("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(named("KVM_SET_REGS"))?;
@@ -267,7 +292,6 @@ impl MachineState {
             pic_slave: get_irqchip(vm, KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: get_irqchip(vm, KVM_IRQCHIP_IOAPIC)?,
             pit: vm.get_pit2().map_err(named("KVM_GET_PIT2"))?,
-            clock_ns: vm.get_clock().map_err(named("KVM_GET_CLOCK"))?.clock,
         })
     }
 
@@ -285,12 +309,48 @@ impl MachineState {
             chip.chip_id = id;
             vm.set_irqchip(&chip).map_err(named("KVM_SET_IRQCHIP"))?;
         }
-        vm.set_pit2(&self.pit).map_err(named("KVM_SET_PIT2"))?;
+        vm.set_pit2(&self.pit).map_err(named("KVM_SET_PIT2"))
+    }
+}
+
+impl MachineTime {
+    /// Reads the clocks of a machine whose vCPUs are stopped, one right after the other.
+    ///
+    /// # Errors
+    /// KVM's, by the name of the call.
+    pub fn save<T: Deref<Target = VcpuFd>>(
+        vm: &VmFd,
+        vcpus: impl Iterator<Item = T>,
+    ) -> Result<Self> {
+        let tsc = vcpus
+            .map(|vcpu| {
+                let read = read_msrs(&vcpu, &[MSR_TSC])?;
+                Ok(read.first().map(|msr| msr.value))
+            })
+            .collect::<Result<_>>()?;
+        let clock_ns = vm.get_clock().map_err(named("KVM_GET_CLOCK"))?.clock;
+        Ok(Self { tsc, clock_ns })
+    }
+
+    /// Sets the clocks of a new machine, in the same order and as quickly. From then on they run.
+    ///
+    /// # Errors
+    /// KVM's, by the name of the call.
+    pub fn restore(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Restored> {
+        let mut refused_msrs = Vec::new();
+        for (vcpu, value) in vcpus.iter().zip(&self.tsc) {
+            let tsc = value.map(|value| MsrValue {
+                index: MSR_TSC,
+                value,
+            });
+            refused_msrs.extend(write_msrs(vcpu, tsc.as_slice())?);
+        }
         let clock = kvm_clock_data {
             clock: self.clock_ns,
             ..Default::default()
         };
-        vm.set_clock(&clock).map_err(named("KVM_SET_CLOCK"))
+        vm.set_clock(&clock).map_err(named("KVM_SET_CLOCK"))?;
+        Ok(Restored { refused_msrs })
     }
 }
 

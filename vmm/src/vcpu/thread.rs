@@ -19,7 +19,7 @@ use super::gate::{Gate, Pass};
 pub enum GuestEnd {
     /// It wrote this status to the debug-exit port.
     DebugExit(u8),
-    /// It asked for a reset, which ends a guest here.
+    /// It asked for a reset: its machine is over, and whoever launched it may start it again.
     Reset,
     /// It asked to be switched off.
     PowerOff,

@@ -2,6 +2,7 @@
 
 mod carry;
 mod console;
+mod platform;
 mod stop;
 
 use std::io::Write;

@@ -1,0 +1,210 @@
+//! The DSDT: the machine's devices, and what happens at an event.
+//!
+//! Specifications: ACPI 6.5, sections 5.6.9 (Generic Event Device), 6.1 and 6.4 (identification and resources),
+//! 7.4.2 (`\_S5`) and 8.4 (processors); Microsoft, "Virtual Machine Generation ID"; virtio 1.2, section 4.2, and
+//! Linux drivers/virtio/virtio_mmio.c for the ID of virtio-mmio devices.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
+    If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package,
+    Path, ResourceTemplate, Scope, Store, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+use devices::acpi::{
+    EVENTS_PORT, EVENTS_PORTS, GENERIC_EVENTS_INTERRUPT, GenericEvent, SLEEP_TYPE_OFF,
+};
+use devices::{COM1_INTERRUPT, COM1_PORT, COM1_PORTS, RTC_PORT, RTC_PORTS};
+use vm_memory::Address;
+
+use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{GENERATION_ID, Platform, VirtioMmio};
+
+/// From this revision on integers in the code are 64 bits wide.
+const REVISION: u8 = 2;
+/// The bytes of a table's header.
+const HEADER: u32 = 36;
+
+/// "Status changed", which for a button means that it was pressed, and for the generation ID that it is another.
+const NOTIFICATION: u8 = 0x80;
+
+const POWER_BUTTON: &str = "\\_SB_.PWRB";
+const GENERATION: &str = "\\_SB_.VGEN";
+
+pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
+    let mut devices = vec![
+        serial_port(),
+        clock(),
+        power_button(),
+        generation_id(),
+        event_device(),
+    ];
+    devices.extend((0..platform.cpus).map(processor));
+    devices.extend((0..).zip(platform.virtio_mmio).map(virtio_mmio));
+    let scope = Code::of(&Scope::new("\\_SB_".into(), Code::list(&devices)));
+    let mut dsdt = Sdt::new(
+        *b"DSDT",
+        HEADER,
+        REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
+    dsdt.append_slice(&[soft_off().0, scope.0].concat());
+    dsdt.as_slice().to_vec()
+}
+
+/// `\_S5`: the sleep type that switches the machine off. The second register and the rest do not exist.
+fn soft_off() -> Code {
+    name(
+        "\\_S5_",
+        &Package::new(vec![&SLEEP_TYPE_OFF, &ZERO, &ZERO, &ZERO]),
+    )
+}
+
+fn serial_port() -> Code {
+    let ports = port_range(COM1_PORT, COM1_PORTS);
+    device(
+        "COM1",
+        &[
+            name("_HID", &EISAName::new("PNP0501")),
+            name("_UID", &1_u8),
+            name("_DDN", &"COM1"),
+            resources(&[&ports, &edge(COM1_INTERRUPT)]),
+        ],
+    )
+}
+
+/// Without an interrupt: there is no alarm.
+fn clock() -> Code {
+    device(
+        "RTC_",
+        &[
+            name("_HID", &EISAName::new("PNP0B00")),
+            resources(&[&port_range(RTC_PORT, RTC_PORTS)]),
+        ],
+    )
+}
+
+fn power_button() -> Code {
+    device("PWRB", &[name("_HID", &EISAName::new("PNP0C0C"))])
+}
+
+/// The generation ID, which guests look for by its compatible ID.
+fn generation_id() -> Code {
+    let address = GENERATION_ID.raw_value();
+    let (low, high) = (address & 0xffff_ffff, address >> 32);
+    device(
+        "VGEN",
+        &[
+            name("_HID", &"FERY0001"),
+            name("_CID", &"VM_Gen_Counter"),
+            name("_DDN", &"VM_Gen_Counter"),
+            name("ADDR", &Package::new(vec![&low, &high])),
+        ],
+    )
+}
+
+/// The Generic Event Device. Its method takes the events that wait, and tells the devices that they stand for.
+fn event_device() -> Code {
+    let (first, bytes) = (EVENTS_PORT, EVENTS_PORTS);
+    let region = OpRegion::new("EVTR".into(), OpRegionSpace::SystemIO, &first, &bytes);
+    let field = Field::new(
+        "EVTR".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        vec![FieldEntry::Named(*b"PEND", usize::from(EVENTS_PORTS) * 8)],
+    );
+    let (taken, pending) = (Local(0), Path::new("PEND"));
+    let take = Code::of(&Store::new(&taken, &pending));
+    let handler = [
+        take,
+        notify_at(GenericEvent::PowerButton, POWER_BUTTON),
+        notify_at(GenericEvent::GenerationChanged, GENERATION),
+    ];
+    let method = Method::new("_EVT".into(), 1, true, Code::list(&handler));
+    device(
+        "GED_",
+        &[
+            name("_HID", &"ACPI0013"),
+            name("_UID", &ZERO),
+            resources(&[&edge(GENERIC_EVENTS_INTERRUPT)]),
+            Code::of(&region),
+            Code::of(&field),
+            Code::of(&method),
+        ],
+    )
+}
+
+fn notify_at(event: GenericEvent, path: &str) -> Code {
+    let bit = event as u32;
+    let (taken, path) = (Local(0), Path::new(path));
+    let is_set = And::new(&ZERO, &taken, &bit);
+    let notify = Notify::new(&path, &NOTIFICATION);
+    Code::of(&If::new(&is_set, vec![&notify]))
+}
+
+/// Its unique ID is what the MADT calls it by.
+fn processor(index: u8) -> Code {
+    device(
+        &format!("C{index:03X}"),
+        &[name("_HID", &"ACPI0007"), name("_UID", &index)],
+    )
+}
+
+fn virtio_mmio((index, place): (u32, &VirtioMmio)) -> Code {
+    let registers = Memory32Fixed::new(true, place.base, place.bytes);
+    device(
+        &format!("V{index:03X}"),
+        &[
+            name("_HID", &"LNRO0005"),
+            name("_UID", &index),
+            name("_CCA", &1_u8),
+            resources(&[&registers, &edge(place.gsi)]),
+        ],
+    )
+}
+
+/// Code in the machine language of ACPI.
+struct Code(Vec<u8>);
+
+impl Code {
+    fn of(object: &dyn Aml) -> Self {
+        let mut bytes = Vec::new();
+        object.to_aml_bytes(&mut bytes);
+        Self(bytes)
+    }
+
+    fn list(codes: &[Self]) -> Vec<&dyn Aml> {
+        codes.iter().map(|code| code as &dyn Aml).collect()
+    }
+}
+
+impl Aml for Code {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn device(path: &str, parts: &[Code]) -> Code {
+    Code::of(&Device::new(path.into(), Code::list(parts)))
+}
+
+fn name(path: &str, value: &dyn Aml) -> Code {
+    Code::of(&Name::new(path.into(), value))
+}
+
+fn resources(list: &[&dyn Aml]) -> Code {
+    name("_CRS", &ResourceTemplate::new(list.to_vec()))
+}
+
+fn port_range(first: u16, count: u16) -> IO {
+    IO::new(first, first, 1, u8::try_from(count).unwrap_or(u8::MAX))
+}
+
+/// An interrupt as devices here raise it: by a pulse, and nobody shares it.
+fn edge(gsi: u32) -> Interrupt {
+    let (consumer, edge_triggered, active_low, shared) = (true, true, false, false);
+    Interrupt::new(consumer, edge_triggered, active_low, shared, gsi)
+}

@@ -1,0 +1,95 @@
+//! The tables without code: RSDP, XSDT, FADT and MADT.
+//!
+//! Specification: ACPI 6.5, sections 5.2.5 (RSDP), 5.2.8 (XSDT), 5.2.9 (FADT) and 5.2.12 (MADT).
+
+use acpi_tables::Aml;
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use devices::RTC_CENTURY;
+use devices::acpi::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
+
+/// Who made the tables.
+pub(super) const OEM_ID: [u8; 6] = *b"FERRY ";
+/// Which machine they are of.
+pub(super) const OEM_TABLE_ID: [u8; 8] = *b"FERRYVM ";
+/// Their version.
+pub(super) const OEM_REVISION: u32 = 1;
+
+/// Where the registers of every local APIC are (Intel SDM volume 3, 11.4.1).
+const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Where KVM's I/O APIC is, as on every PC; its lines are interrupts 0 to 23.
+const IO_APIC: u32 = 0xfec0_0000;
+
+/// IAPC_BOOT_ARCH: there is no VGA to probe for. Nothing said of a keyboard controller means that there is none.
+const VGA_NOT_PRESENT: u16 = 1 << 2;
+
+pub(super) fn rsdp(xsdt: u64) -> Vec<u8> {
+    bytes(&Rsdp::new(OEM_ID, xsdt))
+}
+
+pub(super) fn xsdt(tables: &[u64]) -> Vec<u8> {
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    tables.iter().for_each(|table| xsdt.add_entry(*table));
+    bytes(&xsdt)
+}
+
+pub(super) fn fadt(dsdt: u64) -> Vec<u8> {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Wbinvd)
+        // Set, these say that there are no such fixed registers: the power button is a device of the DSDT.
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::FixRtc);
+    fadt.century = RTC_CENTURY;
+    fadt.iapc_boot_arch = VGA_NOT_PRESENT.into();
+    fadt.reset_reg = byte_port(RESET_PORT);
+    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = byte_port(SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = byte_port(SLEEP_STATUS_PORT);
+    fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"FERRY\0\0\0").into();
+    bytes(&fadt.finalize())
+}
+
+fn byte_port(port: u16) -> GAS {
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        port.into(),
+    )
+}
+
+/// Local APICs and the I/O APIC. Its flags say that there are no 8259s; there are no interrupt source overrides,
+/// because without them no line is another's.
+pub(super) fn madt(cpus: u8) -> Vec<u8> {
+    let mut madt = MADT::new(
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+        LocalInterruptController::Address(LOCAL_APIC),
+    );
+    for index in 0..cpus {
+        madt.add_structure(ProcessorLocalApic::new(
+            index,
+            index,
+            EnabledStatus::Enabled,
+        ));
+    }
+    madt.add_structure(IoApic::new(0, IO_APIC, 0));
+    bytes(&madt)
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
