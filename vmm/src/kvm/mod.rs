@@ -6,3 +6,4 @@ pub mod host;
 pub mod logging;
 pub mod slots;
 pub mod state;
+pub mod time;

@@ -7,13 +7,11 @@
 //! This file has `unsafe` for one call: kvm-ioctls cannot know the size of the host's XSAVE area.
 #![allow(unsafe_code)]
 
-use std::ops::Deref;
-
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
-    KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -47,9 +45,9 @@ pub enum StateError {
     Xsave(i32),
 }
 
-type Result<T> = std::result::Result<T, StateError>;
+pub(super) type Result<T> = std::result::Result<T, StateError>;
 
-fn named(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
+pub(super) fn named(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Kvm { call, source }
 }
 
@@ -67,7 +65,7 @@ pub struct VcpuState {
     /// Extended control registers.
     pub xcrs: kvm_xcrs,
     /// Model-specific registers, those that the host lists and lets be read, but for the time stamp counter, which is
-    /// in [`MachineTime`].
+    /// in [`MachineTime`](super::time::MachineTime).
     pub msrs: Vec<MsrValue>,
     /// The local APIC.
     pub lapic: kvm_lapic_state,
@@ -103,17 +101,8 @@ pub struct MachineState {
     pub pit: kvm_pit_state2,
 }
 
-/// The guest's clocks, all of one moment: a guest that compares them must find them as far apart as they were.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct MachineTime {
-    /// The time stamp counter of each vCPU; none where the host does not let it be read.
-    pub tsc: Vec<Option<u64>>,
-    /// The clock that guests read through kvm-clock, in nanoseconds.
-    pub clock_ns: u64,
-}
-
 /// IA32_TIME_STAMP_COUNTER: Intel SDM volume 4, table 2-2.
-const MSR_TSC: u32 = 0x10;
+pub(super) const MSR_TSC: u32 = 0x10;
 
 /// What a restore had to leave out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -228,7 +217,7 @@ pub fn check_xsave(vm: &VmFd) -> Result<()> {
     Ok(())
 }
 
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrValue>> {
+pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrValue>> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
@@ -252,7 +241,7 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrValue>> {
 }
 
 /// Returns the registers that KVM would not write.
-fn write_msrs(vcpu: &VcpuFd, values: &[MsrValue]) -> Result<Vec<u32>> {
+pub(super) fn write_msrs(vcpu: &VcpuFd, values: &[MsrValue]) -> Result<Vec<u32>> {
     let mut refused = Vec::new();
     let mut rest = values;
     while !rest.is_empty() {
@@ -310,47 +299,6 @@ impl MachineState {
             vm.set_irqchip(&chip).map_err(named("KVM_SET_IRQCHIP"))?;
         }
         vm.set_pit2(&self.pit).map_err(named("KVM_SET_PIT2"))
-    }
-}
-
-impl MachineTime {
-    /// Reads the clocks of a machine whose vCPUs are stopped, one right after the other.
-    ///
-    /// # Errors
-    /// KVM's, by the name of the call.
-    pub fn save<T: Deref<Target = VcpuFd>>(
-        vm: &VmFd,
-        vcpus: impl Iterator<Item = T>,
-    ) -> Result<Self> {
-        let tsc = vcpus
-            .map(|vcpu| {
-                let read = read_msrs(&vcpu, &[MSR_TSC])?;
-                Ok(read.first().map(|msr| msr.value))
-            })
-            .collect::<Result<_>>()?;
-        let clock_ns = vm.get_clock().map_err(named("KVM_GET_CLOCK"))?.clock;
-        Ok(Self { tsc, clock_ns })
-    }
-
-    /// Sets the clocks of a new machine, in the same order and as quickly. From then on they run.
-    ///
-    /// # Errors
-    /// KVM's, by the name of the call.
-    pub fn restore(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Restored> {
-        let mut refused_msrs = Vec::new();
-        for (vcpu, value) in vcpus.iter().zip(&self.tsc) {
-            let tsc = value.map(|value| MsrValue {
-                index: MSR_TSC,
-                value,
-            });
-            refused_msrs.extend(write_msrs(vcpu, tsc.as_slice())?);
-        }
-        let clock = kvm_clock_data {
-            clock: self.clock_ns,
-            ..Default::default()
-        };
-        vm.set_clock(&clock).map_err(named("KVM_SET_CLOCK"))?;
-        Ok(Restored { refused_msrs })
     }
 }
 

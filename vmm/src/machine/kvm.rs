@@ -1,7 +1,8 @@
 //! The part of a machine's state that KVM keeps: vCPUs, controllers and clocks.
 
 use super::{EmptyMachine, Machine, MachineError, Result, sections};
-use crate::kvm::state::{self, MachineState, MachineTime, Restored, StateError, VcpuState};
+use crate::kvm::state::{self, MachineState, Restored, StateError, VcpuState};
+use crate::kvm::time::MachineTime;
 use crate::migration::guest::Section;
 
 impl Machine {
@@ -17,8 +18,8 @@ impl Machine {
         }
         let machine = MachineState::save(&self.vm).map_err(state_error(sections::MACHINE))?;
         saved.push(sections::encode(sections::MACHINE, &machine)?);
-        let time = MachineTime::save(&self.vm, self.gates().map(|gate| gate.fd()))
-            .map_err(state_error(sections::TIME))?;
+        let vcpus: Vec<_> = self.gates().map(|gate| gate.fd()).collect();
+        let time = MachineTime::save(&self.vm, &vcpus).map_err(state_error(sections::TIME))?;
         saved.push(sections::encode(sections::TIME, &time)?);
         Ok(saved)
     }

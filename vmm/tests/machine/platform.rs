@@ -2,7 +2,7 @@
 
 use guest_images::dirtier::Config;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::kvm::state::MachineTime;
+use vmm::kvm::time::MachineTime;
 use vmm::machine::EmptyMachine;
 use vmm::memory::Backing;
 

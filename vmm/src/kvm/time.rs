@@ -1,0 +1,108 @@
+//! The guest's clocks: the time stamp counter of each vCPU, and kvm-clock.
+//!
+//! They are saved and restored as of one moment, because guests compare them: Linux's clock watchdog gives a counter
+//! up that is some milliseconds off. But each is read and written by a call of its own, and this thread may lose its
+//! processor between two calls. So a reading is bracketed by two of the clock, and repeated while they are far apart;
+//! and what is written last is written as late as it is, and looked at.
+
+use std::ops::Deref;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::{VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+use super::state::{MSR_TSC, MsrValue, Restored, Result, named, read_msrs, write_msrs};
+
+/// A reading or writing that took no longer is of one moment.
+const MOMENT: Duration = Duration::from_micros(100);
+/// How often a better one is tried for; the best is taken.
+const TRIES: usize = 8;
+
+/// The guest's clocks, all of one moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineTime {
+    /// The time stamp counter of each vCPU; none where the host does not let it be read.
+    pub tsc: Vec<Option<u64>>,
+    /// The clock that guests read through kvm-clock, in nanoseconds.
+    pub clock_ns: u64,
+}
+
+impl MachineTime {
+    /// Reads the clocks of a machine whose vCPUs are stopped.
+    ///
+    /// # Errors
+    /// KVM's, by the name of the call.
+    pub fn save<T: Deref<Target = VcpuFd>>(vm: &VmFd, vcpus: &[T]) -> Result<Self> {
+        let (mut best, mut took) = read(vm, vcpus)?;
+        for _ in 1..TRIES {
+            if took <= MOMENT {
+                break;
+            }
+            let (other, other_took) = read(vm, vcpus)?;
+            if other_took < took {
+                (best, took) = (other, other_took);
+            }
+        }
+        Ok(best)
+    }
+
+    /// Sets the clocks of a new machine. From then on they run.
+    ///
+    /// # Errors
+    /// KVM's, by the name of the call.
+    pub fn restore(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Restored> {
+        let mut refused_msrs = Vec::new();
+        // Counters are written once: KVM takes a second value near the first for the same, and keeps the first.
+        let before = Instant::now();
+        for (vcpu, value) in vcpus.iter().zip(&self.tsc) {
+            let tsc = value.map(|value| MsrValue {
+                index: MSR_TSC,
+                value,
+            });
+            refused_msrs.extend(write_msrs(vcpu, tsc.as_slice())?);
+        }
+        let began = before + before.elapsed() / 2;
+        for _ in 0..TRIES {
+            set_clock(vm, self.clock_since(began))?;
+            let off = clock_ns(vm)?.abs_diff(self.clock_since(began));
+            if u128::from(off) <= MOMENT.as_nanos() {
+                break;
+            }
+        }
+        Ok(Restored { refused_msrs })
+    }
+
+    /// What the clock should show now, if it showed the saved time at `began`.
+    fn clock_since(&self, began: Instant) -> u64 {
+        let since = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.clock_ns.saturating_add(since)
+    }
+}
+
+/// One reading, as of the middle of the time that it took.
+fn read<T: Deref<Target = VcpuFd>>(vm: &VmFd, vcpus: &[T]) -> Result<(MachineTime, Duration)> {
+    let before = clock_ns(vm)?;
+    let tsc = vcpus
+        .iter()
+        .map(|vcpu| {
+            let read = read_msrs(vcpu, &[MSR_TSC])?;
+            Ok(read.first().map(|msr| msr.value))
+        })
+        .collect::<Result<_>>()?;
+    let took = clock_ns(vm)?.saturating_sub(before);
+    let clock_ns = before.saturating_add(took / 2);
+    Ok((MachineTime { tsc, clock_ns }, Duration::from_nanos(took)))
+}
+
+fn clock_ns(vm: &VmFd) -> Result<u64> {
+    Ok(vm.get_clock().map_err(named("KVM_GET_CLOCK"))?.clock)
+}
+
+fn set_clock(vm: &VmFd, clock: u64) -> Result<()> {
+    let clock = kvm_clock_data {
+        clock,
+        ..Default::default()
+    };
+    vm.set_clock(&clock).map_err(named("KVM_SET_CLOCK"))
+}
