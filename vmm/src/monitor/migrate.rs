@@ -11,7 +11,7 @@ use super::{Monitor, MonitorError, migrating, name};
 use crate::carrier::Outgoing;
 use crate::events::{EventSource, Events};
 use crate::migration::decide::{Limits, TimeoutStrategy};
-use crate::migration::progress::{Phase, Snapshot};
+use crate::migration::progress::{OnPhase, Phase, Snapshot};
 use crate::migration::source::{DigestCheck, SendError, SendOptions, send};
 use crate::migration::transport::Url;
 use crate::vcpu::GuestEnd;
@@ -185,7 +185,7 @@ impl Monitor {
 }
 
 /// Tells of a migration's phases as events.
-pub(super) fn observer(events: Events) -> Box<dyn Fn(Phase, &Snapshot) + Send + Sync> {
+pub(super) fn observer(events: Events) -> OnPhase {
     let receiving = AtomicBool::new(false);
     Box::new(move |before, now| {
         match (before, now.phase) {
