@@ -203,7 +203,11 @@ pub fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, Confi
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let value =
         serde_path_to_error::deserialize(&mut deserializer).map_err(|error| ConfigError {
-            path: error.path().to_string(),
+            path: match error.path().to_string().as_str() {
+                // It is no JSON at all.
+                "?" => ".".into(),
+                path => path.into(),
+            },
             why: error.inner().to_string(),
         })?;
     deserializer.end().map_err(|error| ConfigError {
