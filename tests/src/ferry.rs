@@ -101,6 +101,22 @@ impl Ferry {
         Ok(ferry)
     }
 
+    /// `ferry run` without a guest, with further options; returns when its API is there.
+    ///
+    /// # Errors
+    /// [`FerryError`] with what the process said.
+    pub fn empty(options: &[&str]) -> Result<Self, FerryError> {
+        let mut ferry = Self::start(|command, api| {
+            command
+                .arg("run")
+                .args(options)
+                .arg("--api-socket")
+                .arg(api);
+        })?;
+        ferry.wait_up("run", |ferry| ferry.api_socket().exists())?;
+        Ok(ferry)
+    }
+
     /// `ferry receive` with the guest's serial port on stdio; returns when it listens.
     ///
     /// # Errors

@@ -286,7 +286,15 @@ fn calls_that_cannot_be_are_answered_with_the_reason_and_the_guest_runs_on() {
             ("GET", "vm.nothing", "", 404, "vm.nothing"),
             ("GET", "../v2/vm.info", "", 404, "vm.info"),
             ("PUT", "vm.snapshot", "{}", 501, "vm.snapshot"),
-            ("PUT", "vm.create", "{}", 501, "vm.create"),
+            ("PUT", "vm.create", "{}", 400, "payload"),
+            (
+                "PUT",
+                "vm.create",
+                r#"{"payload":{}}"#,
+                409,
+                "a guest already",
+            ),
+            ("PUT", "vm.boot", "", 405, "booted already"),
             ("GET", "vm.pause", "", 405, "GET"),
             ("PUT", "vmm.ping", "", 405, "PUT"),
             ("DELETE", "vm.info", "", 405, "DELETE"),
@@ -352,6 +360,14 @@ fn a_destination_without_a_guest_says_so() {
             ("GET", "vm.info", "", 404, "no guest"),
             ("PUT", "vm.pause", "", 404, "no guest"),
             ("PUT", "vm.resume", "", 404, "no guest"),
+            ("PUT", "vm.boot", "", 404, "no guest"),
+            (
+                "PUT",
+                "vm.create",
+                r#"{"payload":{}}"#,
+                409,
+                "another one sends",
+            ),
             (
                 "PUT",
                 "vm.send-migration",
@@ -361,7 +377,7 @@ fn a_destination_without_a_guest_says_so() {
             ),
         ],
     );
-    ferry.ctl(&["shutdown"]).unwrap();
+    ferry.ctl(&["shutdown-vmm"]).unwrap();
     assert_ends(&mut ferry);
     assert_gone(&folder.path().join("migration"));
 }
@@ -393,6 +409,10 @@ fn what_a_migration_forbids_is_refused_with_its_phase() {
                 ("PUT", "vm.pause", "", 409, "rounds"),
                 ("PUT", "vm.resume", "", 409, "rounds"),
                 ("PUT", "vm.shutdown", "", 409, "rounds"),
+                ("PUT", "vm.delete", "", 409, "rounds"),
+                ("PUT", "vm.boot", "", 409, "rounds"),
+                ("PUT", "vm.dirty-rate", "{}", 409, "rounds"),
+                ("PUT", "vmm.shutdown", "", 409, "rounds"),
                 ("PUT", "vm.send-migration", &other, 409, "rounds"),
                 (
                     "PUT",

@@ -81,7 +81,7 @@ fn a_paused_guest_is_silent_until_it_is_resumed() {
 fn shutdown_ends_the_monitor_and_its_socket() {
     let mut ferry = dirtier::start(1);
     assert!(ferry.api_socket().exists());
-    ferry.ctl(&["shutdown"]).unwrap();
+    ferry.ctl(&["shutdown-vmm"]).unwrap();
     assert_ends(&mut ferry);
 }
 

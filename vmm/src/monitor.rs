@@ -3,24 +3,37 @@
 //! Everything that the API and the command line do to a guest goes through here, so that what a running
 //! migration forbids is forbidden to all of them.
 
+mod counters;
+mod dirty_rate;
+mod lifecycle;
+mod migrate;
 mod restart;
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::carrier::Outgoing;
-use crate::config::VmConfig;
+use crate::config::{ConfigError, VmConfig};
+use crate::events::{EventSource, Events};
 use crate::machine::{Machine, MachineError};
-use crate::migration::decide::{Limits, TimeoutStrategy};
 use crate::migration::progress::{Phase, Progress, Snapshot};
-use crate::migration::source::{DigestCheck, SendError, SendOptions, send};
-use crate::migration::transport::{TransportError, Url};
+use crate::migration::source::SendError;
+use crate::migration::transport::TransportError;
 use crate::vcpu::GuestEnd;
 
-pub use restart::{AfterReset, Relaunch};
+pub use counters::{Counters, source_name};
+pub use dirty_rate::{DirtyRate, DirtyRateData, DirtyRateError, INTERVAL_MS};
+pub use lifecycle::{Launcher, OnReset, Relaunch};
+pub use migrate::{Resolution, SendMigrationData};
+pub use restart::AfterReset;
+
+use dirty_rate::Measurement;
+use lifecycle::Launching;
+
+/// How long an interrupted monitor waits for a migration: longer than any silence of the other side lasts.
+const INTERRUPT_LIMIT: Duration = Duration::from_secs(12);
 
 /// Why something was not done to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -49,14 +62,32 @@ pub enum MonitorError {
     /// A value that cannot be.
     #[error("{0}")]
     Invalid(String),
-    /// Nothing here knows how the guest was started.
+    /// There is a guest already.
+    #[error("create: there is a guest already; delete it first")]
+    Exists,
+    /// The guest is not on.
+    #[error("{0}: the guest is not booted; boot it first")]
+    NotBooted(&'static str),
+    /// The guest is on.
+    #[error("boot: the guest is booted already")]
+    Booted,
+    /// This monitor only takes guests in that others send.
     #[error(
-        "reboot: this guest cannot be started again here: it came from another monitor, or was to end at a reset"
+        "create: this monitor waits for a guest that another one sends; `ferry run --api-socket PATH` makes them"
     )]
-    NoReboot,
-    /// The guest's machine was ended, and no other could be made.
-    #[error("the guest could not be started again: {0}")]
-    Restart(#[source] Box<dyn std::error::Error + Send + Sync>),
+    NoLauncher,
+    /// A configuration that cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Nothing here knows how the guest was started.
+    #[error("{0}: this guest cannot be started again here: it came from another monitor")]
+    NoRelaunch(&'static str),
+    /// No machine could be made for the guest, which is off.
+    #[error("the guest could not be started: {0}")]
+    Launch(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// How fast the guest dirties memory could not be measured.
+    #[error("dirty-rate: {0}")]
+    DirtyRate(#[from] DirtyRateError),
     /// The address of the destination.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -71,11 +102,13 @@ pub enum MonitorError {
 /// The states of a guest, as the Cloud Hypervisor API names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {
+    /// It was created and has not been booted yet.
+    Created,
     /// It runs.
     Running,
     /// It is stopped and can be resumed.
     Paused,
-    /// It is over.
+    /// It is off.
     Shutdown,
 }
 
@@ -90,104 +123,84 @@ pub struct VmInfo {
     pub memory_actual_size: u64,
 }
 
-/// A wish to send the guest away, in the JSON of the Cloud Hypervisor API.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SendMigrationData {
-    /// Where to: `unix:PATH` or `tcp:HOST:PORT`.
-    pub destination_url: String,
-    /// The downtime to stay within.
-    #[serde(default = "default_downtime_ms")]
-    pub downtime_ms: u64,
-    /// How long the rounds may go on.
-    #[serde(default = "default_timeout_s")]
-    pub timeout_s: u64,
-    /// What to do after that.
-    #[serde(default)]
-    pub timeout_strategy: TimeoutStrategy,
-    /// How much of the time the vCPUs may be held so that the rounds converge, in percent; 0 is never.
-    #[serde(default = "default_throttle_max")]
-    pub throttle_max: u32,
-    /// Compare the digest of all memory before the guest is handed over, within the downtime.
-    #[serde(default)]
-    pub verify: bool,
-}
-
-fn default_downtime_ms() -> u64 {
-    300
-}
-
-fn default_timeout_s() -> u64 {
-    3600
-}
-
-fn default_throttle_max() -> u32 {
-    80
-}
-
-/// The longest downtime and timeout that may be asked for.
-const DOWNTIME_MS_MAX: u64 = 3_600_000;
-const THROTTLE_MAX: u32 = 99;
-const TIMEOUT_S_MAX: u64 = 7 * 24 * 3600;
-
-/// How long an interrupted monitor waits for a migration: longer than any silence of the other side lasts.
-const INTERRUPT_LIMIT: Duration = Duration::from_secs(12);
-
-/// How an unconfirmed hand-over is resolved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Resolution {
-    /// The guest does not run at the destination: it goes on here.
-    Resume,
-    /// The guest runs at the destination: this copy is dropped.
-    Discard,
-}
-
 /// One monitor.
 pub struct Monitor {
     guest: Mutex<Option<Guest>>,
     /// A guest that runs elsewhere, until [`Monitor::release`]: no call can reach it any more, and taking its
     /// machine apart, which takes a while, is not the business of the call that sent it away.
     departed: Mutex<Option<Guest>>,
+    launching: OnceLock<Launching>,
+    measurement: Measurement,
     progress: Arc<Progress>,
+    events: Events,
     ends: Sender<GuestEnd>,
 }
 
 struct Guest {
-    machine: Arc<Machine>,
     config: VmConfig,
+    power: Power,
+    /// None for a guest that came from another monitor.
     relaunch: Option<Relaunch>,
     /// Whether it ran when the last migration began: what an unconfirmed one goes back to when it is resolved.
     ran: bool,
 }
 
+/// Whether a guest has a machine.
+enum Power {
+    /// It has not had one yet.
+    Created,
+    /// It has none any more.
+    Off,
+    On(Arc<Machine>),
+}
+
+impl Guest {
+    /// Its machine, if it is on, for `call`.
+    fn machine(&self, call: &'static str) -> Result<&Arc<Machine>, MonitorError> {
+        match &self.power {
+            Power::On(machine) => Ok(machine),
+            Power::Created | Power::Off => Err(MonitorError::NotBooted(call)),
+        }
+    }
+}
+
 impl Monitor {
-    /// A monitor without a guest, that tells `ends` how its guest came to its end.
+    /// A monitor without a guest, that tells `ends` how its guest came to its end, and `events` of all that happens.
     #[must_use]
-    pub fn new(ends: Sender<GuestEnd>) -> Arc<Self> {
-        let progress = Arc::new(Progress::new());
+    pub fn new(ends: Sender<GuestEnd>, events: Events) -> Arc<Self> {
+        let progress = Arc::new(Progress::observed(migrate::observer(events.clone())));
         Arc::new(Self {
             guest: Mutex::new(None),
             departed: Mutex::new(None),
+            launching: OnceLock::new(),
+            measurement: Measurement::default(),
             progress,
+            events,
             ends,
         })
     }
 
-    /// Takes a guest in. Without `relaunch` it is over when it resets itself.
-    pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig, relaunch: Option<Relaunch>) {
+    /// Takes in a guest that arrived. It is over when it resets itself.
+    pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig) {
         *self.guest() = Some(Guest {
-            machine,
             config,
-            relaunch,
+            power: Power::On(machine),
+            relaunch: None,
             ran: false,
         });
     }
 
     /// Lets the guest go: its vCPUs end, its memory is freed once nobody uses it any more.
     pub fn release(&self) {
+        self.measurement.interrupt();
         let guests = (self.guest().take(), self.departed().take());
         drop(guests);
+    }
+
+    /// Where its events go.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
     }
 
     /// The progress of the migration into or out of this monitor.
@@ -203,148 +216,93 @@ impl Monitor {
     pub fn info(&self) -> Result<VmInfo, MonitorError> {
         let guest = self.guest();
         let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
-        let state = match (guest.machine.has_ended(), guest.machine.is_running()) {
-            (true, _) => VmState::Shutdown,
-            (false, true) => VmState::Running,
-            (false, false) => VmState::Paused,
+        let state = match &guest.power {
+            Power::Created => VmState::Created,
+            Power::Off => VmState::Shutdown,
+            Power::On(machine) if machine.has_ended() => VmState::Shutdown,
+            Power::On(machine) if machine.is_running() => VmState::Running,
+            Power::On(_) => VmState::Paused,
         };
-        let memory_actual_size = guest.machine.ram().bytes();
         Ok(VmInfo {
             config: guest.config.clone(),
             state,
-            memory_actual_size,
+            memory_actual_size: guest.config.memory.size,
         })
     }
 
     /// Stops the guest. Idempotent.
     ///
     /// # Errors
-    /// No guest, a migration, a vCPU that does not stop.
+    /// No guest that is on, a migration, a vCPU that does not stop.
     pub fn pause(&self) -> Result<(), MonitorError> {
         let guest = self.guest();
-        Ok(self.unless_migrating("pause", &guest)?.pause()?)
+        self.unless_migrating("pause", &guest)?.pause()?;
+        self.events.vm("paused");
+        Ok(())
     }
 
     /// Lets the guest run. Idempotent.
     ///
     /// # Errors
-    /// No guest, a migration.
+    /// No guest that is on, a migration.
     pub fn resume(&self) -> Result<(), MonitorError> {
         let guest = self.guest();
         self.unless_migrating("resume", &guest)?.resume();
+        self.events.vm("resumed");
         Ok(())
     }
 
     /// Presses the guest's power button; what it does about it is its own decision.
     ///
     /// # Errors
-    /// No guest, or one that has ended; a migration.
+    /// No guest that is on, or one that has ended; a migration.
     pub fn power_button(&self) -> Result<(), MonitorError> {
         let guest = self.guest();
-        Ok(self
-            .unless_migrating("power-button", &guest)?
-            .power_button()?)
+        self.unless_migrating("power-button", &guest)?
+            .power_button()?;
+        self.events.vm("power-button");
+        Ok(())
     }
 
-    /// Ends the guest and the monitor.
+    /// Ends the guest, if there is one, and the monitor.
     ///
     /// # Errors
     /// A migration is at work or unresolved.
-    pub fn shutdown(&self) -> Result<(), MonitorError> {
-        self.unless_at_work("shutdown")?;
+    pub fn end_all(&self) -> Result<(), MonitorError> {
+        self.unless_at_work("vmm.shutdown")?;
         self.end(GuestEnd::Stopped);
         Ok(())
     }
 
-    /// Sends the guest away. Returns when the other side runs it, or why it stayed: the progress can be
-    /// read, and the migration cancelled, from other threads meanwhile.
-    ///
-    /// # Errors
-    /// No guest, values out of range, another migration; and why this one failed.
-    pub fn send_migration(&self, wish: &SendMigrationData) -> Result<Snapshot, MonitorError> {
-        let url: Url = wish.destination_url.parse()?;
-        let options = options(wish)?;
-        let mut outgoing = self.begin(&url)?;
-        let sent = self.send(&mut outgoing, &url, &options);
-        self.settle(&sent);
-        let snapshot = self.migration_progress();
-        sent.map(|()| {
-            self.end(GuestEnd::HandedOver);
-            snapshot
-        })
-    }
-
-    /// Tells how a migration ended. A guest that was handed over has departed before anybody can read so: no call
-    /// can run it here again.
-    fn settle(&self, sent: &Result<(), MonitorError>) {
-        let mut guest = self.guest();
-        let (phase, message) = match sent {
-            Ok(()) => (Phase::Completed, None),
-            Err(error @ MonitorError::Send(SendError::Cancelled)) => {
-                (Phase::Cancelled, Some(error.to_string()))
-            }
-            Err(error @ MonitorError::Send(SendError::Unconfirmed(_))) => {
-                (Phase::HandedOverUnconfirmed, Some(error.to_string()))
-            }
-            Err(error) => (Phase::Failed, Some(error.to_string())),
-        };
-        if phase == Phase::Completed {
-            *self.departed() = guest.take();
+    /// Whether `end`, of which a machine told, is the end of the guest that there is now: not if it was shut down or
+    /// booted anew since.
+    #[must_use]
+    pub fn is_over(&self, end: &GuestEnd) -> bool {
+        if !matches!(end, GuestEnd::PowerOff | GuestEnd::DebugExit(_)) {
+            return true;
         }
-        self.progress.end(phase, message);
-    }
-
-    /// Asks a running migration to stop; the guest then runs here as before.
-    ///
-    /// # Errors
-    /// There is none, or COMMIT was sent already.
-    pub fn cancel_migration(&self) -> Result<(), MonitorError> {
-        self.progress
-            .cancel()
-            .map_err(|phase| MonitorError::NoMigration {
-                call: "cancel-migration",
-                why: format!(
-                    "the migration is in phase {}, there is nothing to cancel",
-                    name(phase)
-                ),
-            })
-    }
-
-    /// Says on which side an unconfirmed guest lives.
-    ///
-    /// The guest is held until all is done: no other call comes between. It runs again if it ran when the
-    /// migration began.
-    ///
-    /// # Errors
-    /// The hand-over is not unconfirmed; the dirty log cannot be switched off, and then it stays unconfirmed.
-    pub fn resolve_migration(&self, resolution: Resolution) -> Result<(), MonitorError> {
-        let mut guest = self.guest();
-        let phase = self.progress.snapshot().phase;
-        if phase != Phase::HandedOverUnconfirmed {
-            return Err(nothing_to_resolve(phase));
+        match self.guest().as_ref().map(|guest| &guest.power) {
+            Some(Power::On(machine)) => machine.has_ended(),
+            Some(Power::Created | Power::Off) | None => false,
         }
-        match resolution {
-            Resolution::Resume => {
-                let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
-                guest.machine.with_log(|log, slots, _| log.stop(slots))?;
-                self.resolved(Phase::Failed, "resolved: the guest runs here")?;
-                if guest.ran {
-                    guest.machine.resume();
-                }
-            }
-            Resolution::Discard => {
-                self.resolved(Phase::Completed, "resolved: the guest runs there")?;
-                *self.departed() = guest.take();
-                self.end(GuestEnd::HandedOver);
-            }
-        }
-        Ok(())
     }
 
-    fn resolved(&self, phase: Phase, message: &str) -> Result<(), MonitorError> {
-        self.progress
-            .resolve(phase, message)
-            .map_err(nothing_to_resolve)
+    /// Tells of the end of the guest, and the monitor with it.
+    pub fn tell_end(&self, end: &GuestEnd) {
+        match end {
+            GuestEnd::DebugExit(status) => self
+                .events
+                .vm_because("shutdown", &format!("debug exit with status {status}")),
+            GuestEnd::Reset => self.events.vm_because("shutdown", "reset"),
+            GuestEnd::PowerOff => self.events.vm_because("shutdown", "power off"),
+            GuestEnd::Stopped if self.guest().is_some() => {
+                self.events.vm_because("shutdown", "ended by the monitor");
+            }
+            GuestEnd::Failed(why) => self.events.vm_because("failed", why),
+            GuestEnd::Stopped | GuestEnd::HandedOver => {}
+        }
+        let nothing = serde_json::Value::Null;
+        self.events.tell(EventSource::Vmm, "shutdown", nothing);
     }
 
     /// Ends the guest and the monitor from outside of the API: on a signal, or from the guest's terminal. A
@@ -382,27 +340,6 @@ impl Monitor {
         self.progress.snapshot()
     }
 
-    /// Claims guest and progress in one step: no pause or resume comes between.
-    fn begin(&self, url: &Url) -> Result<Outgoing, MonitorError> {
-        let mut guest = self.guest();
-        let guest = guest.as_mut().ok_or(MonitorError::NoGuest)?;
-        self.progress
-            .begin(Phase::Connecting, url.to_string())
-            .map_err(|phase| migrating("send-migration", phase))?;
-        guest.ran = guest.machine.is_running();
-        Ok(Outgoing::new(Arc::clone(&guest.machine)))
-    }
-
-    fn send(
-        &self,
-        outgoing: &mut Outgoing,
-        url: &Url,
-        options: &SendOptions,
-    ) -> Result<(), MonitorError> {
-        let connection = url.connect()?;
-        Ok(send(outgoing, connection, options, &self.progress)?)
-    }
-
     fn end(&self, end: GuestEnd) {
         // Nobody listens any more only when the monitor is ending already.
         let _ending = self.ends.send(end);
@@ -413,10 +350,9 @@ impl Monitor {
         &self,
         call: &'static str,
         guest: &'a Option<Guest>,
-    ) -> Result<&'a Machine, MonitorError> {
+    ) -> Result<&'a Arc<Machine>, MonitorError> {
         self.unless_at_work(call)?;
-        let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
-        Ok(&guest.machine)
+        guest.as_ref().ok_or(MonitorError::NoGuest)?.machine(call)
     }
 
     fn unless_at_work(&self, call: &'static str) -> Result<(), MonitorError> {
@@ -433,50 +369,6 @@ impl Monitor {
 
     fn guest(&self) -> MutexGuard<'_, Option<Guest>> {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn options(wish: &SendMigrationData) -> Result<SendOptions, MonitorError> {
-    if !(1..=DOWNTIME_MS_MAX).contains(&wish.downtime_ms) {
-        let found = wish.downtime_ms;
-        return Err(MonitorError::Invalid(format!(
-            "downtime_ms: {found} cannot be, from 1 to {DOWNTIME_MS_MAX}"
-        )));
-    }
-    if !(1..=TIMEOUT_S_MAX).contains(&wish.timeout_s) {
-        let found = wish.timeout_s;
-        return Err(MonitorError::Invalid(format!(
-            "timeout_s: {found} cannot be, from 1 to {TIMEOUT_S_MAX}"
-        )));
-    }
-    if wish.throttle_max > THROTTLE_MAX {
-        let found = wish.throttle_max;
-        return Err(MonitorError::Invalid(format!(
-            "throttle_max: {found} cannot be, from 0 to {THROTTLE_MAX} percent"
-        )));
-    }
-    Ok(SendOptions {
-        limits: Limits {
-            downtime: Duration::from_millis(wish.downtime_ms),
-            timeout: Duration::from_secs(wish.timeout_s),
-            strategy: wish.timeout_strategy,
-            throttle_max: wish.throttle_max,
-        },
-        digest: if wish.verify {
-            DigestCheck::Compare
-        } else {
-            DigestCheck::Skip
-        },
-    })
-}
-
-fn nothing_to_resolve(phase: Phase) -> MonitorError {
-    MonitorError::NoMigration {
-        call: "migration-resolve",
-        why: format!(
-            "the migration is in phase {}, there is nothing to resolve",
-            name(phase)
-        ),
     }
 }
 

@@ -56,18 +56,13 @@ pub fn call(
     body: Option<&serde_json::Value>,
     limit: Option<Duration>,
 ) -> Result<serde_json::Value, ClientError> {
-    let mut stream = UnixStream::connect(path).map_err(|source| ClientError::Connect {
-        path: path.to_owned(),
-        source,
-    })?;
     let broken = |why: String| ClientError::Broken {
         call: call.into(),
         why,
     };
-    let answer = exchange(&mut stream, method, call, body, limit)
-        .map_err(|error| broken(error.to_string()))?;
-    let (status, body) = parse(&answer).map_err(broken)?;
-    let value = match body {
+    let target = format!("/api/v1/{call}");
+    let (status, body) = exchange(path, method, &target, body, limit)?;
+    let value = match body.as_slice() {
         [] => serde_json::Value::Null,
         body => serde_json::from_slice(body).map_err(|error| broken(error.to_string()))?,
     };
@@ -80,10 +75,48 @@ pub fn call(
     })
 }
 
+/// The figures of the monitor whose API socket is at `path`, in Prometheus' text format.
+///
+/// # Errors
+/// Nobody there, or no such answer.
+pub fn metrics(path: &Path) -> Result<String, ClientError> {
+    let target = "/metrics";
+    let (status, body) = exchange(path, Method::Get, target, None, USUAL_LIMIT)?;
+    match (status, String::from_utf8(body)) {
+        (200, Ok(text)) => Ok(text),
+        (status, _) => Err(ClientError::Refused {
+            status,
+            message: message(status, &serde_json::Value::Null),
+        }),
+    }
+}
+
+/// Sends a request and returns the answer's status and body.
 fn exchange(
+    path: &Path,
+    method: Method,
+    target: &str,
+    body: Option<&serde_json::Value>,
+    limit: Option<Duration>,
+) -> Result<(u16, Vec<u8>), ClientError> {
+    let mut stream = UnixStream::connect(path).map_err(|source| ClientError::Connect {
+        path: path.to_owned(),
+        source,
+    })?;
+    let broken = |why: String| ClientError::Broken {
+        call: target.into(),
+        why,
+    };
+    let answer = converse(&mut stream, method, target, body, limit)
+        .map_err(|error| broken(error.to_string()))?;
+    let (status, body) = parse(&answer).map_err(broken)?;
+    Ok((status, body.to_vec()))
+}
+
+fn converse(
     stream: &mut UnixStream,
     method: Method,
-    call: &str,
+    target: &str,
     body: Option<&serde_json::Value>,
     limit: Option<Duration>,
 ) -> io::Result<Vec<u8>> {
@@ -91,7 +124,7 @@ fn exchange(
     stream.set_write_timeout(limit)?;
     let body = body.map(ToString::to_string).unwrap_or_default();
     let head = format!(
-        "{} /api/v1/{call} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+        "{} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         method.name(),
         body.len()

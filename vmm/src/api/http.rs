@@ -44,26 +44,50 @@ pub(super) enum KeepAlive {
     No,
 }
 
-/// A response: status, and JSON unless it is empty.
+const JSON: &str = "application/json";
+
+/// A response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Response {
     pub(super) status: u16,
+    content_type: &'static str,
+    /// How the call is made, for whoever made it in another way (RFC 9110, 15.5.6).
+    allow: Option<Method>,
     pub(super) body: String,
 }
 
 impl Response {
     pub(super) fn empty() -> Self {
+        Self::json(204, String::new())
+    }
+
+    pub(super) fn json(status: u16, body: String) -> Self {
         Self {
-            status: 204,
-            body: String::new(),
+            status,
+            content_type: JSON,
+            allow: None,
+            body,
+        }
+    }
+
+    pub(super) fn text(content_type: &'static str, body: String) -> Self {
+        Self {
+            content_type,
+            ..Self::json(200, body)
         }
     }
 
     /// As Cloud Hypervisor writes them: an array of messages.
     pub(super) fn error(status: u16, message: impl ToString) -> Self {
+        let messages = serde_json::json!([message.to_string()]);
+        Self::json(status, messages.to_string())
+    }
+
+    /// The call is made in another way.
+    pub(super) fn allow(method: Method, message: impl ToString) -> Self {
         Self {
-            status,
-            body: serde_json::json!([message.to_string()]).to_string(),
+            allow: Some(method),
+            ..Self::error(405, message)
         }
     }
 
@@ -81,9 +105,13 @@ impl Response {
             self.status,
             reason(self.status)
         );
+        if let Some(method) = self.allow {
+            text += &format!("Allow: {}\r\n", method.name());
+        }
         if self.status != 204 {
             text += &format!(
-                "Content-Type: application/json\r\nContent-Length: {}\r\n",
+                "Content-Type: {}\r\nContent-Length: {}\r\n",
+                self.content_type,
                 self.body.len()
             );
         }
@@ -101,9 +129,11 @@ fn reason(status: u16) -> &'static str {
         400 => "Bad Request",
         404 => "Not Found",
         405 => "Method Not Allowed",
+        408 => "Request Timeout",
         409 => "Conflict",
         413 => "Content Too Large",
         501 => "Not Implemented",
+        503 => "Service Unavailable",
         _ => "Internal Server Error",
     }
 }
@@ -117,9 +147,31 @@ pub(super) enum RequestError {
     Bad(Response),
 }
 
+/// What a connection reads from.
+pub(super) trait Source {
+    /// As [`Read::read`], for a request of which `begun` says whether its first byte has come.
+    ///
+    /// # Errors
+    /// The system's; `TimedOut` when the client took too long.
+    fn read(&mut self, bytes: &mut [u8], begun: Begun) -> io::Result<usize>;
+}
+
+/// Whether the first byte of a request has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Begun {
+    No,
+    Yes,
+}
+
+impl Source for &[u8] {
+    fn read(&mut self, bytes: &mut [u8], _: Begun) -> io::Result<usize> {
+        Read::read(self, bytes)
+    }
+}
+
 /// Reads the next request. `buffer` keeps what a client sends ahead.
 pub(super) fn read_request(
-    stream: &mut impl Read,
+    stream: &mut impl Source,
     buffer: &mut Vec<u8>,
 ) -> Result<Request, RequestError> {
     loop {
@@ -141,9 +193,17 @@ pub(super) fn read_request(
     }
 }
 
-fn fill(stream: &mut impl Read, buffer: &mut Vec<u8>) -> Result<(), RequestError> {
+fn fill(stream: &mut impl Source, buffer: &mut Vec<u8>) -> Result<(), RequestError> {
     let mut bytes = [0; 4096];
-    match stream.read(&mut bytes) {
+    let begun = if buffer.is_empty() {
+        Begun::No
+    } else {
+        Begun::Yes
+    };
+    match stream.read(&mut bytes, begun) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut && begun == Begun::Yes => {
+            Err(bad(408, "the rest of the request did not come in time"))
+        }
         Ok(0) | Err(_) => Err(RequestError::Closed),
         Ok(count) => {
             buffer.extend(&bytes[..count]);
@@ -211,8 +271,8 @@ mod tests {
     /// Gives its bytes out in pieces of `step`.
     struct Drip<'a>(&'a [u8], usize);
 
-    impl Read for Drip<'_> {
-        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+    impl Source for Drip<'_> {
+        fn read(&mut self, bytes: &mut [u8], _: Begun) -> io::Result<usize> {
             let count = self.1.min(self.0.len()).min(bytes.len());
             bytes[..count].copy_from_slice(&self.0[..count]);
             self.0 = &self.0[count..];

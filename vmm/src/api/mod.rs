@@ -5,6 +5,6 @@ mod http;
 mod routes;
 mod server;
 
-pub use client::{ClientError, NO_LIMIT, USUAL_LIMIT, call};
+pub use client::{ClientError, NO_LIMIT, USUAL_LIMIT, call, metrics};
 pub use http::Method;
-pub use server::{ApiServer, ServerError};
+pub use server::{ApiServer, ServerError, answer_bytes};

@@ -1,22 +1,30 @@
 //! The API's socket and its threads.
+//!
+//! Each connection has a thread. There are few at a time, so that clients that leak connections cost little, and a new
+//! one always gets in: the one that has been idle for longest makes room for it. A client that begins a request has to
+//! finish it soon.
 
-use std::io;
+use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::http::{KeepAlive, RequestError, read_request};
+use super::http::{Begun, KeepAlive, RequestError, Response, Source, read_request};
 use super::routes::answer;
 use crate::migration::transport::{SocketFile, TransportError, listen_unix};
 use crate::monitor::Monitor;
 
-/// Connections at a time; more are closed at once.
+/// Connections at a time.
 const CONNECTIONS_LIMIT: usize = 32;
 /// A connection that says nothing for so long is closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
+/// From the first byte of a request to its last, and for an answer to leave.
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+/// How long an ending monitor waits for its answers to leave.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why the API is not there.
 #[derive(Debug, thiserror::Error)]
@@ -32,15 +40,15 @@ pub enum ServerError {
         /// Why not.
         source: io::Error,
     },
+    /// No thread for it.
+    #[error("API: no thread for it: {0}")]
+    Thread(#[source] io::Error),
 }
-
-/// How long an ending monitor waits for its answers to leave.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// The API on its socket, until it is dropped.
 pub struct ApiServer {
-    _file: SocketFile,
-    answering: Arc<AtomicUsize>,
+    _file: Option<SocketFile>,
+    connections: Arc<Connections>,
 }
 
 impl ApiServer {
@@ -54,15 +62,25 @@ impl ApiServer {
             source,
         };
         let (listener, file) = listen_unix(path, error)?;
-        let answering = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&answering);
+        let mut server = Self::start_on(listener, monitor)?;
+        server._file = Some(file);
+        Ok(server)
+    }
+
+    /// Answers calls for `monitor` on a socket that listens already.
+    ///
+    /// # Errors
+    /// A thread that cannot be had.
+    pub fn start_on(listener: UnixListener, monitor: Arc<Monitor>) -> Result<Self, ServerError> {
+        let connections = Arc::new(Connections::default());
+        let accepted = Arc::clone(&connections);
         thread::Builder::new()
             .name("_api".into())
-            .spawn(move || accept(&listener, &monitor, &count))
-            .map_err(error)?;
+            .spawn(move || accept(&listener, &monitor, &accepted))
+            .map_err(ServerError::Thread)?;
         Ok(Self {
-            _file: file,
-            answering,
+            _file: None,
+            connections,
         })
     }
 }
@@ -71,77 +89,278 @@ impl ApiServer {
 impl Drop for ApiServer {
     fn drop(&mut self) {
         let began = Instant::now();
-        while self.answering.load(Ordering::SeqCst) > 0 && began.elapsed() < FAREWELL_LIMIT {
+        while self.connections.are_answering() && began.elapsed() < FAREWELL_LIMIT {
             thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
+/// Answers the requests that `bytes` are, one after the other: the API for monitors that have another way to their
+/// clients than a socket. Returns the answers' bytes.
+#[must_use]
+pub fn answer_bytes(monitor: &Arc<Monitor>, mut bytes: &[u8]) -> Vec<u8> {
+    let (mut buffer, mut answers) = (Vec::new(), Vec::new());
+    loop {
+        let (response, keep_alive) = match read_request(&mut bytes, &mut buffer) {
+            Ok(request) => (answer(monitor, &request), request.keep_alive),
+            Err(RequestError::Bad(response)) => (response, KeepAlive::No),
+            Err(RequestError::Closed) => return answers,
+        };
+        let sent = response.write_to(&mut answers, keep_alive);
+        if sent.is_err() || keep_alive == KeepAlive::No {
+            return answers;
+        }
+    }
+}
+
 /// Takes connections for as long as the process lives.
-fn accept(listener: &UnixListener, monitor: &Arc<Monitor>, answering: &Arc<AtomicUsize>) {
-    let open = Arc::new(AtomicUsize::new(0));
-    for connection in listener.incoming() {
+fn accept(listener: &UnixListener, monitor: &Arc<Monitor>, connections: &Arc<Connections>) {
+    for stream in listener.incoming() {
         // A client that is gone already, or a process out of descriptors: the next may be served.
-        let Ok(connection) = connection else {
+        let Ok(mut stream) = stream else {
             thread::sleep(Duration::from_millis(10));
             continue;
         };
-        let slot = Counted::one(&open);
-        if open.load(Ordering::Relaxed) > CONNECTIONS_LIMIT {
+        let Ok(place) = connections.enter(&stream) else {
+            refuse(&mut stream);
             continue;
-        }
-        let (monitor, answering) = (Arc::clone(monitor), Arc::clone(answering));
+        };
+        let monitor = Arc::clone(monitor);
         // Without a thread the connection is closed, which the client sees.
         let _closed = thread::Builder::new()
             .name("_api-call".into())
-            .spawn(move || {
-                serve(connection, &monitor, &answering);
-                drop(slot);
-            });
+            .spawn(move || serve(stream, &monitor, &place));
     }
 }
 
-/// One of those that are counted, while it lives.
-struct Counted(Arc<AtomicUsize>);
+fn refuse(stream: &mut UnixStream) {
+    let why = format!("{CONNECTIONS_LIMIT} calls are at work; try again when one has ended");
+    // It is closed either way.
+    let _gone = stream
+        .set_nonblocking(true)
+        .and_then(|()| Response::error(503, why).write_to(stream, KeepAlive::No));
+}
 
-impl Counted {
-    fn one(of: &Arc<AtomicUsize>) -> Self {
-        of.fetch_add(1, Ordering::SeqCst);
-        Self(Arc::clone(of))
+/// The connections that there are.
+#[derive(Default)]
+struct Connections {
+    open: Mutex<Vec<Open>>,
+}
+
+struct Open {
+    /// To end it. Its address tells it from the others.
+    stream: Arc<UnixStream>,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// For a request, since then.
+    Waiting(Instant),
+    Answering,
+}
+
+/// A connection's place among the others, until it is dropped.
+struct Place {
+    connections: Arc<Connections>,
+    stream: Arc<UnixStream>,
+}
+
+impl Connections {
+    /// A place for a new connection. If there is none, the one that has waited for longest goes.
+    ///
+    /// # Errors
+    /// All are being answered, or the system's.
+    fn enter(self: &Arc<Self>, stream: &UnixStream) -> io::Result<Place> {
+        let stream = Arc::new(stream.try_clone()?);
+        let mut open = self.lock();
+        if open.len() >= CONNECTIONS_LIMIT {
+            let idlest = idlest(&open).ok_or(io::ErrorKind::ResourceBusy)?;
+            let gone = open.swap_remove(idlest);
+            // Its client may have gone already.
+            let _gone = gone.stream.shutdown(Shutdown::Both);
+        }
+        open.push(Open {
+            stream: Arc::clone(&stream),
+            state: State::Waiting(Instant::now()),
+        });
+        Ok(Place {
+            connections: Arc::clone(self),
+            stream,
+        })
+    }
+
+    fn are_answering(&self) -> bool {
+        self.lock().iter().any(|one| one.state == State::Answering)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Counted {
+fn idlest(open: &[Open]) -> Option<usize> {
+    let waiting = open
+        .iter()
+        .enumerate()
+        .filter_map(|(index, one)| match one.state {
+            State::Waiting(since) => Some((since, index)),
+            State::Answering => None,
+        });
+    waiting.min().map(|(_, index)| index)
+}
+
+impl Place {
+    /// Notes what the connection does.
+    ///
+    /// # Errors
+    /// It had to make room for another one.
+    fn note(&self, state: State) -> io::Result<()> {
+        let mut open = self.connections.lock();
+        let own = open
+            .iter_mut()
+            .find(|one| Arc::ptr_eq(&one.stream, &self.stream));
+        own.ok_or(io::ErrorKind::ConnectionAborted)?.state = state;
+        Ok(())
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        let mut open = self.connections.lock();
+        open.retain(|one| !Arc::ptr_eq(&one.stream, &self.stream));
     }
 }
 
 /// Answers the requests of one connection, one after the other.
-fn serve(mut connection: UnixStream, monitor: &Arc<Monitor>, answering: &Arc<AtomicUsize>) {
-    let limits = [
-        connection.set_read_timeout(Some(IDLE_LIMIT)),
-        connection.set_write_timeout(Some(IDLE_LIMIT)),
-    ];
-    if limits.iter().any(Result::is_err) {
-        return;
-    }
+fn serve(mut stream: UnixStream, monitor: &Arc<Monitor>, place: &Place) {
     let mut buffer = Vec::new();
-    loop {
-        let request = match read_request(&mut connection, &mut buffer) {
-            Ok(request) => request,
-            Err(RequestError::Bad(response)) => {
-                // The connection is closed either way.
-                let _gone = response.write_to(&mut connection, KeepAlive::No);
-                return;
-            }
-            Err(RequestError::Closed) => return,
+    while let Ok(KeepAlive::Yes) = serve_one(&mut stream, &mut buffer, monitor, place) {}
+}
+
+/// # Errors
+/// The client is done or gone, or the connection had to make room for another one.
+fn serve_one(
+    stream: &mut UnixStream,
+    buffer: &mut Vec<u8>,
+    monitor: &Arc<Monitor>,
+    place: &Place,
+) -> io::Result<KeepAlive> {
+    stream.set_write_timeout(Some(REQUEST_LIMIT))?;
+    let mut client = Client {
+        stream: &*stream,
+        deadline: None,
+    };
+    let request = read_request(&mut client, buffer);
+    // From here on it is not closed to make room.
+    place.note(State::Answering)?;
+    let (response, keep_alive) = match request {
+        Ok(request) => (answer(monitor, &request), request.keep_alive),
+        Err(RequestError::Bad(response)) => (response, KeepAlive::No),
+        Err(RequestError::Closed) => return Err(io::ErrorKind::ConnectionAborted.into()),
+    };
+    response.write_to(stream, keep_alive)?;
+    place.note(State::Waiting(Instant::now()))?;
+    Ok(keep_alive)
+}
+
+/// A client from which one request is read.
+struct Client<'a> {
+    stream: &'a UnixStream,
+    /// For the rest of the request that it began.
+    deadline: Option<Instant>,
+}
+
+impl Source for Client<'_> {
+    fn read(&mut self, bytes: &mut [u8], begun: Begun) -> io::Result<usize> {
+        let limit = match begun {
+            Begun::No => IDLE_LIMIT,
+            Begun::Yes => self
+                .deadline
+                .get_or_insert_with(|| Instant::now() + REQUEST_LIMIT)
+                .saturating_duration_since(Instant::now()),
         };
-        let _answering = Counted::one(answering);
-        let response = answer(monitor, &request);
-        let sent = response.write_to(&mut connection, request.keep_alive);
-        if sent.is_err() || request.keep_alive == KeepAlive::No {
-            return;
+        if limit.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
         }
+        self.stream.set_read_timeout(Some(limit))?;
+        (&mut &*self.stream)
+            .read(bytes)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+                _ => error,
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn pair(connections: &Arc<Connections>) -> (UnixStream, io::Result<Place>) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let place = connections.enter(&near);
+        (far, place)
+    }
+
+    #[test]
+    fn the_idlest_makes_room_and_what_is_answered_stays() {
+        let connections = Arc::new(Connections::default());
+        let mut all: Vec<_> = (0..CONNECTIONS_LIMIT)
+            .map(|_| pair(&connections))
+            .map(|(far, place)| (far, place.unwrap()))
+            .collect();
+        all[0].1.note(State::Answering).unwrap();
+        let newest = pair(&connections);
+        assert!(newest.1.is_ok());
+        assert!(all[0].1.note(State::Answering).is_ok());
+        // The oldest of those that waited is closed, and is not answered any more.
+        assert!(all[1].1.note(State::Answering).is_err());
+        assert_eq!(all[1].0.read(&mut [0]).unwrap(), 0);
+        assert!(all[2].1.note(State::Answering).is_ok());
+    }
+
+    #[test]
+    fn all_at_work_leave_no_room_until_one_is_done() {
+        let connections = Arc::new(Connections::default());
+        let mut all: Vec<_> = (0..CONNECTIONS_LIMIT)
+            .map(|_| pair(&connections))
+            .map(|(far, place)| (far, place.unwrap()))
+            .collect();
+        for (_, place) in &all {
+            place.note(State::Answering).unwrap();
+        }
+        assert!(pair(&connections).1.is_err());
+        all.pop();
+        assert!(pair(&connections).1.is_ok());
+        drop(all);
+        assert!(!connections.are_answering());
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_is_answered_with_408() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(b"GET /half").unwrap();
+        let mut client = Client {
+            stream: &near,
+            deadline: Some(Instant::now()),
+        };
+        match read_request(&mut client, &mut b"G".to_vec()) {
+            Err(RequestError::Bad(response)) => assert_eq!(response.status, 408),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn bytes_are_answered_as_a_connection_would_be() {
+        let monitor = Monitor::new(std::sync::mpsc::channel().0, Default::default());
+        let requests =
+            b"GET /api/v1/vmm.ping HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\nConnection: close\r\n\r\nrest";
+        let answers = String::from_utf8(answer_bytes(&monitor, requests)).unwrap();
+        assert!(answers.starts_with("HTTP/1.1 200 OK\r\n"), "{answers}");
+        assert!(answers.contains("HTTP/1.1 404 Not Found\r\n"), "{answers}");
+        assert!(answers.ends_with(']'), "{answers}");
     }
 }

@@ -1,5 +1,6 @@
 //! What may be written behind `ferry`.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -33,6 +34,8 @@ pub(super) enum Verb {
     Receive(ReceiveArguments),
     /// Make one call to the API of a running ferry
     Ctl(CtlArguments),
+    /// Watch a running guest: who dirties its memory, how long it stands, where its migration is
+    Top(TopArguments),
 }
 
 #[derive(Debug, Args)]
@@ -81,33 +84,42 @@ Examples:
   ferry run --kernel vmlinuz --initramfs initrd.cpio --cmdline 'console=ttyS0' --serial stdio
   ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
   ferry run --config guest.json --api-socket /run/guest.sock
+  ferry run --api-socket /run/guest.sock --event-monitor path=/run/guest.events
 
-Kernels: ELF images with a PVH note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes
+Without a kernel the monitor waits for the API calls vm.create and vm.boot. Kernels: ELF images with a PVH note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes
 a status to the debug-exit port 0xf4; that status is then ferry's own. When it resets the machine it starts
 again, from its files as they are then. On a terminal, Ctrl-A x ends the guest. After the guest was migrated
 away, ferry ends with status 0.")]
 pub(super) struct RunArguments {
     /// The kernel to boot
-    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "api_socket"])]
     pub(super) kernel: Option<PathBuf>,
     /// An initramfs for the kernel
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(super) initramfs: Option<PathBuf>,
     /// The kernel's command line
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        requires = "kernel"
+    )]
     pub(super) cmdline: Option<String>,
     /// vCPUs, 1 to 64 [default: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), requires = "kernel")]
     pub(super) cpus: Option<u32>,
     /// Memory, such as 4G or 1G,hugepages=on or 1G,shared=off [default: 512M]
-    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory)]
+    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory, requires = "kernel")]
     pub(super) memory: Option<MemoryArgument>,
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
-    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial, requires = "kernel")]
     pub(super) serial: Option<SerialConfig>,
-    /// Answer API calls on this Unix socket
-    #[arg(long, value_name = "PATH", value_parser = parse_socket)]
-    pub(super) api_socket: Option<PathBuf>,
+    /// Answer API calls on this Unix socket, or on one that descriptor N is
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
+    pub(super) api_socket: Option<Place>,
+    /// Append events to this file or named pipe, or to descriptor N, as JSON lines
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
+    pub(super) event_monitor: Option<Place>,
     /// Read the guest's configuration from this file (the API's VmConfig as JSON)
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initramfs", "cmdline", "cpus", "memory", "serial"])]
     pub(super) config: Option<PathBuf>,
@@ -138,9 +150,12 @@ pub(super) struct ReceiveArguments {
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
-    /// Answer API calls on this Unix socket
-    #[arg(long, value_name = "PATH", value_parser = parse_socket)]
-    pub(super) api_socket: Option<PathBuf>,
+    /// Answer API calls on this Unix socket, or on one that descriptor N is
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
+    pub(super) api_socket: Option<Place>,
+    /// Append events to this file or named pipe, or to descriptor N, as JSON lines
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
+    pub(super) event_monitor: Option<Place>,
     /// Refuse guests with more memory than this
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) memory_limit: Option<u64>,
@@ -174,6 +189,9 @@ impl From<BackingArgument> for Backing {
 #[command(after_help = "\
 Examples:
   ferry ctl --api-socket /run/guest.sock info
+  ferry ctl --api-socket /run/guest.sock create guest.json
+  ferry ctl --api-socket /run/guest.sock boot
+  ferry ctl --api-socket /run/guest.sock dirty-rate --interval-ms 500
   ferry ctl --api-socket /run/guest.sock send-migration tcp:127.0.0.1:4444 --downtime-ms 100
   ferry ctl --api-socket /run/guest.sock migration-resolve resume")]
 pub(super) struct CtlArguments {
@@ -190,12 +208,34 @@ pub(super) enum Call {
     Ping,
     /// Show the guest's configuration and state
     Info,
+    /// Create a guest from its configuration (the API's VmConfig as JSON); it is off
+    Create {
+        /// The file; - is standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Boot the guest that was created, or shut down
+    Boot,
+    /// Switch the guest off and forget it
+    Delete,
+    /// Show what was counted of the guest, its devices and the dirty tracker
+    Counters,
+    /// Measure how fast the guest dirties memory, and who does it
+    DirtyRate {
+        /// Measure for so long
+        #[arg(long, value_name = "MS", default_value_t = 1000)]
+        interval_ms: u64,
+    },
+    /// Print all figures in Prometheus' text format
+    Metrics,
     /// Stop the guest's vCPUs
     Pause,
     /// Let them run again
     Resume,
-    /// End the guest and its monitor
+    /// Switch the guest off without asking it; the monitor stays, and can boot it again
     Shutdown,
+    /// End the guest and its monitor
+    ShutdownVmm,
     /// Press the guest's power button: it is asked to switch itself off
     PowerButton,
     /// End the guest without asking it, and start it again
@@ -212,6 +252,46 @@ pub(super) enum Call {
         #[arg(value_enum)]
         action: ResolveArgument,
     },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry top --api-socket /run/guest.sock
+  ferry top --api-socket /run/guest.sock --interval-ms 250
+  ferry top --api-socket /run/guest.sock --once
+
+q or Ctrl-C ends the view, the guest runs on. While it is watched its dirty pages are logged, which costs it a
+little time at each look: --no-dirty-rate leaves that out, and then who dirties what is seen in migrations only.")]
+pub(super) struct TopArguments {
+    /// The API socket of the ferry to watch
+    #[arg(long, value_name = "PATH", value_parser = parse_socket)]
+    pub(super) api_socket: PathBuf,
+    /// Look so often
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    pub(super) interval_ms: u64,
+    /// Print one look as plain text, without a terminal, and end
+    #[arg(long)]
+    pub(super) once: bool,
+    /// Do not log dirty pages for the view
+    #[arg(long)]
+    pub(super) no_dirty_rate: bool,
+}
+
+/// Where something is: at a path, or already open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Path(PathBuf),
+    Fd(i32),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Fd(number) => write!(f, "fd={number}"),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -314,6 +394,19 @@ fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     }
 }
 
+fn parse_place(text: &str) -> Result<Place, String> {
+    match text.strip_prefix("fd=") {
+        Some(number) => number
+            .parse()
+            .map(Place::Fd)
+            .map_err(|_| format!("{number:?} is no descriptor's number")),
+        None => match text.strip_prefix("path=").unwrap_or(text) {
+            "" => Err("path=PATH or fd=N".into()),
+            path => Ok(Place::Path(path.into())),
+        },
+    }
+}
+
 fn parse_socket(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("path=").unwrap_or(text) {
         "" => Err("a socket needs a path".into()),
@@ -340,6 +433,17 @@ mod tests {
                 .map(ToString::to_string)
                 .unwrap_or_default();
             assert!(help.contains("Example"), "{}", verb.get_name());
+        }
+    }
+
+    #[test]
+    fn a_place_is_a_path_or_a_descriptor() {
+        assert_eq!(parse_place("fd=7"), Ok(Place::Fd(7)));
+        for text in ["/x", "path=/x"] {
+            assert_eq!(parse_place(text), Ok(Place::Path("/x".into())));
+        }
+        for text in ["", "path=", "fd=", "fd=x"] {
+            parse_place(text).unwrap_err();
         }
     }
 

@@ -4,10 +4,12 @@ mod arguments;
 mod console;
 mod ctl;
 mod demo;
+mod inherited;
 mod receive;
 mod report;
 mod run;
 mod service;
+mod top;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -35,6 +37,7 @@ pub fn main() -> ExitCode {
         Verb::Run(arguments) => run::run(&arguments),
         Verb::Receive(arguments) => receive::receive(&arguments),
         Verb::Ctl(arguments) => ctl::ctl(&arguments),
+        Verb::Top(arguments) => top::top(&arguments),
     };
     match done {
         Ok(status) => ExitCode::from(status),

@@ -8,7 +8,7 @@ use std::thread;
 use super::Failure;
 use super::arguments::ReceiveArguments;
 use super::console;
-use super::service::{InputLine, Service, Terminal, end_with_parent};
+use super::service::{InputLine, Outside, Service, Terminal, end_with_parent};
 use crate::carrier::{Admission, Incoming};
 use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
 use crate::kvm::host::Host;
@@ -21,11 +21,16 @@ use crate::monitor::Monitor;
 use crate::vcpu::GuestEnd;
 
 pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
+    let outside = Outside::open(
+        arguments.api_socket.as_ref(),
+        arguments.event_monitor.as_ref(),
+    )?;
     let host = Arc::new(Host::open()?);
     if let Some(parent) = arguments.end_with_parent {
         end_with_parent(parent)?;
     }
-    let service = Service::start(arguments.api_socket.as_deref())?;
+    let mut service = Service::start(outside)?;
+    service.answer()?;
     let serial = arguments.serial.clone().unwrap_or_default();
     // Opened once before anything arrives, so that a path that cannot be is told now.
     drop(console::output(&serial)?);
@@ -104,7 +109,7 @@ impl Reception {
         let (monitor, serial) = (Arc::clone(&self.monitor), self.serial.clone());
         let adopt = Box::new(move |machine: &Arc<Machine>| {
             let config = configuration(machine, &serial);
-            monitor.adopt(Arc::clone(machine), config, None);
+            monitor.adopt(Arc::clone(machine), config);
         });
         let mut incoming = Incoming::new(Arc::clone(&self.host), self.admission, wiring, adopt);
         let progress = self.monitor.progress();

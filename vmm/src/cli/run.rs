@@ -1,83 +1,141 @@
 //! `ferry run`: launch a guest.
 
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Failure;
 use super::arguments::RunArguments;
 use super::console;
-use super::service::{InputLine, Service, end_with_parent};
+use super::service::{InputLine, Outside, Service, Terminal, end_with_parent};
 use crate::boot::Payload;
-use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
+use crate::config::{
+    ConfigError, CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig,
+};
+use crate::kvm::dirty_log::DirtyLogMode;
 use crate::kvm::host::Host;
 use crate::machine::{EmptyMachine, Machine, Shape, Wiring};
-use crate::monitor::Relaunch;
+use crate::monitor::{Launcher, Monitor, MonitorError, OnReset, Relaunch};
 use crate::vcpu::GuestEnd;
 
 pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
+    let outside = Outside::open(
+        arguments.api_socket.as_ref(),
+        arguments.event_monitor.as_ref(),
+    )?;
     let config = configuration(arguments)?;
-    let launch = Launch {
-        payload: config.boot_payload()?,
-        shape: config.shape(arguments.dirty_log)?,
-        serial: config.serial.clone(),
-        host: Arc::new(Host::open()?),
-    };
+    let host = Arc::new(Host::open()?);
     if let Some(parent) = arguments.end_with_parent {
         end_with_parent(parent)?;
     }
-    let service = Service::start(arguments.api_socket.as_deref())?;
-    let machine = launch.machine(service.on_end())?;
-    service.terminal().take(&config.serial)?;
-    let input = InputLine::start(&config.serial, &service.monitor)?;
-    input.connect(&machine)?;
-    let relaunch = (!arguments.no_reboot).then(|| launch.again(input, service.on_end()));
-    service
-        .monitor
-        .adopt(Arc::clone(&machine), config, relaunch);
-    machine.resume();
-    drop(machine);
+    let mut service = Service::start(outside)?;
+    let house = Arc::new(House {
+        host,
+        dirty_log: arguments.dirty_log,
+        monitor: Arc::clone(&service.monitor),
+        terminal: service.terminal(),
+        input: Mutex::new(None),
+        on_end: service.on_end(),
+    });
+    let on_reset = match arguments.no_reboot {
+        true => OnReset::End,
+        false => OnReset::StartAgain,
+    };
+    service.monitor.launch_with(launcher(house), on_reset);
+    match config {
+        None => service.answer()?,
+        Some(config) => {
+            // Created before any client could create another.
+            service.monitor.create(config)?;
+            service.answer()?;
+            service.monitor.boot().map_err(plain)?;
+        }
+    }
     service.until_end()
 }
 
-/// All that it takes to launch the guest, the first time and after each reset.
-struct Launch {
+/// Of a guest that is not there yet nobody needs to be told that it could not be started.
+fn plain(error: MonitorError) -> Failure {
+    match error {
+        MonitorError::Launch(error) => error,
+        other => other.into(),
+    }
+}
+
+/// What all guests that this monitor launches have in common.
+struct House {
     host: Arc<Host>,
+    dirty_log: Option<DirtyLogMode>,
+    monitor: Arc<Monitor>,
+    terminal: Terminal,
+    /// The way from standard input, once a guest's serial port led there.
+    input: Mutex<Option<InputLine>>,
+    on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+}
+
+fn launcher(house: Arc<House>) -> Launcher {
+    Box::new(move |config| {
+        let launch = Launch::new(&house, config)?;
+        let relaunch: Relaunch = Box::new(move || launch.machine());
+        Ok(relaunch)
+    })
+}
+
+/// All that it takes to launch a guest, the first time and each time after it was off.
+struct Launch {
+    house: Arc<House>,
     shape: Shape,
     payload: Payload,
     serial: SerialConfig,
 }
 
 impl Launch {
-    /// A machine with the guest at its beginning.
-    fn machine(
-        &self,
-        on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
-    ) -> Result<Arc<Machine>, Failure> {
-        let wiring = Wiring {
-            serial_output: console::output(&self.serial)?,
-            on_end,
-        };
-        let machine = EmptyMachine::new(&self.host, &self.shape)?.boot(&self.payload, wiring)?;
-        Ok(Arc::new(machine))
+    fn new(house: &Arc<House>, config: &VmConfig) -> Result<Self, ConfigError> {
+        Ok(Self {
+            house: Arc::clone(house),
+            shape: config.shape(house.dirty_log)?,
+            payload: config.boot_payload()?,
+            serial: config.serial.clone(),
+        })
     }
 
-    /// What makes the machine anew, with the console of the one before.
-    fn again(self, input: InputLine, on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Relaunch {
-        Box::new(move || {
-            // The last words of the guest come before its first ones.
-            console::flush();
-            let machine = self.machine(Arc::clone(&on_end))?;
-            input.connect(&machine)?;
-            Ok(machine)
-        })
+    /// A machine with the guest at its beginning, and the console of the one before.
+    fn machine(&self) -> Result<Arc<Machine>, Failure> {
+        let house = &self.house;
+        // The last words of a guest come before its first ones.
+        console::flush();
+        let wiring = Wiring {
+            serial_output: console::output(&self.serial)?,
+            on_end: Arc::clone(&house.on_end),
+        };
+        let machine = EmptyMachine::new(&house.host, &self.shape)?.boot(&self.payload, wiring)?;
+        house.terminal.take(&self.serial)?;
+        if self.serial.mode == SerialMode::Tty {
+            house.connect_input(&self.serial, &machine)?;
+        }
+        Ok(Arc::new(machine))
     }
 }
 
-fn configuration(arguments: &RunArguments) -> Result<VmConfig, Failure> {
+impl House {
+    fn connect_input(&self, serial: &SerialConfig, machine: &Machine) -> Result<(), Failure> {
+        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        if input.is_none() {
+            *input = Some(InputLine::start(serial, &self.monitor)?);
+        }
+        input.iter().try_for_each(|input| input.connect(machine))
+    }
+}
+
+/// The guest that the arguments describe; none where there is no word of one.
+fn configuration(arguments: &RunArguments) -> Result<Option<VmConfig>, Failure> {
     if let Some(path) = &arguments.config {
         let named = |error: &dyn std::fmt::Display| format!("--config {}: {error}", path.display());
         let json = fs::read(path).map_err(|error| named(&error))?;
-        return Ok(VmConfig::from_json(&json).map_err(|error| named(&error))?);
+        let config = VmConfig::from_json(&json).map_err(|error| named(&error))?;
+        return Ok(Some(config));
+    }
+    if arguments.kernel.is_none() {
+        return Ok(None);
     }
     let mut memory = MemoryConfig::default();
     if let Some(wanted) = arguments.memory {
@@ -87,7 +145,7 @@ fn configuration(arguments: &RunArguments) -> Result<VmConfig, Failure> {
             hugepages: wanted.hugepages,
         };
     }
-    Ok(VmConfig {
+    Ok(Some(VmConfig {
         cpus: CpusConfig::of(arguments.cpus.unwrap_or(1)),
         memory,
         payload: PayloadConfig {
@@ -96,5 +154,5 @@ fn configuration(arguments: &RunArguments) -> Result<VmConfig, Failure> {
             initramfs: arguments.initramfs.clone(),
         },
         serial: arguments.serial.clone().unwrap_or_default(),
-    })
+    }))
 }

@@ -1,8 +1,10 @@
 //! What `ferry run` and `ferry receive` share: a monitor with its API, its devices' events and the signals
 //! that end it, until its guest is over.
 
+use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -14,9 +16,12 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::Failure;
+use super::arguments::Place;
 use super::console::{self, Input, RawTerminal};
+use super::inherited;
 use crate::api::ApiServer;
 use crate::config::{SerialConfig, SerialMode};
+use crate::events::{EventSource, Events};
 use crate::machine::Machine;
 use crate::monitor::{AfterReset, Monitor};
 use crate::vcpu::{GuestEnd, install_kick_signal};
@@ -26,29 +31,103 @@ pub(super) struct Service {
     pub(super) monitor: Arc<Monitor>,
     ends: Receiver<GuestEnd>,
     ender: Sender<GuestEnd>,
+    /// Where calls will come from.
+    listener: Option<ApiListener>,
     // Removes its socket's file when it is dropped.
-    _api: Option<ApiServer>,
+    api: Option<ApiServer>,
     terminal: Terminal,
 }
 
+/// The outside of a monitor, opened: descriptors that were inherited are taken before this program opens others.
+pub(super) struct Outside {
+    events: Events,
+    api: Option<ApiListener>,
+}
+
+/// Where API calls come from.
+enum ApiListener {
+    Path(PathBuf),
+    Listener(UnixListener),
+}
+
+impl Outside {
+    /// Opens what the arguments name.
+    ///
+    /// # Errors
+    /// What cannot be opened, by its option.
+    pub(super) fn open(
+        api_socket: Option<&Place>,
+        event_monitor: Option<&Place>,
+    ) -> Result<Self, Failure> {
+        let api = match api_socket {
+            None => None,
+            Some(Place::Path(path)) => Some(ApiListener::Path(path.clone())),
+            Some(Place::Fd(number)) => Some(ApiListener::Listener(
+                listener(*number).map_err(|error| format!("--api-socket fd={number}: {error}"))?,
+            )),
+        };
+        let events = match event_monitor {
+            None => Ok(Events::nowhere()),
+            Some(Place::Path(path)) => Events::append_to(path),
+            Some(Place::Fd(number)) => {
+                inherited::take(*number).and_then(|descriptor| Events::to(File::from(descriptor)))
+            }
+        };
+        let events = events.map_err(|error| {
+            let place = event_monitor.map(ToString::to_string).unwrap_or_default();
+            match error.raw_os_error() {
+                Some(libc::ENXIO) => {
+                    format!(
+                        "--event-monitor {place}: nobody reads this pipe; start its reader first"
+                    )
+                }
+                _ => format!("--event-monitor {place}: {error}"),
+            }
+        })?;
+        Ok(Self { events, api })
+    }
+}
+
+/// The socket that descriptor `number` is, if it is one that API calls can come from.
+fn listener(number: i32) -> io::Result<UnixListener> {
+    use rustix::net::{AddressFamily, sockopt};
+    let socket = inherited::take(number)?;
+    let listens = sockopt::socket_domain(&socket)? == AddressFamily::UNIX
+        && sockopt::socket_acceptconn(&socket)?;
+    match listens {
+        true => Ok(socket.into()),
+        false => Err(io::Error::other("it is no Unix socket that listens")),
+    }
+}
+
 impl Service {
-    /// A monitor without a guest yet, that answers on `api_socket`.
-    pub(super) fn start(api_socket: Option<&Path>) -> Result<Self, Failure> {
+    /// A monitor without a guest yet, that does not answer yet.
+    pub(super) fn start(outside: Outside) -> Result<Self, Failure> {
         install_kick_signal()?;
         let (ender, ends) = channel();
-        let monitor = Monitor::new(ender.clone());
+        let events = outside.events;
+        events.tell(EventSource::Vmm, "starting", serde_json::Value::Null);
+        let monitor = Monitor::new(ender.clone(), events);
         end_on_signals(Arc::clone(&monitor))?;
-        let api = match api_socket {
-            Some(path) => Some(ApiServer::start(path, Arc::clone(&monitor))?),
-            None => None,
-        };
         Ok(Self {
             monitor,
             ends,
             ender,
-            _api: api,
+            listener: outside.api,
+            api: None,
             terminal: Terminal::default(),
         })
+    }
+
+    /// From now on the monitor answers calls, if they can come from anywhere.
+    pub(super) fn answer(&mut self) -> Result<(), Failure> {
+        let monitor = Arc::clone(&self.monitor);
+        self.api = match self.listener.take() {
+            None => None,
+            Some(ApiListener::Path(path)) => Some(ApiServer::start(&path, monitor)?),
+            Some(ApiListener::Listener(listener)) => Some(ApiServer::start_on(listener, monitor)?),
+        };
+        Ok(())
     }
 
     /// What a machine's vCPUs tell when they come to the guest's end.
@@ -75,8 +154,10 @@ impl Service {
     pub(super) fn until_end(self) -> Result<u8, Failure> {
         let end = self.last_end()?;
         self.terminal.give_back();
+        self.monitor.tell_end(&end);
         self.monitor.release();
         console::flush();
+        self.monitor.events().flush();
         match &end {
             GuestEnd::Failed(why) => Err(format!("the guest failed: {why}").into()),
             end => Ok(end.status()),
@@ -87,7 +168,10 @@ impl Service {
         loop {
             let end = self.ends.recv()?;
             if end != GuestEnd::Reset {
-                return Ok(end);
+                match self.monitor.is_over(&end) {
+                    true => return Ok(end),
+                    false => continue,
+                }
             }
             match self.monitor.after_reset() {
                 Ok(AfterReset::GoesOn) => {}
@@ -105,8 +189,9 @@ pub(super) struct Terminal(Arc<Mutex<Option<RawTerminal>>>);
 impl Terminal {
     /// Puts the terminal, if there is one, at the disposal of a guest whose serial port leads there.
     pub(super) fn take(&self, serial: &SerialConfig) -> io::Result<()> {
-        if serial.mode == SerialMode::Tty {
-            *self.lock() = RawTerminal::enter()?;
+        let mut taken = self.lock();
+        if serial.mode == SerialMode::Tty && taken.is_none() {
+            *taken = RawTerminal::enter()?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! What a migration is doing, for whoever asks while it runs.
 
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -105,6 +106,19 @@ pub struct Snapshot {
 #[derive(Debug, Default)]
 pub struct Progress {
     state: Mutex<State>,
+    observer: Observer,
+}
+
+/// Told of each change of the phase: the phase before, and what is known now. It must not ask the progress.
+pub type OnPhase = Box<dyn Fn(Phase, &Snapshot) + Send + Sync>;
+
+#[derive(Default)]
+struct Observer(Option<OnPhase>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Observer").finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -121,6 +135,15 @@ impl Progress {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// As [`Self::new`]; `on_phase` is told of each change of the phase.
+    #[must_use]
+    pub fn observed(on_phase: OnPhase) -> Self {
+        Self {
+            observer: Observer(Some(on_phase)),
+            ..Self::default()
+        }
     }
 
     /// What is known now.
@@ -171,12 +194,14 @@ impl Progress {
             began: Some(Instant::now()),
             ..State::default()
         };
+        self.tell(now, &state);
         Ok(())
     }
 
     /// A destination waits at `url`; what the attempt before came to stays to be read until the next one.
     pub fn listen(&self, url: String) {
         let mut state = self.lock();
+        let before = state.snapshot.phase;
         *state = State {
             snapshot: Snapshot {
                 phase: Phase::Listening,
@@ -186,6 +211,7 @@ impl Progress {
             },
             ..State::default()
         };
+        self.tell(before, &state);
     }
 
     /// Ends a migration in `phase`, with what there is to say.
@@ -195,11 +221,12 @@ impl Progress {
             state.snapshot.total_ms = began.elapsed().as_secs_f64() * 1e3;
         }
         state.connection = None;
-        state.snapshot.phase = phase;
+        let before = std::mem::replace(&mut state.snapshot.phase, phase);
         // A warning from the rounds, or the failure before, is over once it has succeeded.
         if message.is_some() || phase == Phase::Completed {
             state.snapshot.message = message;
         }
+        self.tell(before, &state);
     }
 
     /// Resolves an unconfirmed hand-over into `phase`; only one caller can.
@@ -212,6 +239,7 @@ impl Progress {
             Phase::HandedOverUnconfirmed => {
                 state.snapshot.phase = phase;
                 state.snapshot.message = Some(message.into());
+                self.tell(Phase::HandedOverUnconfirmed, &state);
                 Ok(())
             }
             other => Err(other),
@@ -237,14 +265,26 @@ impl Progress {
     pub(super) fn commit(&self) -> bool {
         let mut state = self.lock();
         if !state.cancelled {
-            state.snapshot.phase = Phase::Committed;
+            let before = std::mem::replace(&mut state.snapshot.phase, Phase::Committed);
+            self.tell(before, &state);
         }
         !state.cancelled
     }
 
     /// Changes what is known.
     pub(super) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
-        change(&mut self.lock().snapshot);
+        let mut state = self.lock();
+        let before = state.snapshot.phase;
+        change(&mut state.snapshot);
+        self.tell(before, &state);
+    }
+
+    fn tell(&self, before: Phase, state: &State) {
+        if let Some(on_phase) = &self.observer.0
+            && before != state.snapshot.phase
+        {
+            on_phase(before, &state.snapshot);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -1,0 +1,281 @@
+//! Events of a monitor and its guest as JSON lines, in the shape and with the names of Cloud Hypervisor's event monitor:
+//!
+//! ```text
+//! {"event":"booted","properties":null,"source":"vm","timestamp":{"nanos":1843211,"secs":0}}
+//! ```
+//!
+//! `timestamp` is the time since the monitor started. Whoever tells of an event never waits: lines go through a bounded
+//! queue to a thread that writes them. A reader that stalls loses events, which are counted and told of; one that goes
+//! away is no failure, and may come back.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// Lines that wait for the writer.
+const QUEUE_LINES: usize = 1024;
+/// How long an ending monitor waits until its last events are written.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EventSource {
+    /// The guest.
+    Vm,
+    /// The monitor.
+    Vmm,
+}
+
+/// Where a monitor's events go. Clones go to the same place.
+#[derive(Clone, Default)]
+pub struct Events(Option<Arc<Queue>>);
+
+struct Queue {
+    began: Instant,
+    lines: SyncSender<String>,
+    fate: Arc<Fate>,
+}
+
+/// What becomes of lines.
+#[derive(Default)]
+struct Fate {
+    waiting: AtomicUsize,
+    lost: AtomicU64,
+}
+
+impl Events {
+    /// Events go nowhere.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        Self(None)
+    }
+
+    /// Events go to `file`, written by a thread of their own.
+    ///
+    /// # Errors
+    /// A thread that cannot be had.
+    pub fn to(file: File) -> io::Result<Self> {
+        let (lines, queue) = sync_channel(QUEUE_LINES);
+        let began = Instant::now();
+        let fate = Arc::new(Fate::default());
+        let written = Arc::clone(&fate);
+        thread::Builder::new()
+            .name("_event-monitor".into())
+            .spawn(move || write_out(file, &queue, began, &written))?;
+        Ok(Self(Some(Arc::new(Queue { began, lines, fate }))))
+    }
+
+    /// Events are appended to what is at `path`: a file, made if it is not there, or a named pipe that somebody reads.
+    ///
+    /// # Errors
+    /// The system's; a pipe that nobody reads is `ENXIO` (fifo(7)).
+    pub fn append_to(path: &Path) -> io::Result<Self> {
+        // Opened without waiting for a reader; the thread that writes may wait for one.
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        let flags = rustix::fs::fcntl_getfl(&file)?;
+        rustix::fs::fcntl_setfl(&file, flags - rustix::fs::OFlags::NONBLOCK)?;
+        Self::to(file)
+    }
+
+    /// Tells of `event`, with `properties` where there is more to say of it.
+    pub fn tell(&self, source: EventSource, event: &str, properties: Value) {
+        let Some(queue) = &self.0 else {
+            return;
+        };
+        let line = line(queue.began, source, event, properties);
+        queue.fate.waiting.fetch_add(1, Ordering::SeqCst);
+        if queue.lines.try_send(line).is_err() {
+            queue.fate.lost();
+        }
+    }
+
+    /// Tells of `event` of the guest.
+    pub fn vm(&self, event: &str) {
+        self.tell(EventSource::Vm, event, Value::Null);
+    }
+
+    /// Tells of `event` of the guest, and why.
+    pub fn vm_because(&self, event: &str, reason: &str) {
+        self.tell(EventSource::Vm, event, json!({ "reason": reason }));
+    }
+
+    /// Events that were lost, because their reader had stalled or gone.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.0
+            .as_ref()
+            .map_or(0, |queue| queue.fate.lost.load(Ordering::Relaxed))
+    }
+
+    /// Waits until all events are written, unless their reader has stalled.
+    pub fn flush(&self) {
+        let Some(queue) = &self.0 else {
+            return;
+        };
+        let began = Instant::now();
+        while queue.fate.waiting.load(Ordering::SeqCst) > 0 && began.elapsed() < FLUSH_LIMIT {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Fate {
+    fn lost(&self) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// An event that comes now, as a line without its end.
+fn line(began: Instant, source: EventSource, event: &str, properties: Value) -> String {
+    let age = began.elapsed();
+    json!({
+        "timestamp": { "secs": age.as_secs(), "nanos": age.subsec_nanos() },
+        "source": source,
+        "event": event,
+        "properties": properties,
+    })
+    .to_string()
+}
+
+/// Each line in one write: lines of several writers to one file do not mix.
+fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, fate: &Fate) {
+    let mut told = 0;
+    while let Ok(next) = queue.recv() {
+        let mut text = next;
+        let lost = fate.lost.load(Ordering::Relaxed);
+        if lost > told {
+            let count = json!({ "count": lost - told });
+            text = format!(
+                "{}\n{text}",
+                line(began, EventSource::Vmm, "events-lost", count)
+            );
+        }
+        text.push('\n');
+        match file.write_all(text.as_bytes()) {
+            Ok(()) => {
+                told = lost;
+                fate.waiting.fetch_sub(1, Ordering::SeqCst);
+            }
+            Err(_) => fate.lost(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    fn pipe() -> (File, File) {
+        let (reader, writer) = io::pipe().unwrap();
+        (
+            File::from(OwnedFd::from(reader)),
+            File::from(OwnedFd::from(writer)),
+        )
+    }
+
+    #[test]
+    fn an_event_is_one_line_in_the_known_shape() {
+        let (reader, writer) = pipe();
+        let events = Events::to(writer).unwrap();
+        events.vm("booting");
+        events.vm_because("failed", "a \"reason\"\nof two lines");
+        events.flush();
+        drop(events);
+        let lines: Vec<Value> = BufReader::new(reader)
+            .lines()
+            .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(lines[0]["source"], "vm");
+        assert_eq!(lines[0]["event"], "booting");
+        assert_eq!(lines[0]["properties"], Value::Null);
+        assert!(lines[0]["timestamp"]["secs"].is_u64() && lines[0]["timestamp"]["nanos"].is_u64());
+        assert_eq!(
+            lines[1]["properties"]["reason"],
+            "a \"reason\"\nof two lines"
+        );
+    }
+
+    #[test]
+    fn a_reader_that_stalls_holds_nobody_up_and_is_told_what_it_lost() {
+        let (reader, writer) = pipe();
+        let events = Events::to(writer).unwrap();
+        // More than the pipe and the queue hold together.
+        let text = "x".repeat(4096);
+        let count = 2 * QUEUE_LINES;
+        (0..count).for_each(|_| events.vm_because("failed", &text));
+        let lost = events.lost();
+        assert!(lost > 0);
+        drop(events);
+        let lines: Vec<Value> = BufReader::new(reader)
+            .lines()
+            .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+            .collect();
+        let told: u64 = lines
+            .iter()
+            .filter(|line| line["event"] == "events-lost")
+            .filter_map(|line| line["properties"]["count"].as_u64())
+            .sum();
+        assert_eq!(told, lost);
+        let came = lines
+            .iter()
+            .filter(|line| line["event"] == "failed")
+            .count();
+        assert_eq!(came as u64 + lost, count as u64);
+    }
+
+    #[test]
+    fn a_reader_that_goes_away_is_no_failure_and_may_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let nobody = Events::append_to(&path).err().unwrap();
+        assert_eq!(nobody.raw_os_error(), Some(libc::ENXIO));
+        let open = || {
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&path)
+                .unwrap()
+        };
+        let first = open();
+        let events = Events::append_to(&path).unwrap();
+        drop(first);
+        events.vm("paused");
+        events.flush();
+        assert_eq!(events.lost(), 1);
+        let second = open();
+        rustix::fs::fcntl_setfl(&second, rustix::fs::OFlags::empty()).unwrap();
+        events.vm("resumed");
+        events.flush();
+        drop(events);
+        let text = io::read_to_string(second).unwrap();
+        assert!(text.contains(r#""event":"events-lost""#), "{text}");
+        assert!(text.contains(r#""event":"resumed""#), "{text}");
+    }
+}
