@@ -194,8 +194,8 @@ impl View {
             .map(|name| (name, rate(name).unwrap_or_default()));
         let note = match (measured, active) {
             (Some(_), _) => "",
-            (None, true) => " (the migration's log)",
-            (None, false) => " (no log of vCPUs)",
+            (None, true) => " (migration log)",
+            (None, false) => " (vCPUs not logged)",
         };
         Dirty {
             sources: sources.collect(),
