@@ -244,7 +244,7 @@ fn a_configuration_is_refused_with_the_fields_path_and_nothing_is_created() {
             "cpus.max_vcpus",
         ),
         (r#","serial":{"mode":"Pty"}"#, "serial.mode"),
-        (",", "."),
+        (",", ".: trailing comma"),
     ] {
         let answer = call(&ferry, "PUT", "vm.create", &format!("{{{payload}{rest}}}"));
         assert_eq!(answer.status, 400, "{rest}: {answer:?}");
@@ -359,19 +359,18 @@ fn a_measurement_gives_way_to_a_migration_and_to_the_guests_end() {
         let socket = ferry.api_socket();
         let began = Instant::now();
         let measuring = thread::spawn(move || {
-            loop {
-                let body = r#"{"interval_ms":60000}"#;
-                let answer = api::request(&socket, "PUT", "/api/v1/vm.dirty-rate", body).unwrap();
-                // One of those below may have its turn just then.
-                if !answer.body.contains("another measurement") {
-                    return answer;
-                }
+            let body = r#"{"interval_ms":60000}"#;
+            let ask = || api::request(&socket, "PUT", "/api/v1/vm.dirty-rate", body).unwrap();
+            // One of those that look whether it has begun may be at work itself.
+            let mut answer = ask();
+            while answer.body.contains("another measurement") {
+                answer = ask();
             }
+            answer
         });
         // It has begun once another one is refused.
         while call(ferry, "PUT", "vm.dirty-rate", r#"{"interval_ms":10}"#).status != 409 {
             assert!(began.elapsed() < LIMIT);
-            thread::sleep(Duration::from_millis(20));
         }
         measuring
     };
@@ -731,4 +730,44 @@ fn ctl_drives_a_guest_through_its_life() {
     );
     ferry.ctl(&["shutdown-vmm"]).unwrap();
     assert_ends(&mut ferry);
+}
+
+#[test]
+fn top_prints_one_look_and_refuses_to_draw_without_a_terminal() {
+    let mut ferry = dirtier::start(2);
+    let socket = ferry.api_socket().display().to_string();
+    let top = |options: &[&str]| {
+        let arguments = [&["top", "--api-socket", &socket][..], options].concat();
+        ferry::invoke(&arguments, LIMIT).unwrap()
+    };
+    let seen = top(&["--once", "--interval-ms", "200"]);
+    assert!(seen.status.success(), "{seen:?}");
+    assert!(
+        seen.stdout.contains("Running, 2 vCPUs, 128 MiB"),
+        "{seen:?}"
+    );
+    let vcpu = seen
+        .stdout
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("vcpu "));
+    let rate: u64 = vcpu
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(rate > 0, "{seen:?}");
+    assert!(!seen.stdout.contains('\u{1b}'), "{seen:?}");
+    let refused = top(&[]);
+    assert!(
+        !refused.status.success() && refused.stderr.contains("--once"),
+        "{refused:?}"
+    );
+    audit(&mut ferry);
+    let gone = top(&["--once"]);
+    assert!(
+        !gone.status.success() && gone.stderr.contains(&socket),
+        "{gone:?}"
+    );
 }

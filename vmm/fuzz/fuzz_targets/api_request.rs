@@ -15,7 +15,12 @@ use vmm::monitor::{Monitor, MonitorError};
 static MONITOR: LazyLock<Arc<Monitor>> =
     LazyLock::new(|| Monitor::new(channel().0, Events::nowhere()));
 
-const CALLS: [&str; 4] = ["vm.create", "vm.dirty-rate", "vm.send-migration", "vm.migration-resolve"];
+const CALLS: [&str; 4] = [
+    "vm.create",
+    "vm.dirty-rate",
+    "vm.send-migration",
+    "vm.migration-resolve",
+];
 const STATUSES: [u16; 10] = [200, 204, 400, 404, 405, 408, 409, 413, 500, 501];
 
 fuzz_target!(|bytes: &[u8]| {
@@ -24,7 +29,10 @@ fuzz_target!(|bytes: &[u8]| {
     };
     match CALLS.get(usize::from(choice % 8)) {
         Some(call) => {
-            let head = format!("PUT /api/v1/{call} HTTP/1.1\r\nContent-Length: {}\r\n\r\n", rest.len());
+            let head = format!(
+                "PUT /api/v1/{call} HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+                rest.len()
+            );
             let answers = look_through(&answer_bytes(&MONITOR, &[head.as_bytes(), rest].concat()));
             assert!(matches!(answers[..], [400 | 404 | 409]), "{answers:?}");
         }
@@ -44,7 +52,10 @@ fn look_through(mut answers: &[u8]) -> Vec<u16> {
         let head = response.parse(answers).unwrap().unwrap();
         let status = response.code.unwrap();
         assert!(STATUSES.contains(&status), "{status}");
-        let length = response.headers.iter().find(|header| header.name == "Content-Length");
+        let length = response
+            .headers
+            .iter()
+            .find(|header| header.name == "Content-Length");
         let length = length.map_or(0, |header| {
             std::str::from_utf8(header.value).unwrap().parse().unwrap()
         });

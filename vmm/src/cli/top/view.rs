@@ -80,7 +80,7 @@ impl View {
         draw_box(frame, devices, " Devices ", &self.device_lines());
         self.draw_migration(frame, migration);
         let foot_line = match &self.lost {
-            Some(why) => Line::from(why.as_str()).red(),
+            Some(why) => Line::from(format!("q quits; {why}")).red(),
             None => Line::from("q or Ctrl-C quits; the guest runs on").dim(),
         };
         frame.render_widget(foot_line, foot);
@@ -95,9 +95,11 @@ impl View {
         let [table, history] = rows.areas(inner);
         let lines: Vec<Line<'_>> = dirty.lines().into_iter().map(Line::from).collect();
         frame.render_widget(Paragraph::new(lines), table);
-        let sparkline = Sparkline::default()
-            .data(self.history.iter().rev().copied().collect::<Vec<_>>())
-            .style(Style::new().green());
+        // The latest on the right, as far back as there is room.
+        let room = usize::from(history.width);
+        let mut data: Vec<u64> = self.history.iter().take(room).copied().collect();
+        data.reverse();
+        let sparkline = Sparkline::default().data(data).style(Style::new().green());
         frame.render_widget(sparkline, history);
     }
 
@@ -149,7 +151,11 @@ impl View {
                 float(info.memory_actual_size) / MIB
             ),
         };
-        format!(" ferry top  {}  {guest}", self.socket.display())
+        let seen = match self.lost {
+            Some(_) => "last seen: ",
+            None => "",
+        };
+        format!(" ferry top  {}  {seen}{guest}", self.socket.display())
     }
 
     fn progress(&self) -> Option<&Snapshot> {
@@ -188,8 +194,8 @@ impl View {
             .map(|name| (name, rate(name).unwrap_or_default()));
         let note = match (measured, active) {
             (Some(_), _) => "",
-            (None, true) => " (the migration's log)",
-            (None, false) => " (no log of vCPUs)",
+            (None, true) => " (migration log)",
+            (None, false) => " (vCPUs not logged)",
         };
         Dirty {
             sources: sources.collect(),
@@ -436,6 +442,29 @@ mod tests {
             }
         }
         assert!(screen(&view, 80, 24).contains("round 3"));
+    }
+
+    #[test]
+    fn the_latest_looks_are_drawn_when_there_are_more_than_fit() {
+        let began = Instant::now();
+        let mut view = View::new("/run/guest.sock".into());
+        // Nothing is dirtied for long, and then something.
+        for second in 0..100 {
+            let count = if second < 98 { 0 } else { second * 1000 };
+            view.see(look(began + Duration::from_secs(second), 1, count));
+        }
+        assert!(screen(&view, 80, 24).contains('█'));
+    }
+
+    #[test]
+    fn what_was_lost_is_said_to_be_old() {
+        let mut view = seen(1);
+        view.lose("no monitor answers");
+        let shown = screen(&view, 80, 24);
+        assert!(shown.contains("last seen: Running"), "{shown}");
+        assert!(shown.contains("q quits; no monitor answers"), "{shown}");
+        view.see(look(Instant::now(), 1, 0));
+        assert!(!screen(&view, 80, 24).contains("last seen"));
     }
 
     #[test]
