@@ -231,8 +231,7 @@ impl Monitor {
     /// No guest, a migration.
     pub fn resume(&self) -> Result<(), MonitorError> {
         let guest = self.guest();
-        self.unless_migrating("resume", &guest)?.resume();
-        Ok(())
+        Ok(self.unless_migrating("resume", &guest)?.resume()?)
     }
 
     /// Presses the guest's power button; what it does about it is its own decision.
@@ -326,10 +325,12 @@ impl Monitor {
         match resolution {
             Resolution::Resume => {
                 let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
+                // A guest that runs there has them: then it stays unconfirmed.
+                guest.machine.take_disks()?;
                 guest.machine.with_log(|log, slots, _| log.stop(slots))?;
                 self.resolved(Phase::Failed, "resolved: the guest runs here")?;
                 if guest.ran {
-                    guest.machine.resume();
+                    guest.machine.resume()?;
                 }
             }
             Resolution::Discard => {

@@ -4,6 +4,7 @@ mod arguments;
 mod console;
 mod ctl;
 mod demo;
+mod devices;
 mod receive;
 mod report;
 mod run;

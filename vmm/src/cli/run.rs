@@ -8,7 +8,9 @@ use super::arguments::RunArguments;
 use super::console;
 use super::service::{InputLine, Service, end_with_parent};
 use crate::boot::Payload;
-use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
+use crate::config::{
+    CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
+};
 use crate::kvm::host::Host;
 use crate::machine::{EmptyMachine, Machine, Shape, Wiring};
 use crate::monitor::Relaunch;
@@ -20,6 +22,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         payload: config.boot_payload()?,
         shape: config.shape(arguments.dirty_log)?,
         serial: config.serial.clone(),
+        devices: config.devices(),
         host: Arc::new(Host::open()?),
     };
     if let Some(parent) = arguments.end_with_parent {
@@ -34,7 +37,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     service
         .monitor
         .adopt(Arc::clone(&machine), config, relaunch);
-    machine.resume();
+    machine.resume()?;
     drop(machine);
     service.until_end()
 }
@@ -45,6 +48,7 @@ struct Launch {
     shape: Shape,
     payload: Payload,
     serial: SerialConfig,
+    devices: DevicesConfig,
 }
 
 impl Launch {
@@ -57,8 +61,9 @@ impl Launch {
             serial_output: console::output(&self.serial)?,
             on_end,
         };
-        let machine = EmptyMachine::new(&self.host, &self.shape)?.boot(&self.payload, wiring)?;
-        Ok(Arc::new(machine))
+        let mut empty = EmptyMachine::new(&self.host, &self.shape)?;
+        empty.open_devices(&self.devices)?;
+        Ok(Arc::new(empty.boot(&self.payload, wiring)?))
     }
 
     /// What makes the machine anew, with the console of the one before.
@@ -87,6 +92,7 @@ fn configuration(arguments: &RunArguments) -> Result<VmConfig, Failure> {
             hugepages: wanted.hugepages,
         };
     }
+    let devices = arguments.devices.config();
     Ok(VmConfig {
         cpus: CpusConfig::of(arguments.cpus.unwrap_or(1)),
         memory,
@@ -96,5 +102,11 @@ fn configuration(arguments: &RunArguments) -> Result<VmConfig, Failure> {
             initramfs: arguments.initramfs.clone(),
         },
         serial: arguments.serial.clone().unwrap_or_default(),
+        disks: devices.disks,
+        net: devices.net,
+        rng: devices.rng,
+        vsock: devices.vsock,
+        balloon: devices.balloon,
+        console: devices.console,
     })
 }

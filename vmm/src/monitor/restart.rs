@@ -57,12 +57,15 @@ impl Monitor {
         let old = guest.take().ok_or(MonitorError::NoGuest)?;
         let config = old.config;
         drop(old.machine);
-        let machine = relaunch().map_err(|error| {
+        let started = relaunch().and_then(|machine| {
+            machine.resume()?;
+            Ok(machine)
+        });
+        let machine = started.map_err(|error| {
             let failed = MonitorError::Restart(error);
             self.end(GuestEnd::Failed(failed.to_string()));
             failed
         })?;
-        machine.resume();
         *guest = Some(Guest {
             machine,
             config,
