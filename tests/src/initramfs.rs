@@ -135,7 +135,8 @@ impl Initramfs {
     }
 }
 
-fn static_busybox() -> Result<PathBuf, InitramfsError> {
+/// Debian's busybox that needs no library.
+pub(crate) fn static_busybox() -> Result<PathBuf, InitramfsError> {
     let mut candidates = BUSYBOX
         .iter()
         .map(PathBuf::from)

@@ -9,8 +9,9 @@ use std::{fs, io};
 use crate::paths::{self, Missing};
 use crate::process::{self, ProcessError};
 
-/// The modules that make a KVM host, in the order of loading.
-const MODULES: [(&str, &str); 3] = [
+/// The modules that make a KVM host with taps, in the order of loading.
+const MODULES: [(&str, &str); 4] = [
+    ("tun", "kernel/drivers/net/tun.ko"),
     ("irqbypass", "kernel/virt/lib/irqbypass.ko"),
     ("kvm", "kernel/arch/x86/kvm/kvm.ko"),
     ("kvm-amd", "kernel/arch/x86/kvm/kvm-amd.ko"),
@@ -20,6 +21,28 @@ const MODULES: [(&str, &str); 3] = [
 const BUTTON_MODULES: [(&str, &str); 2] = [
     ("button", "kernel/drivers/acpi/button.ko"),
     ("evdev", "kernel/drivers/input/evdev.ko"),
+];
+
+/// The modules of a guest's virtio devices, in the order of loading. Some kernels have the first two built in.
+const DEVICE_MODULES: [(&str, &str); 12] = [
+    ("virtio_ring", "kernel/drivers/virtio/virtio_ring.ko"),
+    ("virtio", "kernel/drivers/virtio/virtio.ko"),
+    ("virtio_mmio", "kernel/drivers/virtio/virtio_mmio.ko"),
+    ("virtio_blk", "kernel/drivers/block/virtio_blk.ko"),
+    ("failover", "kernel/net/core/failover.ko"),
+    ("net_failover", "kernel/drivers/net/net_failover.ko"),
+    ("virtio_net", "kernel/drivers/net/virtio_net.ko"),
+    ("virtio-rng", "kernel/drivers/char/hw_random/virtio-rng.ko"),
+    ("vsock", "kernel/net/vmw_vsock/vsock.ko"),
+    (
+        "vmw_vsock_virtio_transport_common",
+        "kernel/net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
+    ),
+    (
+        "vmw_vsock_virtio_transport",
+        "kernel/net/vmw_vsock/vmw_vsock_virtio_transport.ko",
+    ),
+    ("virtio_balloon", "kernel/drivers/virtio/virtio_balloon.ko"),
 ];
 
 /// A module's name and content.
@@ -130,6 +153,19 @@ impl DebianKernel {
         })
     }
 
+    /// The modules of a guest's virtio devices, in the order of loading, less those that are built in.
+    ///
+    /// # Errors
+    /// [`ModuleError`] with the module's path.
+    pub fn device_modules(&self) -> Result<Vec<Module>, ModuleError> {
+        let path = self.modules.join("modules.builtin");
+        let built_in =
+            fs::read_to_string(&path).map_err(|source| ModuleError::Read { path, source })?;
+        let is_loaded = |path: &str| !built_in.lines().any(|line| line == path);
+        let wanted = DEVICE_MODULES.iter().filter(|(_, path)| is_loaded(path));
+        self.modules(&wanted.copied().collect::<Vec<_>>())
+    }
+
     /// The modules of a KVM host as name and content, in the order of loading.
     ///
     /// # Errors
@@ -219,7 +255,7 @@ mod tests {
         let kernel = DebianKernel::in_folder(root.path()).unwrap();
         assert_eq!(kernel.release, "6.1.0-9-x");
         let error = kernel.kvm_modules().unwrap_err();
-        assert!(error.to_string().contains("irqbypass.ko"), "{error}");
+        assert!(error.to_string().contains("tun.ko"), "{error}");
     }
 
     #[test]

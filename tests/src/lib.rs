@@ -4,7 +4,7 @@
 //!
 //! - [`lab`]: a Debian kernel with a real KVM and nested paging, in emulation
 //!   ([`kernels`], [`initramfs`], [`cpio`] and [`vmlinux`] make its parts);
-//! - [`linux_guest`]: a stock kernel and a shell, to be run by `ferry run` in the lab;
+//! - [`linux_guest`]: a stock kernel and a shell, to be run by `ferry run` in the lab, asked by [`linux_shell`];
 //! - [`ferry`]: drives processes of the program `ferry`, [`dirtier`] the guest in them;
 //! - [`qemu`]: the peer that migrations are compared with, over [`qmp`];
 //! - [`proxy`]: stands between the two sides of a migration and breaks it on purpose,
@@ -28,6 +28,7 @@ pub mod initramfs;
 pub mod kernels;
 pub mod lab;
 pub mod linux_guest;
+pub mod linux_shell;
 pub mod machine;
 pub mod oracle;
 pub mod paths;

@@ -1,16 +1,22 @@
 //! The stock Linux guest: Debian's cloud kernels as they are, and a busybox shell on the serial port.
 
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::{fs, iter};
+use std::process::Command;
+use std::time::Duration;
 
-use crate::initramfs::{Initramfs, InitramfsError};
+use crate::initramfs::{self, Initramfs, InitramfsError};
 use crate::kernels::{DebianKernel, ModuleError, Series};
-use crate::paths::Missing;
+use crate::paths::{self, Missing};
+use crate::process::{self, ProcessError};
 use crate::vmlinux::{self, VmlinuxError};
 
 /// The command line that it is started with.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// The command line with which it loads the drivers of its devices and lives on its first disk.
+pub const DISK_CMDLINE: &str = "console=ttyS0 panic=-1 root=/dev/vda";
 
 /// What its `/init` prints before the shell's first prompt.
 pub const READY: &str = "linux-guest: ready";
@@ -23,9 +29,30 @@ const INIT: &str = "#!/bin/busybox sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
+if grep -q root=/dev/vda /proc/cmdline; then
+    cd /modules/$(uname -r)
+    for module in $(cat devices); do insmod $module.ko || echo \"linux-guest: no $module\"; done
+    mkdir -p /root
+    until [ -b /dev/vda ]; do sleep 0.1; done
+    mount /dev/vda /root && mount -o move /dev /root/dev && exec switch_root /root /sbin/init
+    echo \"linux-guest: no root\"
+fi
 echo \"linux-guest: ready $(uname -r)\"
 exec setsid cttyhack sh
 ";
+
+/// `/sbin/init` of the disk, which has what the initramfs has, and a program for vsock.
+const DISK_INIT: &str = "#!/bin/busybox sh
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t tmpfs tmpfs /tmp
+ip link set lo up
+echo \"linux-guest: ready $(uname -r) on a disk\"
+exec setsid cttyhack sh
+";
+
+/// Bytes of the disk.
+const DISK_BYTES: u64 = 32 << 20;
 
 /// Why the guest could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +74,9 @@ pub enum LinuxGuestError {
         /// Why not.
         source: VmlinuxError,
     },
+    /// A program that makes the disk did not run.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
     /// A file cannot be written.
     #[error("{}: cannot be written", .path.display())]
     Write {
@@ -67,6 +97,7 @@ pub const LOAD_BUTTON: &str =
 /// [`LinuxGuestError`] naming what is missing.
 pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
     let mut initramfs = Initramfs::with_init(INIT)?;
+    let mut balloons = Vec::new();
     for series in Series::ALL {
         let kernel = DebianKernel::find(series)?;
         let place = folder.join(series.name());
@@ -79,13 +110,74 @@ pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
         fs::copy(&kernel.image, &image).map_err(failed(&image))?;
         vmlinux::extract(&image, &place.join("vmlinux"))
             .map_err(|source| LinuxGuestError::Vmlinux { series, source })?;
-        for (name, content) in kernel.button_modules()? {
+        let devices = kernel.device_modules()?;
+        let names: Vec<&str> = devices.iter().map(|(name, _)| *name).collect();
+        let order = format!("/modules/{}/devices", kernel.release);
+        initramfs.text(&order, 0o644, &names.join(" "));
+        for (name, content) in kernel.button_modules()?.into_iter().chain(devices) {
             let path = format!("/modules/{}/{name}.ko", kernel.release);
             initramfs.bytes(&path, 0o644, &content);
+            if name == "virtio_balloon" {
+                balloons.push((path, content));
+            }
         }
     }
+    write_disk(&folder.join("root.img"), &balloons)?;
     let path = folder.join("guest.cpio");
     fs::write(&path, initramfs.finish()).map_err(|source| LinuxGuestError::Write { path, source })
+}
+
+/// Makes an ext4 file system with busybox, a program for vsock, and the modules that are loaded again there.
+fn write_disk(image: &Path, modules: &[(String, Vec<u8>)]) -> Result<(), LinuxGuestError> {
+    let failed = |source| LinuxGuestError::Write {
+        path: image.into(),
+        source,
+    };
+    let tree = tempfile::tempdir().map_err(failed)?;
+    let place = |name: &str| tree.path().join(name);
+    for name in [
+        "bin", "sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "tmp", "run",
+    ] {
+        fs::create_dir_all(place(name)).map_err(failed)?;
+    }
+    fs::copy(initramfs::static_busybox()?, place("bin/busybox")).map_err(failed)?;
+    fs::copy(paths::static_tool("vsock-echo")?, place("bin/vsock-echo")).map_err(failed)?;
+    fs::write(place("sbin/init"), DISK_INIT).map_err(failed)?;
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(place("sbin/init"), executable).map_err(failed)?;
+    install_busybox(tree.path()).map_err(failed)?;
+    for (path, content) in modules {
+        let path = place(path.trim_start_matches('/'));
+        fs::create_dir_all(path.parent().unwrap_or(tree.path())).map_err(failed)?;
+        fs::write(path, content).map_err(failed)?;
+    }
+    // What was there would be kept as far as it is not overwritten.
+    if image.exists() {
+        fs::remove_file(image).map_err(failed)?;
+    }
+    let file = fs::File::create(image).map_err(failed)?;
+    file.set_len(DISK_BYTES).map_err(failed)?;
+    let mut make = Command::new("/sbin/mkfs.ext4");
+    make.args(["-q", "-F", "-d"]).arg(tree.path()).arg(image);
+    let made = process::run(&mut make, Duration::from_secs(60))?;
+    if !made.status.success() {
+        return Err(failed(io::Error::other(made.stderr)));
+    }
+    Ok(())
+}
+
+/// Links for every applet, as `busybox --install -s` would make them in the guest.
+fn install_busybox(root: &Path) -> io::Result<()> {
+    let listed = Command::new(root.join("bin/busybox"))
+        .arg("--list-full")
+        .output()?;
+    for applet in String::from_utf8_lossy(&listed.stdout).lines() {
+        let link = root.join(applet);
+        if !link.exists() {
+            std::os::unix::fs::symlink("/bin/busybox", link)?;
+        }
+    }
+    Ok(())
 }
 
 /// The files of a folder that [`write()`] wrote, as paths relative to it.
@@ -95,7 +187,8 @@ pub fn files() -> Vec<String> {
             .into_iter()
             .map(move |kind| format!("{series}/{kind}"))
     });
-    kernels.chain(iter::once("guest.cpio".to_owned())).collect()
+    let rest = ["guest.cpio", "root.img"].map(str::to_owned);
+    kernels.chain(rest).collect()
 }
 
 #[cfg(test)]
@@ -111,7 +204,7 @@ mod tests {
     fn every_kernel_comes_in_both_forms() {
         assert_eq!(
             files().join(" "),
-            "6.1/vmlinuz 6.1/vmlinux 6.12/vmlinuz 6.12/vmlinux guest.cpio"
+            "6.1/vmlinuz 6.1/vmlinux 6.12/vmlinuz 6.12/vmlinux guest.cpio root.img"
         );
     }
 }

@@ -50,6 +50,21 @@ pub fn tool(name: &str) -> Result<PathBuf, Missing> {
     )
 }
 
+/// A program of this package that was built without need of libraries, for guests: in `FERRY_STATIC_TOOLS`, or in the
+/// cache's `static-tools`.
+///
+/// # Errors
+/// [`Missing`] when there is no such file.
+pub fn static_tool(name: &str) -> Result<PathBuf, Missing> {
+    let folder =
+        from_variable("FERRY_STATIC_TOOLS").unwrap_or_else(|| cache().join("static-tools"));
+    existing(
+        folder.join(name),
+        "a program for guests",
+        "`tests/run lab` builds it",
+    )
+}
+
 /// A guest program of the package `ferry-guest-images`: in `FERRY_GUESTS`, or in the cache's `guests`.
 ///
 /// # Errors

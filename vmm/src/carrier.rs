@@ -3,17 +3,23 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ept::{Gpa, GpaRange, Tracker};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use crate::boot;
+use crate::config::DevicesConfig;
 use crate::kvm::host::Host;
-use crate::machine::{EmptyMachine, Machine, MachineError, Shape, Wiring, unreadable_sections};
+use crate::machine::{EmptyMachine, Machine, MachineError, Shape, Wiring};
 use crate::memory::{self, Backing, GuestMemory, byte_len};
 use crate::migration::guest::{DestinationGuest, GuestError, Section, SourceGuest};
 use crate::migration::header::{Description, MemoryRange};
 use crate::vcpu::Throttle;
+
+/// How long a guest that stays waits for its disks, which the destination had already.
+const DISKS_BACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// A machine whose guest is sent.
 pub struct Outgoing {
@@ -32,6 +38,21 @@ impl Outgoing {
             machine,
             running,
             throttle: None,
+        }
+    }
+}
+
+impl Outgoing {
+    /// A destination that gave up lets go of the disks when it has taken itself apart.
+    fn take_disks_back(&self) -> Result<(), MachineError> {
+        let began = Instant::now();
+        loop {
+            match self.machine.take_disks() {
+                Err(_) if began.elapsed() < DISKS_BACK_LIMIT => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                taken => return taken,
+            }
         }
     }
 }
@@ -58,6 +79,7 @@ impl SourceGuest for Outgoing {
             cpus: u32::try_from(self.machine.vcpus().len())?,
             cpuid: self.machine.cpuid().to_vec(),
             sections: self.machine.section_kinds(),
+            host_sides: self.machine.host_sides(),
             running: self.running,
         })
     }
@@ -120,24 +142,30 @@ impl SourceGuest for Outgoing {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
+        self.take_disks_back()?;
         if self.running {
-            self.machine.resume();
+            self.machine.resume()?;
         }
         Ok(())
     }
 
+    /// The destination is about to take the disks, where both sides see the same.
     fn save(&self) -> Result<Vec<Section>, GuestError> {
-        Ok(self.machine.save()?)
+        let saved = self.machine.save()?;
+        self.machine.give_up_disks()?;
+        Ok(saved)
     }
 }
 
 /// What a destination lets in.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Admission {
     /// The most guest memory, in bytes. In any case what is populated at the beginning must be free here.
     pub memory_limit: Option<u64>,
     /// What guest RAM is made of here.
     pub backing: Backing,
+    /// The host's side of the devices: those that the guest has.
+    pub devices: DevicesConfig,
 }
 
 /// Told of a guest once it is this host's.
@@ -239,12 +267,14 @@ impl DestinationGuest for Incoming {
             backing: self.admission.backing,
             dirty_log: None,
         };
-        let unreadable = unreadable_sections(&description.sections, description.cpus);
-        if !unreadable.is_empty() {
-            return Err(format!("state: {}", unreadable.join("; ")).into());
+        let mut empty = EmptyMachine::new(&self.host, &shape)?;
+        empty.open_devices(&self.admission.devices)?;
+        let misfits = empty.misfits(description);
+        if !misfits.is_empty() {
+            return Err(format!("state: {}", misfits.join("; ")).into());
         }
         self.cpuid.clone_from(&description.cpuid);
-        self.state = Arrival::Memory(Box::new(EmptyMachine::new(&self.host, &shape)?));
+        self.state = Arrival::Memory(Box::new(empty));
         Ok(())
     }
 
@@ -296,8 +326,7 @@ impl DestinationGuest for Incoming {
 
     fn resume(&mut self) -> Result<(), GuestError> {
         let machine = self.machine().ok_or("there is no guest to resume")?;
-        machine.resume();
-        Ok(())
+        Ok(machine.resume()?)
     }
 }
 

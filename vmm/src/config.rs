@@ -3,6 +3,8 @@
 //! Only what Ferry has is here. A field that is not is refused with its path, never ignored: a guest that
 //! silently lacks a disk is worse than one that does not start.
 
+mod devices;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +13,11 @@ use crate::boot::Payload;
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::machine::Shape;
 use crate::memory::Backing;
+
+pub use devices::{
+    BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RateLimiterConfig, RngConfig,
+    TokenBucket, VsockConfig,
+};
 
 /// A guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +34,24 @@ pub struct VmConfig {
     /// Its serial port.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Its disks.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub disks: Vec<DiskConfig>,
+    /// Its network interfaces.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub net: Vec<NetConfig>,
+    /// Its entropy device.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rng: Option<RngConfig>,
+    /// Its socket device.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vsock: Option<VsockConfig>,
+    /// Its memory balloon.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub balloon: Option<BalloonConfig>,
+    /// Its virtio console.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub console: Option<SerialConfig>,
 }
 
 /// Processors of a guest.
@@ -141,6 +166,19 @@ impl VmConfig {
         from_json(json)
     }
 
+    /// Its virtio devices.
+    #[must_use]
+    pub fn devices(&self) -> DevicesConfig {
+        DevicesConfig {
+            disks: self.disks.clone(),
+            net: self.net.clone(),
+            rng: self.rng.clone(),
+            vsock: self.vsock.clone(),
+            balloon: self.balloon,
+            console: self.console.clone(),
+        }
+    }
+
     /// What to boot.
     ///
     /// # Errors
@@ -172,6 +210,7 @@ impl VmConfig {
                 ),
             });
         }
+        self.devices().check(self.memory.size)?;
         Ok(Shape {
             cpus: self.cpus.boot_vcpus,
             memory_bytes: self.memory.size,
@@ -252,7 +291,7 @@ mod tests {
     #[test]
     fn what_ferry_does_not_have_is_refused_by_path() {
         for (json, path) in [
-            (r#"{"payload":{"kernel":"/k"},"disks":[]}"#, "disks"),
+            (r#"{"payload":{"kernel":"/k"},"fs":[]}"#, "fs"),
             (r#"{"payload":{"firmware":"/f"}}"#, "payload.firmware"),
             (
                 r#"{"payload":{"kernel":"/k"},"memory":{"size":1,"zones":[]}}"#,

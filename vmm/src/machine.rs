@@ -7,30 +7,34 @@
 mod kvm;
 mod platform;
 mod sections;
+mod virtio;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::acpi::{EventsError, GenericEvent, SleepError};
-use devices::{PortBus, PortsError, RtcError, Serial, SerialError, SerialOutput};
+use devices::virtio::BalloonControl;
+use devices::{MmioBus, PortBus, PortsError, RtcError, Serial, SerialError, SerialOutput};
 use ept::{Notifier, OpenError, Subscription};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::boot::{self, BootError, CpuidError, Payload, VirtioMmio};
+use crate::boot::{self, BootError, CpuidError, Payload};
+use crate::config::DevicesConfig;
 use crate::kvm::dirty_log::{self, DirtyLogMode};
 use crate::kvm::host::{Host, HostError};
 use crate::kvm::logging::{DirtyLog, LogError};
 use crate::kvm::slots::{SlotError, Slots};
 use crate::kvm::state::{self, StateError};
-use crate::memory::{Backing, GuestRam, MemoryError};
+use crate::memory::{Backing, DeviceMemory, GuestRam, MemoryError};
 use crate::migration::guest::Section;
-use crate::migration::header::SectionKind;
+use crate::migration::header::{Description, HostSide, SectionKind};
 use crate::vcpu::{Gate, GuestEnd, KickError, Vcpu, VcpuContext};
 
 use platform::{OnEnd, Platform};
-pub use sections::unreadable_sections;
+pub use virtio::{DeviceCounters, DevicesError, DiskError, TapError};
+use virtio::{Devices, Opened, Opening};
 
 /// The most vCPUs of a guest.
 pub const MAX_CPUS: u32 = 64;
@@ -62,6 +66,9 @@ pub enum MachineError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Guest memory as devices see it.
+    #[error("guest memory for devices: {0}")]
+    DeviceMemory(#[source] io::Error),
     /// KVM refused to make a part of the machine.
     #[error("{call}: {source}")]
     Kvm {
@@ -110,6 +117,9 @@ pub enum MachineError {
     /// Two devices at one place.
     #[error(transparent)]
     Ports(#[from] PortsError),
+    /// A virtio device, or its host's side.
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
     /// A thread, or what it needs.
     #[error("vcpu{0}: {1}")]
     Thread(u32, #[source] io::Error),
@@ -150,7 +160,8 @@ pub struct EmptyMachine {
     vm: Arc<VmFd>,
     slots: Slots,
     vcpus: Vec<VcpuFd>,
-    virtio_mmio: Vec<VirtioMmio>,
+    notifier: Notifier,
+    devices: Vec<Opened>,
     dirty_log: DirtyLogMode,
 }
 
@@ -183,7 +194,8 @@ impl EmptyMachine {
             vm,
             slots,
             vcpus,
-            virtio_mmio: Vec::new(),
+            notifier: Notifier::new(),
+            devices: Vec::new(),
             dirty_log,
         })
     }
@@ -194,15 +206,43 @@ impl EmptyMachine {
         self.slots.ram()
     }
 
+    /// Opens the host's side of virtio devices. Disks are locked once there is a guest.
+    ///
+    /// # Errors
+    /// What of the host cannot be had, by the option that asked for it.
+    pub fn open_devices(&mut self, config: &DevicesConfig) -> Result<()> {
+        let with = Opening {
+            vm: &self.vm,
+            ram: self.slots.ram(),
+            notifier: &self.notifier,
+        };
+        self.devices = virtio::open(config, &with)?;
+        Ok(())
+    }
+
+    /// Why the guest that `description` announces cannot be restored into this machine; nothing where it can.
+    #[must_use]
+    pub fn misfits(&self, description: &Description) -> Vec<String> {
+        let here: Vec<HostSide> = self.devices.iter().map(Opened::host_side).collect();
+        let misfits = virtio::misfits(&description.host_sides, &here);
+        if !misfits.is_empty() {
+            return misfits;
+        }
+        let mut needed = sections::kinds(self.vcpus.len());
+        needed.extend(here.into_iter().map(|side| sections::kind(side.section)));
+        sections::unreadable(&description.sections, &needed)
+    }
+
     /// Loads a kernel. The machine's vCPUs wait at its entry.
     ///
     /// # Errors
     /// The kernel's, and KVM's.
     pub fn boot(self, payload: &Payload, wiring: Wiring) -> Result<Machine> {
         let memory = self.ram().memory();
+        let places: Vec<_> = self.devices.iter().map(Opened::place).collect();
         let platform = boot::Platform {
             cpus: u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX),
-            virtio_mmio: &self.virtio_mmio,
+            virtio_mmio: &places,
         };
         let loaded = boot::load(memory, payload, &platform)?;
         let count = u32::from(platform.cpus);
@@ -215,7 +255,7 @@ impl EmptyMachine {
         }
         let end = End::new(wiring.on_end);
         let platform = Platform::new(&self.vm, self.ram(), wiring.serial_output, &end.tell)?;
-        self.assemble(platform, seen.as_slice().to_vec(), end)
+        self.assemble(platform, seen.as_slice().to_vec(), end, None)
     }
 
     /// Restores a guest: vCPUs, controllers and devices as [`Machine::save`] wrote them. `cpuid` is what its
@@ -232,7 +272,8 @@ impl EmptyMachine {
         let left_out = self.restore_kvm(saved)?;
         let end = End::new(wiring.on_end);
         let platform = Platform::restore(saved, &self.vm, wiring.serial_output, &end.tell)?;
-        Ok((self.assemble(platform, cpuid, end)?, left_out))
+        let machine = self.assemble(platform, cpuid, end, Some(saved))?;
+        Ok((machine, left_out))
     }
 
     fn assemble(
@@ -240,13 +281,18 @@ impl EmptyMachine {
         platform: Platform,
         cpuid: Vec<kvm_cpuid_entry2>,
         end: End,
+        saved: Option<&[Section]>,
     ) -> Result<Machine> {
         let ports = Arc::new(platform.ports(&end.tell)?);
+        let memory = DeviceMemory::new(self.slots.ram()).map_err(MachineError::DeviceMemory)?;
+        let devices = Devices::attach(self.devices, &self.vm, &memory, saved)?;
+        let mmio = Arc::new(devices.bus()?);
         let context = VcpuContext {
             ports: Arc::clone(&ports),
+            mmio: Arc::clone(&mmio),
             on_end: end.tell,
         };
-        let notifier = Notifier::new();
+        let notifier = self.notifier;
         let mut vcpus = Vec::new();
         let mut subscriptions = Vec::new();
         for (index, fd) in (0..).zip(self.vcpus) {
@@ -262,9 +308,11 @@ impl EmptyMachine {
             running: Mutex::new(false),
             ended: end.came,
             log: Mutex::new(DirtyLog::new(self.dirty_log)),
+            devices,
             platform,
             cpuid,
             ports,
+            mmio,
             slots: self.slots,
             vm: self.vm,
             host: self.host,
@@ -321,9 +369,11 @@ pub struct Machine {
     running: Mutex<bool>,
     ended: Arc<AtomicBool>,
     log: Mutex<DirtyLog>,
+    devices: Devices,
     platform: Platform,
     cpuid: Vec<kvm_cpuid_entry2>,
     ports: Arc<PortBus>,
+    mmio: Arc<MmioBus>,
     slots: Slots,
     vm: Arc<VmFd>,
     host: Arc<Host>,
@@ -360,6 +410,24 @@ impl Machine {
         self.ports.unclaimed()
     }
 
+    /// Accesses in memory space that no device claimed.
+    #[must_use]
+    pub fn unclaimed_mmio(&self) -> u64 {
+        self.mmio.unclaimed()
+    }
+
+    /// Its balloon, if it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&BalloonControl> {
+        self.devices.balloon()
+    }
+
+    /// What its virtio devices have done.
+    #[must_use]
+    pub fn device_counters(&self) -> DeviceCounters {
+        self.devices.counters()
+    }
+
     /// True while the guest is neither paused nor over.
     #[must_use]
     pub fn is_running(&self) -> bool {
@@ -372,7 +440,8 @@ impl Machine {
         self.ended.load(Ordering::SeqCst)
     }
 
-    /// Stops every vCPU: all are told, then all are waited for. Idempotent.
+    /// Stops every vCPU: all are told, then all are waited for; then the devices, each after the request that it is
+    /// at. Nothing writes to memory any more. Idempotent.
     ///
     /// # Errors
     /// A vCPU that does not stop, by name; the others run on.
@@ -388,18 +457,41 @@ impl Machine {
             self.gates().for_each(|gate| gate.release());
             return Err(error.into());
         }
+        self.devices.pause();
         *running = false;
         Ok(())
     }
 
-    /// Lets every vCPU run. Idempotent.
-    pub fn resume(&self) {
+    /// Lets devices and vCPUs run. Idempotent.
+    ///
+    /// # Errors
+    /// A disk that was given up ([`Self::give_up_disks`]) and is another's now: nothing runs then.
+    pub fn resume(&self) -> Result<()> {
         let mut running = self.running_state();
         if !*running {
+            self.devices.lock_images()?;
+            self.devices.resume();
             self.gates().for_each(|gate| excuse_pause(gate));
             self.gates().for_each(|gate| gate.release());
             *running = true;
         }
+        Ok(())
+    }
+
+    /// Takes back what [`Self::give_up_disks`] gave away. Idempotent.
+    ///
+    /// # Errors
+    /// A disk that is another's now.
+    pub fn take_disks(&self) -> Result<()> {
+        Ok(self.devices.lock_images()?)
+    }
+
+    /// Leaves the disks of the paused guest to the process that is to run it. [`Self::resume`] takes them back.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn give_up_disks(&self) -> Result<()> {
+        Ok(self.devices.unlock_images()?)
     }
 
     /// The dirty log of its slots, for whoever begins to use it.
@@ -414,7 +506,15 @@ impl Machine {
     /// The sections that [`Self::save`] writes.
     #[must_use]
     pub fn section_kinds(&self) -> Vec<SectionKind> {
-        sections::kinds(self.vcpus.len())
+        let mut kinds = sections::kinds(self.vcpus.len());
+        kinds.extend(self.devices.section_kinds());
+        kinds
+    }
+
+    /// What is on the host's side of its devices: another monitor that takes the guest has to have the same.
+    #[must_use]
+    pub fn host_sides(&self) -> Vec<HostSide> {
+        self.devices.host_sides()
     }
 
     /// The state of all but memory. The machine is paused.
@@ -428,6 +528,7 @@ impl Machine {
         }
         let mut saved = self.save_kvm()?;
         saved.extend(self.platform.save()?);
+        saved.extend(self.devices.save()?);
         Ok(saved)
     }
 

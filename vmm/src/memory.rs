@@ -1,10 +1,13 @@
 //! Guest RAM: where it lies in guest-physical space, what backs it, and which of it holds anything.
 //!
-//! Every write that the monitor or a device makes through [`GuestRam::memory`] is seen by the tracker,
-//! because the tracker is the memory's bitmap.
+//! Every write that the monitor makes through [`GuestRam::memory`], and a device through [`DeviceMemory`], is seen
+//! by the tracker, because the tracker is the memory's bitmap.
 //!
 //! This file has `unsafe` for one call: madvise(2) works on addresses.
 #![allow(unsafe_code)]
+
+mod discard;
+mod view;
 
 use std::fs::File;
 use std::io;
@@ -20,6 +23,9 @@ use rustix::mm::Advice;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
+
+pub(crate) use discard::NotifiedDiscard;
+pub use view::DeviceMemory;
 
 /// Guest memory whose every write is tracked.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<TrackerBitmap>;
@@ -184,7 +190,7 @@ impl GuestRam {
         })
     }
 
-    /// The memory, for the monitor and its devices. Writes through it are marked dirty.
+    /// The memory, for the monitor itself. Writes through it are marked dirty.
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

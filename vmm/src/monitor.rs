@@ -247,7 +247,7 @@ impl Monitor {
     /// No guest that is on, a migration.
     pub fn resume(&self) -> Result<(), MonitorError> {
         let guest = self.guest();
-        self.unless_migrating("resume", &guest)?.resume();
+        self.unless_migrating("resume", &guest)?.resume()?;
         self.events.vm("resumed");
         Ok(())
     }

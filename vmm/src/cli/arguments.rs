@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::devices::DeviceArguments;
 use crate::config::{SerialConfig, SerialMode, parse_size};
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::memory::Backing;
@@ -82,14 +83,17 @@ pub(super) enum Transport {
 #[command(after_help = "\
 Examples:
   ferry run --kernel vmlinuz --initramfs initrd.cpio --cmdline 'console=ttyS0' --serial stdio
+  ferry run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' --serial stdio \
+      --disk path=debian.raw --net tap=tap0 --rng
   ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
   ferry run --config guest.json --api-socket /run/guest.sock
   ferry run --api-socket /run/guest.sock --event-monitor path=/run/guest.events
 
-Without a kernel the monitor waits for the API calls vm.create and vm.boot. Kernels: ELF images with a PVH note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes
-a status to the debug-exit port 0xf4; that status is then ferry's own. When it resets the machine it starts
+Without a kernel the monitor waits for the API calls vm.create and vm.boot. Kernels: ELF images with a PVH
+note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes a status to the debug-exit port 0xf4; that status is then ferry's own. When it resets the machine it starts
 again, from its files as they are then. On a terminal, Ctrl-A x ends the guest. After the guest was migrated
-away, ferry ends with status 0.")]
+away, ferry ends with status 0. The guest finds its devices in the order disks, interfaces, rng, vsock, balloon,
+console; an image is locked while a guest has it.")]
 pub(super) struct RunArguments {
     /// The kernel to boot
     #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "api_socket"])]
@@ -114,6 +118,8 @@ pub(super) struct RunArguments {
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
     #[arg(long, value_name = "WHERE", value_parser = parse_serial, requires = "kernel")]
     pub(super) serial: Option<SerialConfig>,
+    #[command(flatten)]
+    pub(super) devices: DeviceArguments,
     /// Answer API calls on this Unix socket, or on one that descriptor N is
     #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
     pub(super) api_socket: Option<Place>,
@@ -121,7 +127,9 @@ pub(super) struct RunArguments {
     #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
     pub(super) event_monitor: Option<Place>,
     /// Read the guest's configuration from this file (the API's VmConfig as JSON)
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initramfs", "cmdline", "cpus", "memory", "serial"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "kernel", "initramfs", "cmdline", "cpus", "memory", "serial", "disk", "net", "vsock", "rng", "balloon", "console"
+    ])]
     pub(super) config: Option<PathBuf>,
     /// End when the guest resets the machine, instead of starting it again
     #[arg(long)]
@@ -139,10 +147,13 @@ pub(super) struct RunArguments {
 Examples:
   ferry receive unix:/run/move.sock --serial stdio
   ferry receive tcp:127.0.0.1:4444 --api-socket /run/guest.sock --memory-limit 4G
+  ferry receive unix:/run/move.sock --disk path=debian.raw --net tap=tap1 --rng
 
 Waits until a guest has arrived, then is its monitor. An attempt that fails is reported, and the next one
 waited for. A guest that resets the machine here ends, because the files that it was launched from stayed
-where it came from. Plain TCP is for loopback only.")]
+where it came from. Plain TCP is for loopback only. A guest with devices is taken where the same are given here, in the
+same order: images of the same size and contents (the same file, or one on storage that both hosts see), its taps, its
+socket. Addresses and serial numbers come with the guest.")]
 pub(super) struct ReceiveArguments {
     /// Where to wait: unix:PATH or tcp:HOST:PORT (port 0: one that is free, told by migration-progress)
     #[arg(value_name = "URL")]
@@ -150,6 +161,8 @@ pub(super) struct ReceiveArguments {
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
+    #[command(flatten)]
+    pub(super) devices: DeviceArguments,
     /// Answer API calls on this Unix socket, or on one that descriptor N is
     #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
     pub(super) api_socket: Option<Place>,
@@ -365,7 +378,7 @@ fn parse_memory(text: &str) -> Result<MemoryArgument, String> {
     Ok(memory)
 }
 
-fn on_off(part: &str, value: &str) -> Result<bool, String> {
+pub(super) fn on_off(part: &str, value: &str) -> Result<bool, String> {
     match value {
         "on" => Ok(true),
         "off" => Ok(false),
@@ -373,7 +386,7 @@ fn on_off(part: &str, value: &str) -> Result<bool, String> {
     }
 }
 
-fn parse_serial(text: &str) -> Result<SerialConfig, String> {
+pub(super) fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     let file = text
         .strip_prefix("file:")
         .or_else(|| text.strip_prefix("file="));

@@ -4,6 +4,7 @@ mod arguments;
 mod console;
 mod ctl;
 mod demo;
+mod devices;
 mod inherited;
 mod receive;
 mod report;

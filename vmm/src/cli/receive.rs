@@ -10,7 +10,9 @@ use super::arguments::ReceiveArguments;
 use super::console;
 use super::service::{InputLine, Outside, Service, Terminal, end_with_parent};
 use crate::carrier::{Admission, Incoming};
-use crate::config::{CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
+use crate::config::{
+    CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
+};
 use crate::kvm::host::Host;
 use crate::machine::{Machine, Wiring};
 use crate::memory::Backing;
@@ -42,6 +44,7 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
         admission: Admission {
             memory_limit: arguments.memory_limit,
             backing: arguments.memory_backing.into(),
+            devices: arguments.devices.config(),
         },
         serial,
         on_end: service.on_end(),
@@ -107,11 +110,17 @@ impl Reception {
             on_end: Arc::clone(&self.on_end),
         };
         let (monitor, serial) = (Arc::clone(&self.monitor), self.serial.clone());
+        let devices = self.admission.devices.clone();
         let adopt = Box::new(move |machine: &Arc<Machine>| {
-            let config = configuration(machine, &serial);
+            let config = configuration(machine, &serial, &devices);
             monitor.adopt(Arc::clone(machine), config);
         });
-        let mut incoming = Incoming::new(Arc::clone(&self.host), self.admission, wiring, adopt);
+        let mut incoming = Incoming::new(
+            Arc::clone(&self.host),
+            self.admission.clone(),
+            wiring,
+            adopt,
+        );
         let progress = self.monitor.progress();
         let received = destination::receive(&mut incoming, connection, progress)?;
         let machine = incoming
@@ -139,8 +148,9 @@ impl Reception {
 }
 
 /// The configuration of a guest that arrived: what can be told of it.
-fn configuration(machine: &Machine, serial: &SerialConfig) -> VmConfig {
+fn configuration(machine: &Machine, serial: &SerialConfig, devices: &DevicesConfig) -> VmConfig {
     let ram = machine.ram();
+    let devices = devices.clone();
     VmConfig {
         cpus: CpusConfig::of(u32::try_from(machine.vcpus().len()).unwrap_or(u32::MAX)),
         memory: MemoryConfig {
@@ -150,5 +160,11 @@ fn configuration(machine: &Machine, serial: &SerialConfig) -> VmConfig {
         },
         payload: PayloadConfig::default(),
         serial: serial.clone(),
+        disks: devices.disks,
+        net: devices.net,
+        rng: devices.rng,
+        vsock: devices.vsock,
+        balloon: devices.balloon,
+        console: devices.console,
     }
 }

@@ -9,7 +9,8 @@ use super::console;
 use super::service::{InputLine, Outside, Service, Terminal, end_with_parent};
 use crate::boot::Payload;
 use crate::config::{
-    ConfigError, CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig,
+    ConfigError, CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode,
+    VmConfig,
 };
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::kvm::host::Host;
@@ -86,6 +87,7 @@ struct Launch {
     shape: Shape,
     payload: Payload,
     serial: SerialConfig,
+    devices: DevicesConfig,
 }
 
 impl Launch {
@@ -95,6 +97,7 @@ impl Launch {
             shape: config.shape(house.dirty_log)?,
             payload: config.boot_payload()?,
             serial: config.serial.clone(),
+            devices: config.devices(),
         })
     }
 
@@ -107,7 +110,9 @@ impl Launch {
             serial_output: console::output(&self.serial)?,
             on_end: Arc::clone(&house.on_end),
         };
-        let machine = EmptyMachine::new(&house.host, &self.shape)?.boot(&self.payload, wiring)?;
+        let mut empty = EmptyMachine::new(&house.host, &self.shape)?;
+        empty.open_devices(&self.devices)?;
+        let machine = empty.boot(&self.payload, wiring)?;
         house.terminal.take(&self.serial)?;
         if self.serial.mode == SerialMode::Tty {
             house.connect_input(&self.serial, &machine)?;
@@ -135,6 +140,9 @@ fn configuration(arguments: &RunArguments) -> Result<Option<VmConfig>, Failure> 
         return Ok(Some(config));
     }
     if arguments.kernel.is_none() {
+        if arguments.devices.are_given() {
+            return Err("devices are given and no guest to have them: add --kernel, or name them in vm.create".into());
+        }
         return Ok(None);
     }
     let mut memory = MemoryConfig::default();
@@ -145,6 +153,7 @@ fn configuration(arguments: &RunArguments) -> Result<Option<VmConfig>, Failure> 
             hugepages: wanted.hugepages,
         };
     }
+    let devices = arguments.devices.config();
     Ok(Some(VmConfig {
         cpus: CpusConfig::of(arguments.cpus.unwrap_or(1)),
         memory,
@@ -154,5 +163,11 @@ fn configuration(arguments: &RunArguments) -> Result<Option<VmConfig>, Failure> 
             initramfs: arguments.initramfs.clone(),
         },
         serial: arguments.serial.clone().unwrap_or_default(),
+        disks: devices.disks,
+        net: devices.net,
+        rng: devices.rng,
+        vsock: devices.vsock,
+        balloon: devices.balloon,
+        console: devices.console,
     }))
 }

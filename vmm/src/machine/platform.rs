@@ -140,7 +140,7 @@ fn reset(on_end: &OnEnd) -> impl Fn() + Send + use<> {
 }
 
 /// An event that pulses the interrupt `line`.
-fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd> {
+pub(super) fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(|source| MachineError::Kvm {
         call: "eventfd",
         source,

@@ -1,6 +1,6 @@
 //! State as sections: how they are named, written and read.
 
-use super::{MAX_CPUS, MachineError, Result};
+use super::{MachineError, Result};
 use crate::migration::guest::Section;
 use crate::migration::header::SectionKind;
 
@@ -19,26 +19,21 @@ pub(super) fn of_vcpu(index: usize) -> String {
     format!("vcpu{index}")
 }
 
-/// All sections of a machine with `cpus` vCPUs.
+/// All sections of a machine with `cpus` vCPUs but those of its virtio devices.
 pub(super) fn kinds(cpus: usize) -> Vec<SectionKind> {
     let rest = [MACHINE, TIME, SERIAL, RTC, ACPI].map(str::to_owned);
     (0..cpus).map(of_vcpu).chain(rest).map(kind).collect()
 }
 
-fn kind(name: String) -> SectionKind {
+pub(super) fn kind(name: String) -> SectionKind {
     SectionKind {
         name,
         version: STATE_VERSION,
     }
 }
 
-/// Which of the announced sections a machine with `cpus` vCPUs cannot do without, or cannot read.
-#[must_use]
-pub fn unreadable_sections(announced: &[SectionKind], cpus: u32) -> Vec<String> {
-    let cpus = usize::try_from(cpus)
-        .unwrap_or(usize::MAX)
-        .min(MAX_CPUS as usize);
-    let needed = kinds(cpus);
+/// Which of the announced sections a machine that needs these cannot do without, or cannot read.
+pub(super) fn unreadable(announced: &[SectionKind], needed: &[SectionKind]) -> Vec<String> {
     let missing = needed
         .iter()
         .filter(|kind| !announced.contains(kind))

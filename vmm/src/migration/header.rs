@@ -37,6 +37,9 @@ pub struct Description {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// The sections of state to come, by name and version.
     pub sections: Vec<SectionKind>,
+    /// What is on the host's side of devices that have one, in the order of the devices.
+    #[serde(default)]
+    pub host_sides: Vec<HostSide>,
     /// Whether the guest runs; one that was paused stays paused.
     pub running: bool,
 }
@@ -48,6 +51,15 @@ pub struct MemoryRange {
     pub start: u64,
     /// Its length.
     pub bytes: u64,
+}
+
+/// What is on the host's side of a device: the destination has to have the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostSide {
+    /// The section with the device's state.
+    pub section: String,
+    /// What it is, in words that are equal where the host's sides are alike.
+    pub is: String,
 }
 
 /// The name and version of a section of state.
@@ -215,6 +227,10 @@ pub(super) mod tests {
             sections: vec![SectionKind {
                 name: "vcpu0".into(),
                 version: 1,
+            }],
+            host_sides: vec![HostSide {
+                section: "_disk0".into(),
+                is: "a disk".into(),
             }],
             running: true,
         }

@@ -100,5 +100,14 @@ fn named(counters: impl IntoIterator<Item = (&'static str, u64)>) -> BTreeMap<St
 fn devices(machine: &Machine) -> BTreeMap<String, BTreeMap<&'static str, u64>> {
     let serial = BTreeMap::from([("lost", machine.serial().lost())]);
     let ports = BTreeMap::from([("unclaimed_accesses", machine.unclaimed_ports())]);
-    BTreeMap::from([("_serial".to_owned(), serial), ("_ports".to_owned(), ports)])
+    let mmio = BTreeMap::from([("unclaimed_accesses", machine.unclaimed_mmio())]);
+    let mut all = BTreeMap::from([
+        ("_serial".to_owned(), serial),
+        ("_ports".to_owned(), ports),
+        ("_mmio".to_owned(), mmio),
+    ]);
+    for (name, counters) in machine.device_counters() {
+        all.insert(name, counters.into_iter().collect());
+    }
+    all
 }

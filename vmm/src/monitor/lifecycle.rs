@@ -108,12 +108,15 @@ impl Monitor {
         let relaunch = guest.relaunch.as_ref();
         let relaunch = relaunch.ok_or(MonitorError::NoRelaunch(call))?;
         self.events.vm("booting");
-        let machine = relaunch().map_err(|error| {
+        let started = relaunch().and_then(|machine| {
+            machine.resume()?;
+            Ok(machine)
+        });
+        let machine = started.map_err(|error| {
             let failed = MonitorError::Launch(error);
             self.events.vm_because("failed", &failed.to_string());
             failed
         })?;
-        machine.resume();
         guest.power = Power::On(machine);
         self.events.vm("booted");
         Ok(())

@@ -138,10 +138,12 @@ impl Monitor {
             Resolution::Resume => {
                 let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
                 let machine = guest.machine("migration-resolve")?;
+                // A guest that runs there has them: then it stays unconfirmed.
+                machine.take_disks()?;
                 machine.with_log(|log, slots, _| log.stop(slots))?;
                 self.resolved(Phase::Failed, "resolved: the guest runs here")?;
                 if guest.ran {
-                    machine.resume();
+                    machine.resume()?;
                 }
             }
             Resolution::Discard => {

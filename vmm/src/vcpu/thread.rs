@@ -7,7 +7,7 @@ use std::os::raw::{c_int, c_void};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use devices::PortBus;
+use devices::{MmioBus, PortBus};
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -49,6 +49,8 @@ impl GuestEnd {
 pub struct VcpuContext {
     /// The devices in I/O port space.
     pub ports: Arc<PortBus>,
+    /// The devices in memory space.
+    pub mmio: Arc<MmioBus>,
     /// Told once for each vCPU that brings the guest to its end.
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
 }
@@ -84,7 +86,7 @@ impl Vcpu {
         let thread = {
             let gate = Arc::clone(&gate);
             Builder::new().name(format!("vcpu{index}")).spawn(move || {
-                if let Some(end) = run(index, &gate, &context.ports) {
+                if let Some(end) = run(index, &gate, &context) {
                     (context.on_end)(end);
                 }
                 gate.leave();
@@ -122,9 +124,9 @@ impl Drop for Vcpu {
 }
 
 /// Runs the vCPU until the guest ends by itself (and how) or is finished by others.
-fn run(index: u32, gate: &Gate, ports: &PortBus) -> Option<GuestEnd> {
+fn run(index: u32, gate: &Gate, context: &VcpuContext) -> Option<GuestEnd> {
     while gate.pass() == Pass::Enter {
-        if let Some(end) = run_until_kicked(index, &mut gate.fd(), ports) {
+        if let Some(end) = run_until_kicked(index, &mut gate.fd(), context) {
             return Some(end);
         }
     }
@@ -136,10 +138,10 @@ fn run(index: u32, gate: &Gate, ports: &PortBus) -> Option<GuestEnd> {
 /// The loop ends nowhere else, and that is what makes the state of a parked vCPU whole: a port or MMIO
 /// access is complete only after KVM_RUN was entered again (api.rst, KVM_RUN), and with `immediate_exit`
 /// set that entry completes it and returns as interrupted.
-fn run_until_kicked(index: u32, fd: &mut VcpuFd, ports: &PortBus) -> Option<GuestEnd> {
+fn run_until_kicked(index: u32, fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> {
     loop {
         let end = match fd.run() {
-            Ok(exit) => serve(exit, ports),
+            Ok(exit) => serve(exit, context),
             Err(error) if error.errno() == libc::EINTR => return None,
             Err(error) if error.errno() == libc::EAGAIN => None,
             Err(error) => Some(Outcome::Failed(format!("KVM_RUN: {error}"))),
@@ -164,13 +166,13 @@ enum Outcome {
     InternalError,
 }
 
-fn serve(exit: VcpuExit<'_>, ports: &PortBus) -> Option<Outcome> {
+fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<Outcome> {
     match exit {
-        VcpuExit::IoOut(port, data) => ports.write(port, data),
-        VcpuExit::IoIn(port, data) => ports.read(port, data),
-        // There is no device in memory space yet: all ones, and nowhere (F11).
-        VcpuExit::MmioRead(_, data) => data.fill(0xff),
-        VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+        VcpuExit::IoOut(port, data) => context.ports.write(port, data),
+        VcpuExit::IoIn(port, data) => context.ports.read(port, data),
+        VcpuExit::MmioRead(address, data) => context.mmio.read(address, data),
+        VcpuExit::MmioWrite(address, data) => context.mmio.write(address, data),
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
         VcpuExit::Shutdown => {
             return Some(Outcome::Failed(
                 "triple fault: the guest shut the processor down".into(),

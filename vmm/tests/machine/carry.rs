@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use vmm::carrier::{Admission, Incoming, Outgoing};
+use vmm::config::DevicesConfig;
 use vmm::memory::Backing;
 use vmm::migration::decide::{Limits, TimeoutStrategy};
 use vmm::migration::destination::receive;
@@ -44,6 +45,7 @@ pub(crate) fn attempt(
         let admission = Admission {
             memory_limit: None,
             backing,
+            devices: DevicesConfig::default(),
         };
         let mut incoming = Incoming::new(host(), admission, wiring, Box::new(|_| {}));
         let received = receive(&mut incoming, &Connection::Unix(far), &Progress::new());

@@ -77,7 +77,7 @@ impl Running {
             console,
             ends,
         };
-        running.machine.resume();
+        running.machine.resume().unwrap();
         running
             .console
             .wait_for(|report| matches!(report, Report::Ready { .. }));
@@ -140,6 +140,6 @@ fn a_paused_guest_arrives_paused() {
     source.machine.pause().unwrap();
     let destination = carry::carry(&source, Backing::Anonymous);
     assert!(!destination.machine.is_running());
-    destination.machine.resume();
+    destination.machine.resume().unwrap();
     destination.audit();
 }

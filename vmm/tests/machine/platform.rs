@@ -14,7 +14,7 @@ fn state(guest: &Running, section: &str) -> Vec<u8> {
     let sections = guest.machine.save().unwrap();
     let mut found = sections.into_iter().filter(|s| s.kind.name == section);
     let state = found.next().unwrap().data;
-    guest.machine.resume();
+    guest.machine.resume().unwrap();
     state
 }
 

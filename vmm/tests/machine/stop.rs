@@ -35,7 +35,7 @@ fn a_guest_is_paused_and_resumed_a_thousand_times() {
     let mut pauses = 0_u32;
     while stops(&guest) < before + 1000 {
         guest.machine.pause().unwrap();
-        guest.machine.resume();
+        guest.machine.resume().unwrap();
         pauses += 1;
         assert!(pauses < 1_000_000, "pauses that stop nobody");
         thread::yield_now();
@@ -53,7 +53,7 @@ fn an_open_range_holds_every_vcpu_through_pauses() {
         scope.spawn(|| {
             while !done.load(Ordering::SeqCst) {
                 guest.machine.pause().unwrap();
-                guest.machine.resume();
+                guest.machine.resume().unwrap();
             }
         });
         for _ in 0..200 {
@@ -74,7 +74,7 @@ fn an_open_range_holds_every_vcpu_through_pauses() {
         }
         done.store(true, Ordering::SeqCst);
     });
-    guest.machine.resume();
+    guest.machine.resume().unwrap();
     guest.audit();
 }
 

@@ -185,6 +185,7 @@ impl SourceGuest for Guest {
             cpus: 1,
             cpuid: Vec::new(),
             sections: vec![section_kind()],
+            host_sides: Vec::new(),
             running: true,
         })
     }

@@ -1,0 +1,207 @@
+//! The options that name the host's side of devices: alike for `ferry run` and `ferry receive`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::arguments::{on_off, parse_serial};
+use crate::config::{
+    BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RngConfig, SerialConfig,
+    VsockConfig, parse_size,
+};
+
+/// The guest's address where none is given: the first that a guest can have.
+const GUEST_CID: u64 = 3;
+
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Devices")]
+pub(super) struct DeviceArguments {
+    /// A disk over a raw image; once for each disk
+    #[arg(long, value_name = "path=FILE[,readonly=on|off][,id=TEXT]", value_parser = parse_disk)]
+    pub(super) disk: Vec<DiskConfig>,
+    /// A network interface over a tap that is there, or over a passed descriptor of one; once for each
+    #[arg(long, value_name = "tap=NAME|fd=N[,mac=ADDRESS][,mtu=N]", value_parser = parse_net)]
+    pub(super) net: Vec<NetConfig>,
+    /// Sockets between guest and host, as Unix sockets here [default cid: 3]
+    #[arg(long, value_name = "socket=PATH[,cid=N]", value_parser = parse_vsock)]
+    pub(super) vsock: Option<VsockConfig>,
+    /// Random bytes of the host for the guest
+    #[arg(long)]
+    pub(super) rng: bool,
+    /// A balloon that takes memory from the guest
+    #[arg(
+        long,
+        value_name = "size=SIZE[,deflate_on_oom=on|off][,free_page_reporting=on|off]",
+        value_parser = parse_balloon
+    )]
+    pub(super) balloon: Option<BalloonConfig>,
+    /// A virtio console (hvc0 in Linux) beside the serial port: null, or file:PATH
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    pub(super) console: Option<SerialConfig>,
+}
+
+impl DeviceArguments {
+    /// Whether any of them was given.
+    pub(super) fn are_given(&self) -> bool {
+        let Self {
+            disk,
+            net,
+            vsock,
+            rng,
+            balloon,
+            console,
+        } = self;
+        !disk.is_empty()
+            || !net.is_empty()
+            || *rng
+            || vsock.is_some()
+            || balloon.is_some()
+            || console.is_some()
+    }
+
+    pub(super) fn config(&self) -> DevicesConfig {
+        DevicesConfig {
+            disks: self.disk.clone(),
+            net: self.net.clone(),
+            rng: self.rng.then(RngConfig::default),
+            vsock: self.vsock.clone(),
+            balloon: self.balloon,
+            console: self.console.clone(),
+        }
+    }
+}
+
+/// The parts of an option, each `NAME=VALUE`. Values have no comma.
+fn parts(text: &str) -> impl Iterator<Item = Result<(&str, &str), String>> {
+    text.split(',').map(move |part| {
+        part.split_once('=')
+            .filter(|(_, value)| !value.is_empty())
+            .ok_or_else(|| format!("{part:?} is not NAME=VALUE"))
+    })
+}
+
+fn unknown(name: &str, known: &str) -> String {
+    format!("there is no {name:?} here: {known}")
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    let mut disk = DiskConfig {
+        path: PathBuf::new(),
+        readonly: false,
+        id: None,
+        rate_limiter_config: None,
+    };
+    for part in parts(text) {
+        match part? {
+            ("path", value) => disk.path = value.into(),
+            ("readonly", value) => disk.readonly = on_off(text, value)?,
+            ("id", value) => disk.id = Some(value.into()),
+            (name, _) => return Err(unknown(name, "path, readonly, id")),
+        }
+    }
+    if disk.path.as_os_str().is_empty() {
+        return Err("a disk needs its image: path=FILE".into());
+    }
+    Ok(disk)
+}
+
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    let mut net = NetConfig {
+        tap: None,
+        fds: None,
+        mac: MacAddress::random(),
+        mtu: None,
+        rate_limiter_config: None,
+    };
+    for part in parts(text) {
+        let part = part?;
+        let number = |_| format!("{}={} is no number that can be", part.0, part.1);
+        match part {
+            ("tap", value) => net.tap = Some(value.into()),
+            ("fd", value) => net.fds = Some(vec![value.parse().map_err(number)?]),
+            ("mac", value) => net.mac = value.parse()?,
+            ("mtu", value) => net.mtu = Some(value.parse().map_err(number)?),
+            (name, _) => return Err(unknown(name, "tap, fd, mac, mtu")),
+        }
+    }
+    match (&net.tap, &net.fds) {
+        (Some(_), None) | (None, Some(_)) => Ok(net),
+        _ => Err("an interface needs one tap: tap=NAME, or fd=N".into()),
+    }
+}
+
+fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
+    let mut vsock = VsockConfig {
+        cid: GUEST_CID,
+        socket: PathBuf::new(),
+    };
+    for part in parts(text) {
+        match part? {
+            ("socket", value) => vsock.socket = value.into(),
+            ("cid", value) => {
+                vsock.cid = value
+                    .parse()
+                    .map_err(|_| format!("cid={value} is no number that can be"))?;
+            }
+            (name, _) => return Err(unknown(name, "socket, cid")),
+        }
+    }
+    if vsock.socket.as_os_str().is_empty() {
+        return Err("a socket device needs its place here: socket=PATH".into());
+    }
+    Ok(vsock)
+}
+
+fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
+    let mut balloon = BalloonConfig::default();
+    for part in parts(text) {
+        match part? {
+            ("size", value) => balloon.size = parse_size(value)?,
+            ("deflate_on_oom", value) => balloon.deflate_on_oom = on_off(text, value)?,
+            ("free_page_reporting", value) => balloon.free_page_reporting = on_off(text, value)?,
+            (name, _) => {
+                let known = "size, deflate_on_oom, free_page_reporting";
+                return Err(unknown(name, known));
+            }
+        }
+    }
+    Ok(balloon)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_with_their_options() {
+        let disk = parse_disk("path=/d.img,readonly=on,id=root").unwrap();
+        assert_eq!((disk.readonly, disk.id.as_deref()), (true, Some("root")));
+        let net = parse_net("tap=tap0,mac=52:54:00:12:34:56,mtu=9000").unwrap();
+        assert_eq!(net.mac.to_string(), "52:54:00:12:34:56");
+        assert_eq!(parse_net("fd=5").unwrap().fds, Some(vec![5]));
+        assert_eq!(parse_vsock("socket=/s").unwrap().cid, GUEST_CID);
+        let balloon = parse_balloon("size=256M,free_page_reporting=on").unwrap();
+        assert_eq!(
+            (balloon.size, balloon.free_page_reporting),
+            (256 << 20, true)
+        );
+    }
+
+    #[test]
+    fn what_is_missing_or_unknown_is_said() {
+        for (error, why) in [
+            (parse_disk("readonly=on").unwrap_err(), "path=FILE"),
+            (parse_disk("/d.img").unwrap_err(), "not NAME=VALUE"),
+            (parse_disk("path=/d,direct=on").unwrap_err(), "direct"),
+            (parse_disk("path=/d,readonly=yes").unwrap_err(), "on or off"),
+            (parse_net("mac=52:54:00:12:34:56").unwrap_err(), "one tap"),
+            (parse_net("tap=t,fd=3").unwrap_err(), "one tap"),
+            (parse_net("tap=t,mac=1").unwrap_err(), "52:54:00:12:34:56"),
+            (parse_net("fd=x").unwrap_err(), "fd=x"),
+            (parse_vsock("cid=3").unwrap_err(), "socket=PATH"),
+            (parse_balloon("size=lots").unwrap_err(), "no size"),
+        ] {
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! A disk's image: opened for what the guest may do, and locked against a second writer.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use devices::virtio::Access;
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// It cannot be opened.
+    #[error("{}: {source}{}", .path.display(), open_hint(.source, *.access))]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What it was to be opened for.
+        access: Access,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("{}: a disk is a raw image: a file, or a block device", .0.display())]
+    Kind(PathBuf),
+    /// It has no whole sector.
+    #[error("{}: an image of less than 512 bytes is no disk", .0.display())]
+    Empty(PathBuf),
+    /// Somebody else has it.
+    #[error(
+        "{}: another process {}; two guests that write to one disk destroy it",
+        .path.display(),
+        match .access {
+            Access::ReadWrite => "has it open as a disk",
+            Access::ReadOnly => "writes to it",
+        }
+    )]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// What it was to be opened for.
+        access: Access,
+    },
+    /// It cannot be locked.
+    #[error("{}: it cannot be locked: {source}", .path.display())]
+    Lock {
+        /// The image.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn open_hint(error: &io::Error, access: Access) -> &'static str {
+    match (error.kind(), access) {
+        (ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem, Access::ReadWrite) => {
+            "; a disk that the guest shall not write to is readonly=on"
+        }
+        _ => "",
+    }
+}
+
+/// An image that is open. Its lock is taken when the guest is to run with it, and held until it ends or leaves.
+#[derive(Debug)]
+pub(super) struct DiskImage {
+    path: PathBuf,
+    access: Access,
+    /// Another handle of the device's open file: the lock is the open file's.
+    file: File,
+    held: Mutex<bool>,
+}
+
+impl DiskImage {
+    /// Opens the image at `path`; returns also the file for the device.
+    pub(super) fn open(path: &Path, access: Access) -> Result<(Self, File), DiskError> {
+        let failed = |source| DiskError::Open {
+            path: path.into(),
+            access,
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .open(path)
+            .map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DiskError::Kind(path.into()));
+        }
+        let image = Self {
+            path: path.into(),
+            access,
+            file: file.try_clone().map_err(failed)?,
+            held: Mutex::new(false),
+        };
+        Ok((image, file))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes the lock: alone for a writer, shared by readers. Idempotent.
+    pub(super) fn lock(&self) -> Result<(), DiskError> {
+        let mut held = self.held();
+        if *held {
+            return Ok(());
+        }
+        let taken = match self.access {
+            Access::ReadWrite => self.file.try_lock(),
+            Access::ReadOnly => self.file.try_lock_shared(),
+        };
+        taken.map_err(|error| match error {
+            TryLockError::WouldBlock => DiskError::Locked {
+                path: self.path.clone(),
+                access: self.access,
+            },
+            TryLockError::Error(source) => DiskError::Lock {
+                path: self.path.clone(),
+                source,
+            },
+        })?;
+        *held = true;
+        Ok(())
+    }
+
+    /// Gives the lock away, so that another process can run the guest. Idempotent.
+    pub(super) fn unlock(&self) -> Result<(), DiskError> {
+        let mut held = self.held();
+        self.file.unlock().map_err(|source| DiskError::Lock {
+            path: self.path.clone(),
+            source,
+        })?;
+        *held = false;
+        Ok(())
+    }
+
+    fn held(&self) -> MutexGuard<'_, bool> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(bytes: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let file = image(4096);
+        let open = |access| DiskImage::open(file.path(), access).unwrap();
+        let (writer, _) = open(Access::ReadWrite);
+        let (other, _) = open(Access::ReadWrite);
+        let (reader, _) = open(Access::ReadOnly);
+        writer.lock().unwrap();
+        writer.lock().unwrap();
+        let error = other.lock().unwrap_err().to_string();
+        assert!(error.contains("another process has it open"), "{error}");
+        let error = reader.lock().unwrap_err().to_string();
+        assert!(error.contains("another process writes to it"), "{error}");
+        writer.unlock().unwrap();
+        reader.lock().unwrap();
+        let (second, _) = open(Access::ReadOnly);
+        second.lock().unwrap();
+        other.lock().unwrap_err();
+        drop((reader, second));
+        other.lock().unwrap();
+    }
+
+    #[test]
+    fn the_lock_lasts_as_long_as_the_device_has_the_file() {
+        let file = image(4096);
+        let (first, device) = DiskImage::open(file.path(), Access::ReadWrite).unwrap();
+        first.lock().unwrap();
+        drop(first);
+        let (second, _) = DiskImage::open(file.path(), Access::ReadWrite).unwrap();
+        second.lock().unwrap_err();
+        drop(device);
+        second.lock().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_image_is_named() {
+        let absent = Path::new("/no/such/image");
+        let error = DiskImage::open(absent, Access::ReadWrite).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("/no/such/image: No such file"),
+            "{error}"
+        );
+        for path in ["/dev/null", "/"] {
+            let error = DiskImage::open(Path::new(path), Access::ReadOnly).unwrap_err();
+            assert!(
+                error.to_string().contains("a disk is a raw image"),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! The virtio devices of a machine: opened on the host's side, put on the bus and wired to KVM, then stopped, saved
+//! and restored together.
+//!
+//! ```text
+//! DevicesConfig ─ open ─ Opened ─ start or restore ─ Devices
+//!                 host's side     the guest is there
+//! ```
+
+mod disk;
+mod open;
+mod tap;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::virtio::{
+    BalloonControl, Device, Interrupt, MMIO_BYTES, QUEUE_NOTIFY, VirtioError,
+    VirtioMmio as Transport, VirtioSnapshot, VsockError,
+};
+use devices::{MmioBus, MmioError, MmioRange};
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use super::{MachineError, sections};
+use crate::boot::VirtioMmio as Place;
+use crate::memory::DeviceMemory;
+use crate::migration::guest::Section;
+use crate::migration::header::{HostSide, SectionKind};
+
+pub use disk::DiskError;
+use disk::DiskImage;
+pub(super) use open::{Opening, open};
+pub use tap::TapError;
+
+/// Why a device could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DevicesError {
+    /// A disk's image.
+    #[error("--disk {0}")]
+    Disk(#[from] DiskError),
+    /// A tap.
+    #[error("--net: {0}")]
+    Tap(#[from] TapError),
+    /// The host's side of the socket device.
+    #[error("--vsock {0}")]
+    Vsock(#[from] VsockError),
+    /// The file of the console.
+    #[error("--console {path}: {source}")]
+    Console {
+        /// Where it was to be.
+        path: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// More devices than interrupt lines.
+    #[error("{name}: there is room for {most} virtio devices")]
+    TooMany {
+        /// The first that has no place.
+        name: String,
+        /// How many places there are.
+        most: u32,
+    },
+    /// A part of a device that the host will not give.
+    #[error("{name}: {what}: {source}")]
+    Host {
+        /// The device.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A device, or its saved state.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
+    /// Two devices at one place.
+    #[error(transparent)]
+    Bus(#[from] MmioError),
+}
+
+/// A device whose host's side is open; there is no guest yet.
+pub(super) struct Opened {
+    name: String,
+    place: Place,
+    interrupt: Interrupt,
+    device: Box<dyn Device<DeviceMemory>>,
+    /// What the other side of a migration must have, too, in words.
+    shape: String,
+    image: Option<DiskImage>,
+    balloon: Option<BalloonControl>,
+}
+
+impl Opened {
+    pub(super) fn place(&self) -> Place {
+        self.place
+    }
+
+    /// The section of its state, and what is on the host's side.
+    pub(super) fn host_side(&self) -> HostSide {
+        host_side(&self.name, &self.shape)
+    }
+
+    /// Puts it before a guest; it is paused.
+    fn attach(
+        self,
+        vm: &VmFd,
+        memory: &DeviceMemory,
+        saved: Option<&[Section]>,
+    ) -> Result<Attached, MachineError> {
+        let (name, memory) = (self.name.as_str(), memory.clone());
+        if let Some(image) = &self.image {
+            image.lock().map_err(DevicesError::from)?;
+        }
+        let device = match saved {
+            None => Transport::new(name, self.device, memory, self.interrupt),
+            Some(saved) => {
+                let state: VirtioSnapshot = sections::decode(saved, name)?;
+                Transport::restore(name, self.device, memory, self.interrupt, &state)
+            }
+        }
+        .map_err(DevicesError::from)?;
+        device.pause();
+        notify(vm, self.place, &device)?;
+        Ok(Attached {
+            device: Arc::new(Mutex::new(device)),
+            name: self.name,
+            place: self.place,
+            shape: self.shape,
+            image: self.image,
+            balloon: self.balloon,
+        })
+    }
+}
+
+fn host_side(name: &str, shape: &str) -> HostSide {
+    HostSide {
+        section: name.into(),
+        is: shape.into(),
+    }
+}
+
+/// A notification of the guest goes to the device's thread, and no vCPU exits to this process for it.
+fn notify(vm: &VmFd, place: Place, device: &Transport<DeviceMemory>) -> Result<(), DevicesError> {
+    let register = IoEventAddress::Mmio(u64::from(place.base) + QUEUE_NOTIFY);
+    for (queue, event) in (0_u32..).zip(device.notifiers()) {
+        vm.register_ioevent(event, &register, queue)
+            .map_err(|source| DevicesError::Host {
+                name: device.name().into(),
+                what: "KVM_IOEVENTFD",
+                source: source.into(),
+            })?;
+    }
+    Ok(())
+}
+
+struct Attached {
+    name: String,
+    place: Place,
+    device: Arc<Mutex<Transport<DeviceMemory>>>,
+    shape: String,
+    image: Option<DiskImage>,
+    balloon: Option<BalloonControl>,
+}
+
+impl Attached {
+    fn device(&self) -> MutexGuard<'_, Transport<DeviceMemory>> {
+        // Its registers are plain values, each valid by itself.
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the devices of a machine have done, each by its name.
+pub type DeviceCounters = Vec<(String, Vec<(&'static str, u64)>)>;
+
+/// The virtio devices of a guest. Dropped, their threads end.
+pub(super) struct Devices {
+    list: Vec<Attached>,
+}
+
+impl Devices {
+    /// Puts devices before a guest: one at its beginning, or one that was saved. They are paused.
+    pub(super) fn attach(
+        opened: Vec<Opened>,
+        vm: &VmFd,
+        memory: &DeviceMemory,
+        saved: Option<&[Section]>,
+    ) -> Result<Self, MachineError> {
+        let list = opened
+            .into_iter()
+            .map(|device| device.attach(vm, memory, saved))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { list })
+    }
+
+    /// The bus on which vCPUs find them.
+    pub(super) fn bus(&self) -> Result<MmioBus, DevicesError> {
+        let mut bus = MmioBus::new();
+        for attached in &self.list {
+            let range = MmioRange {
+                base: attached.place.base.into(),
+                bytes: MMIO_BYTES,
+            };
+            bus.insert(range, Arc::clone(&attached.device) as _)?;
+        }
+        Ok(bus)
+    }
+
+    /// Stops all of them; the vCPUs stand already.
+    pub(super) fn pause(&self) {
+        self.list.iter().for_each(|d| d.device().pause());
+    }
+
+    /// Lets all of them go on, before the vCPUs do.
+    pub(super) fn resume(&self) {
+        self.list.iter().for_each(|d| d.device().resume());
+    }
+
+    /// Makes sure that nobody else writes to the disks. Idempotent.
+    pub(super) fn lock_images(&self) -> Result<(), DevicesError> {
+        Ok(self.images().try_for_each(DiskImage::lock)?)
+    }
+
+    /// Leaves the disks to whoever runs the guest next.
+    pub(super) fn unlock_images(&self) -> Result<(), DevicesError> {
+        Ok(self.images().try_for_each(DiskImage::unlock)?)
+    }
+
+    fn images(&self) -> impl Iterator<Item = &DiskImage> {
+        self.list.iter().filter_map(|d| d.image.as_ref())
+    }
+
+    /// Their sections of state.
+    pub(super) fn section_kinds(&self) -> impl Iterator<Item = SectionKind> {
+        self.list.iter().map(|d| sections::kind(d.name.clone()))
+    }
+
+    /// What is on the host's side of each.
+    pub(super) fn host_sides(&self) -> Vec<HostSide> {
+        let sides = self.list.iter().map(|d| host_side(&d.name, &d.shape));
+        sides.collect()
+    }
+
+    /// Their state; they are paused.
+    pub(super) fn save(&self) -> Result<Vec<Section>, MachineError> {
+        let saved = self.list.iter().map(|attached| {
+            let state = attached.device().save();
+            let state = state.ok_or_else(|| MachineError::Section {
+                section: attached.name.clone(),
+                why: "the device is not paused".into(),
+            })?;
+            sections::encode(&attached.name, &state)
+        });
+        saved.collect()
+    }
+
+    /// The balloon, if there is one.
+    pub(super) fn balloon(&self) -> Option<&BalloonControl> {
+        self.list.iter().find_map(|d| d.balloon.as_ref())
+    }
+
+    pub(super) fn counters(&self) -> DeviceCounters {
+        let each = self.list.iter();
+        each.map(|d| (d.name.clone(), d.device().counters()))
+            .collect()
+    }
+}
+
+/// Why a guest whose devices are `theirs` cannot be taken by a monitor that was given `here`; nothing where they fit.
+pub(super) fn misfits(theirs: &[HostSide], here: &[HostSide]) -> Vec<String> {
+    let same = |one: &HostSide, list: &[HostSide]| -> Option<HostSide> {
+        list.iter().find(|d| d.section == one.section).cloned()
+    };
+    let mut found = Vec::new();
+    for device in theirs {
+        match same(device, here) {
+            None => found.push(format!(
+                "the guest has {} ({}), for which nothing was given here",
+                device.section, device.is
+            )),
+            Some(own) if own.is != device.is => found.push(format!(
+                "{}: the guest's is {}, the one given here is {}",
+                device.section, device.is, own.is
+            )),
+            Some(_) => {}
+        }
+    }
+    let unknown = here.iter().filter(|own| same(own, theirs).is_none());
+    found.extend(unknown.map(|own| {
+        let (name, is) = (&own.section, &own.is);
+        format!("{name} ({is}) was given here, and the guest has none")
+    }));
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_do_not_fit_are_named() {
+        let disk = |sectors| host_side("_disk0", &format!("a disk of {sectors} sectors"));
+        let rng = host_side("_rng0", "an entropy device");
+        let fits = misfits(&[disk(8), rng.clone()], &[disk(8), rng.clone()]);
+        assert_eq!(fits, [""; 0]);
+        let found = misfits(&[disk(8), rng.clone()], &[disk(9)]);
+        assert_eq!(
+            found,
+            [
+                "_disk0: the guest's is a disk of 8 sectors, the one given here is a disk of 9 sectors",
+                "the guest has _rng0 (an entropy device), for which nothing was given here",
+            ]
+        );
+        let found = misfits(&[], &[rng]);
+        assert_eq!(
+            found,
+            ["_rng0 (an entropy device) was given here, and the guest has none"]
+        );
+    }
+}

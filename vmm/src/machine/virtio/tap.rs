@@ -1,0 +1,254 @@
+//! A tap interface of the host, opened and set up for a virtio network device.
+//!
+//! This file has `unsafe` because a tap is set up by ioctls, for which there is no safe interface, and because a
+//! descriptor that was passed to the process comes as a bare number.
+//!
+//! Interface: Linux Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::raw::{c_int, c_short, c_uint, c_ulong};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use devices::virtio::{Offloads, Tap};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+
+const TUN_DEVICE: &str = "/dev/net/tun";
+/// IFNAMSIZ, with the zero at the end.
+const NAME_BYTES: usize = 16;
+/// Bytes of `virtio_net_hdr_v1`, which is before each packet.
+const HEADER_BYTES: c_int = 12;
+const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// Why a tap cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// A name that no interface can have.
+    #[error("{0:?} is no name of an interface: 1 to 15 bytes, without / and spaces")]
+    Name(String),
+    /// There is no interface of this name, and it is not for a monitor to make one.
+    #[error(
+        "there is no interface {0}: make it with `ip tuntap add {0} mode tap` and `ip link set {0} up`"
+    )]
+    Absent(String),
+    /// The interface is of another kind.
+    #[error("the interface {0} is no tap: make one with `ip tuntap add NAME mode tap`")]
+    Kind(String),
+    /// The device through which taps are opened.
+    #[error("{TUN_DEVICE}: {source}{}", device_hint(.source))]
+    Device {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The interface cannot be had.
+    #[error("the tap {name}: {source}{}", attach_hint(.source))]
+    Attach {
+        /// The interface.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A descriptor that was named is not open, or no tap.
+    #[error("descriptor {fd}: {why}")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// It cannot be set up.
+    #[error("{call}: {source}")]
+    SetUp {
+        /// The call that failed.
+        call: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn device_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "; load the module tun",
+        ErrorKind::PermissionDenied => "; taps are opened by root, or passed with fd=N",
+        _ => "",
+    }
+}
+
+fn attach_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => "; another process uses it",
+        Some(libc::EPERM) => {
+            "; it is another user's: `ip tuntap add NAME mode tap user USER` makes one of yours"
+        }
+        Some(libc::EINVAL) => "; it was made with other flags, such as multi_queue",
+        _ => "",
+    }
+}
+
+/// `struct ifreq`, as the ioctls of taps use it.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; NAME_BYTES],
+    flags: c_short,
+    rest: [u8; 22],
+}
+
+const _: () = assert!(size_of::<InterfaceRequest>() == 40);
+
+impl InterfaceRequest {
+    fn new() -> Self {
+        Self {
+            name: [0; NAME_BYTES],
+            flags: 0,
+            rest: [0; 22],
+        }
+    }
+}
+
+/// An open tap.
+#[derive(Debug)]
+pub(super) struct HostTap(File);
+
+impl HostTap {
+    /// The tap `name`, which is there already.
+    pub(super) fn open(name: &str) -> Result<Self, TapError> {
+        let mut request = InterfaceRequest::new();
+        let possible = (1..NAME_BYTES).contains(&name.len())
+            && !name.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0')
+            && !matches!(name, "." | "..");
+        if !possible {
+            return Err(TapError::Name(name.into()));
+        }
+        // The kernel would make an interface that is not there, for root.
+        let interface = Path::new("/sys/class/net").join(name);
+        if !interface.exists() {
+            return Err(TapError::Absent(name.into()));
+        }
+        if !interface.join("tun_flags").exists() {
+            return Err(TapError::Kind(name.into()));
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(TUN_DEVICE)
+            .map_err(|source| TapError::Device { source })?;
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        request.flags = c_short::try_from(FLAGS).unwrap_or_default();
+        // SAFETY: the kernel reads and writes one `struct ifreq`, which `request` is laid out as.
+        let done = unsafe { ioctl_with_mut_ref(&file, libc::TUNSETIFF as c_ulong, &mut request) };
+        result(done).map_err(|source| TapError::Attach {
+            name: name.into(),
+            source,
+        })?;
+        Self::set_up(file)
+    }
+
+    /// The tap that the process got as descriptor `fd`, which stays open: a guest may be started again.
+    pub(super) fn passed(fd: RawFd) -> Result<Self, TapError> {
+        let failed = |why: String| TapError::Descriptor { fd, why };
+        // SAFETY: duplicating a number that is no open descriptor is an error and nothing else.
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+        let copy = result(copy).map_err(|error| failed(format!("{error}; is it passed on?")))?;
+        // SAFETY: the kernel has just made this descriptor, and nobody else knows of it.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
+        let mut request = InterfaceRequest::new();
+        // SAFETY: the kernel writes one `struct ifreq`, which `request` is laid out as.
+        let done = unsafe { ioctl_with_mut_ref(&file, libc::TUNGETIFF as c_ulong, &mut request) };
+        result(done).map_err(|_| failed("it is no tap".into()))?;
+        let flags = c_int::from(request.flags);
+        if flags & FLAGS != FLAGS {
+            return Err(failed(
+                "it has to be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR".into(),
+            ));
+        }
+        let set_up = |source| TapError::SetUp {
+            call: "O_NONBLOCK",
+            source,
+        };
+        rustix::io::ioctl_fionbio(&file, true).map_err(|error| set_up(error.into()))?;
+        Self::set_up(file)
+    }
+
+    fn set_up(file: File) -> Result<Self, TapError> {
+        // SAFETY: the kernel reads one int.
+        let done =
+            unsafe { ioctl_with_ref(&file, libc::TUNSETVNETHDRSZ as c_ulong, &HEADER_BYTES) };
+        result(done).map_err(|source| TapError::SetUp {
+            call: "TUNSETVNETHDRSZ",
+            source,
+        })?;
+        Ok(Self(file))
+    }
+}
+
+fn result(returned: c_int) -> io::Result<c_int> {
+    if returned < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(returned)
+}
+
+impl AsRawFd for HostTap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Tap for HostTap {
+    fn receive(&self, packet: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(packet)
+    }
+
+    fn send(&self, packet: &[u8]) -> io::Result<()> {
+        match (&self.0).write(packet)? {
+            all if all == packet.len() => Ok(()),
+            part => Err(io::Error::other(format!(
+                "the tap took {part} bytes of a packet of {}",
+                packet.len()
+            ))),
+        }
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        let flag = |wanted: bool, bit: c_uint| if wanted { bit } else { 0 };
+        let bits = flag(offloads.checksum, libc::TUN_F_CSUM)
+            | flag(offloads.tso4, libc::TUN_F_TSO4)
+            | flag(offloads.tso6, libc::TUN_F_TSO6);
+        // SAFETY: the argument is a number; the kernel touches no memory of this process.
+        let done = unsafe { ioctl_with_val(&self.0, libc::TUNSETOFFLOAD as c_ulong, bits.into()) };
+        result(done).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_tap_is_refused_by_name() {
+        for (name, why) in [
+            ("", "no name"),
+            ("an/interface", "no name"),
+            ("sixteen-bytes-xx", "no name"),
+            ("ferry-absent", "ip tuntap add ferry-absent mode tap"),
+            ("lo", "no tap"),
+        ] {
+            let error = HostTap::open(name).unwrap_err().to_string();
+            assert!(error.contains(why), "{name:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_tap_is_refused() {
+        let file = File::open("/dev/null").unwrap();
+        let error = HostTap::passed(file.as_raw_fd()).unwrap_err().to_string();
+        assert!(error.contains("it is no tap"), "{error}");
+        let error = HostTap::passed(1_000_000).unwrap_err().to_string();
+        assert!(error.contains("descriptor 1000000"), "{error}");
+    }
+}

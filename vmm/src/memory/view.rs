@@ -1,0 +1,125 @@
+//! Guest memory as devices see it: the same mappings as the monitor's, with another name on every mark.
+//!
+//! This file has `unsafe` for one call: a second region over a mapping is made of its address.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use ept::{Gpa, Source, TrackerBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use super::{GuestMemory, GuestRam, mmap_error};
+
+/// Guest memory for device models: what they write through it counts as [`Source::Device`]. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct DeviceMemory {
+    view: Arc<View>,
+}
+
+#[derive(Debug)]
+struct View {
+    regions: GuestMemory,
+    /// Whose mappings the regions lie over.
+    _ram: Arc<GuestRam>,
+}
+
+impl DeviceMemory {
+    /// All of `ram`, which lives as long as this does.
+    ///
+    /// # Errors
+    /// A region that vm-memory refuses; none that it has accepted once.
+    pub fn new(ram: &Arc<GuestRam>) -> io::Result<Self> {
+        let regions = ram
+            .memory()
+            .iter()
+            .map(|region| second_region(ram, region))
+            .collect::<io::Result<_>>()?;
+        let regions = GuestMemory::from_regions(regions).map_err(io::Error::other)?;
+        Ok(Self {
+            view: Arc::new(View {
+                regions,
+                _ram: Arc::clone(ram),
+            }),
+        })
+    }
+}
+
+fn second_region(
+    ram: &GuestRam,
+    region: &GuestRegionMmap<TrackerBitmap>,
+) -> io::Result<GuestRegionMmap<TrackerBitmap>> {
+    let start = region.start_addr();
+    let bitmap = TrackerBitmap::new(
+        Arc::clone(ram.tracker()),
+        Gpa(start.raw_value()),
+        Source::Device,
+    );
+    let builder = MmapRegionBuilder::new_with_bitmap(region.size(), bitmap)
+        .with_mmap_prot(region.prot())
+        .with_mmap_flags(region.flags());
+    // SAFETY: the mapping is `region`'s, of that size, and belongs to a `GuestRam` that `View` keeps. Regions of a
+    // raw pointer do not unmap it.
+    let builder = unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) };
+    let mapping = builder.build().map_err(mmap_error)?;
+    GuestRegionMmap::new(mapping, start).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+impl Deref for DeviceMemory {
+    type Target = GuestMemory;
+
+    fn deref(&self) -> &GuestMemory {
+        &self.view.regions
+    }
+}
+
+impl GuestAddressSpace for DeviceMemory {
+    type M = GuestMemory;
+    type T = Self;
+
+    fn memory(&self) -> Self {
+        self.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::Backing;
+    use super::*;
+
+    #[test]
+    fn what_devices_write_is_theirs_in_the_tracker_and_the_monitors_in_memory() {
+        for backing in [Backing::Memfd, Backing::Anonymous] {
+            let ram = Arc::new(GuestRam::new(8 << 20, backing).unwrap());
+            let memory = DeviceMemory::new(&ram).unwrap();
+            let before = ram.tracker().counters();
+            memory
+                .write_slice(&[7; 8192], GuestAddress(0x3000))
+                .unwrap();
+            let byte: u8 = ram.memory().read_obj(GuestAddress(0x4fff)).unwrap();
+            assert_eq!(byte, 7);
+            assert!(ram.tracker().dirty_at(Gpa(0x4000)));
+            let after = ram.tracker().counters();
+            let since = after.since(&before);
+            let by = |source| since.dirtied_by(source);
+            assert_eq!((by(Source::Device), by(Source::Monitor)), (2, 0));
+        }
+    }
+
+    #[test]
+    fn the_memory_outlives_whoever_made_it() {
+        let ram = Arc::new(GuestRam::new(5 << 30, Backing::Memfd).unwrap());
+        let memory = DeviceMemory::new(&ram).unwrap();
+        drop(ram);
+        let high = GuestAddress(super::super::HIGH_RAM_START);
+        memory.write_obj(9_u64, high).unwrap();
+        let found: u64 = memory.read_obj(high).unwrap();
+        assert_eq!(found, 9);
+    }
+}
