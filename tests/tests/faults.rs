@@ -220,7 +220,7 @@ fn another_version_and_another_layout_are_refused_in_words() {
         (field("/page_size", json!(16384)), "pages of 16384 bytes"),
         (field("/architecture", json!("riscv64")), "riscv64"),
         (field("/sections/0/version", json!(99)), "99"),
-        (field("/cpus", json!(u32::MAX)), "vcpu2"),
+        (field("/cpus", json!(u32::MAX)), "4294967295 vCPUs"),
         (field("/populated_bytes", json!(1_u64 << 60)), "populated"),
     ];
     let (source, destination, proxy) = all_refused(&[], changes);

@@ -166,7 +166,7 @@ fn a_configuration_is_refused_with_the_fields_path() {
     let path = file.display().to_string();
     let payload = format!(r#""payload":{{"kernel":"{}"}}"#, hello());
     for (rest, named) in [
-        (r#","disks":[]"#, "disks"),
+        (r#","fs":[]"#, "fs"),
         (r#","memory":{"size":1,"zones":[]}"#, "memory.zones"),
         (r#","memory":{"size":-1}"#, "memory.size"),
         (r#","memory":{"size":0}"#, "guest memory"),
