@@ -70,6 +70,29 @@ fn flags_of_run_out_of_range_are_named() {
 }
 
 #[test]
+fn devices_that_the_host_has_not_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty");
+    fs::write(&empty, [0; 511]).unwrap();
+    let empty = format!("path={}", empty.display());
+    for (arguments, named) in [
+        (["--disk", "path=/no/such/image"], "/no/such/image"),
+        (["--disk", "path=/dev/null"], "a disk is a raw image"),
+        (["--disk", &empty], "less than 512 bytes"),
+        (["--net", "tap=ferry-absent"], "ip tuntap add ferry-absent"),
+        (["--net", "tap=lo"], "no tap"),
+        (["--net", "fd=1000000"], "descriptor 1000000"),
+        (["--vsock", "socket=/no/such/folder/x"], "/no/such/folder/x"),
+        (["--vsock", "socket=/x,cid=2"], "vsock address 2"),
+        (["--balloon", "size=64G"], "balloon.size"),
+        (["--console", "file:/no/such/folder/x"], "/no/such/folder/x"),
+        (["--console", "stdio"], "console.mode"),
+    ] {
+        assert_refused(&run(&arguments), named);
+    }
+}
+
+#[test]
 fn flags_of_receive_and_demo_out_of_range_are_named() {
     for (arguments, named) in [
         (&["receive"][..], "URL"),
@@ -84,6 +107,14 @@ fn flags_of_receive_and_demo_out_of_range_are_named() {
         (
             &["receive", "tcp:127.0.0.1:0", "--serial", "pigeon"],
             "--serial",
+        ),
+        (
+            &["receive", "tcp:127.0.0.1:0", "--console", "stdio"],
+            "console.mode",
+        ),
+        (
+            &["receive", "tcp:127.0.0.1:0", "--net", "tap=t,mtu=1"],
+            "net[0].mtu",
         ),
         // Plain TCP beyond loopback.
         (&["receive", "tcp:0.0.0.0:0"], "0.0.0.0"),
@@ -167,6 +198,11 @@ fn a_configuration_is_refused_with_the_fields_path() {
     let payload = format!(r#""payload":{{"kernel":"{}"}}"#, hello());
     for (rest, named) in [
         (r#","fs":[]"#, "fs"),
+        (
+            r#","disks":[{"path":"/d","direct":true}]"#,
+            "disks[0].direct",
+        ),
+        (r#","net":[{"tap":"t","mtu":1}]"#, "net[0].mtu"),
         (r#","memory":{"size":1,"zones":[]}"#, "memory.zones"),
         (r#","memory":{"size":-1}"#, "memory.size"),
         (r#","memory":{"size":0}"#, "guest memory"),

@@ -267,6 +267,7 @@ impl DestinationGuest for Incoming {
             backing: self.admission.backing,
             dirty_log: None,
         };
+        self.admission.devices.check(shape.memory_bytes)?;
         let mut empty = EmptyMachine::new(&self.host, &shape)?;
         empty.open_devices(&self.admission.devices)?;
         let misfits = empty.misfits(description);

@@ -36,6 +36,9 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
     let serial = arguments.serial.clone().unwrap_or_default();
     // Opened once before anything arrives, so that a path that cannot be is told now.
     drop(console::output(&serial)?);
+    let devices = arguments.devices.config();
+    // What depends on the size of the guest's memory is checked when that is known.
+    devices.check(u64::MAX)?;
     let listener = Arc::new(arguments.url.listen()?);
     let reception = Reception {
         host,
@@ -44,7 +47,7 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
         admission: Admission {
             memory_limit: arguments.memory_limit,
             backing: arguments.memory_backing.into(),
-            devices: arguments.devices.config(),
+            devices,
         },
         serial,
         on_end: service.on_end(),

@@ -275,12 +275,18 @@ impl DevicesConfig {
                 ),
             ));
         }
-        match &self.console {
-            Some(console) if console.mode == SerialMode::Tty => Err(error(
+        let Some(console) = &self.console else {
+            return Ok(());
+        };
+        match (&console.mode, &console.file) {
+            (SerialMode::Null, _) | (SerialMode::File, Some(_)) => Ok(()),
+            (SerialMode::Tty, _) => Err(error(
                 "console.mode",
                 "the terminal is the serial port's: a console leads to a file, or nowhere",
             )),
-            _ => Ok(()),
+            (SerialMode::File, None) => {
+                Err(error("console.file", "the mode File needs the file's path"))
+            }
         }
     }
 }
@@ -380,6 +386,7 @@ mod tests {
             (r#""balloon":{"size":4097}"#, "balloon.size"),
             (r#""balloon":{"size":536870912}"#, "balloon.size"),
             (r#""console":{"mode":"Tty"}"#, "console.mode"),
+            (r#""console":{"mode":"File"}"#, "console.file"),
             (r#""pmem":[]"#, "pmem"),
         ] {
             assert_eq!(read(devices).unwrap_err().path, path, "{devices}");

@@ -41,7 +41,7 @@ pub enum DevicesError {
     #[error("--net: {0}")]
     Tap(#[from] TapError),
     /// The host's side of the socket device.
-    #[error("--vsock {0}")]
+    #[error("--vsock: {0}")]
     Vsock(#[from] VsockError),
     /// The file of the console.
     #[error("--console {path}: {source}")]
