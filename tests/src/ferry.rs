@@ -136,7 +136,10 @@ impl Ferry {
             command.args(["--serial", "stdio", "--api-socket"]).arg(api);
         })?;
         let step = Duration::from_millis(2);
-        ferry.wait_up("receive", |_| endpoint.wait_listening(step))?;
+        // The socket is there a moment before the monitor says so.
+        ferry.wait_up("receive", |ferry| {
+            endpoint.wait_listening(step) && ferry.phase().is_ok_and(|phase| phase == "listening")
+        })?;
         Ok(ferry)
     }
 
