@@ -47,7 +47,7 @@ impl Image {
     pub(super) fn extent(&self, sector: u64, bytes: u64) -> Option<Extent> {
         let whole = bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES);
         let end = sector.checked_add(bytes / SECTOR_BYTES)?;
-        (whole && end <= self.sectors).then_some(Extent {
+        (whole && end <= self.sectors).then(|| Extent {
             offset: sector * SECTOR_BYTES,
             bytes,
         })
