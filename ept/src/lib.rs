@@ -45,22 +45,22 @@
 //!
 //! | | promise | tests (`ept/tests`) |
 //! |---|---|---|
-//! | S1 | ranges are checked when they are made; a huge leaf is visited once, with its true span | `walk`, `stage2::every_format_agrees_with_a_list_of_pages` |
+//! | S1 | ranges are checked when they are made; a huge leaf is visited once, with its true span | `walk::s1_…`, `stage2::every_format_agrees_with_a_list_of_pages` |
 //! | S2 | without allocation no error for memory; with it, how far it got; the worst case can be reserved | `walk`, `shortage::s2_…`, `stage2::a_map_without_tables_says_how_far_it_got`, `stage2::a_reservation_is_kept`, `apply` |
-//! | S3 | continue, descend, skip, split, again, stop | `walk::s3_every_answer` |
-//! | S4 | holes with their level; a leaf table is one run | `walk::s2_walks_write_and_read_like_a_map` |
+//! | S3 | continue, descend, skip, split, again, stop | `walk::s3_every_answer`, `walk::s3_descend_makes_tables_and_split_divides`, `walk::s3_again_reads_anew` |
+//! | S4 | holes with their level; a leaf table is one run | `walk::s4_a_table_is_one_run`, `walk::s2_walks_write_and_read_like_a_map` |
 //! | S5 | splits on demand: complete before they are linked, dirty parts of a dirty whole, a coarse entry where memory is short | `stage2::splits_and_collapses_lose_no_dirty_flag`, `stage2::a_split_without_tables_leaves_the_huge_leaf`, `threads`, `shortage` |
-//! | S6 | a collapse loses no dirty flag | `stage2::splits_and_collapses_lose_no_dirty_flag` |
+//! | S6 | a collapse loses no dirty flag, and keeps to its range | `stage2::splits_and_collapses_lose_no_dirty_flag`, `stage2::nothing_collapses_across_an_edge` |
 //! | S7 | every change of a live entry is one atomic read-modify-write | `stage2_threads`, `threads` |
 //! | S8 | a long walk yields and goes on with progress; no table is used again while a walker may read it | `stage2::a_long_walk_yields_and_goes_on`, `stage2_order::no_table_is_reused_under_a_walk`, `stage2_order::readers_never_see_another_ranges_entries` |
-//! | S9 | threads on disjoint ranges do not wait for each other; overlapping changes are ordered | `stage2_threads::disjoint_ranges_are_changed_at_once`, `stage2_order::disjoint_changes_do_not_wait`, `stage2_order::overlapping_changes_are_ordered` |
+//! | S9 | threads on disjoint ranges do not wait for each other; overlapping changes are ordered | `stage2_threads::disjoint_ranges_are_changed_at_once`, `stage2_order::disjoint_changes_do_not_wait`, `stage2_order::overlapping_changes_are_ordered`, `stage2_order::a_crowd_that_waits_holds_up_nobody_elsewhere` |
 //! | S10–S13 | notifier ranges, sequence, two passes, subscribers that come and go | `notify` |
-//! | S14 | open, change, flush, close; the whole range where another flush is pending | `protect::s14_…`, `stage2::tables_wait_for_the_flush`, `stage2_order::a_pending_flush_makes_the_next_one_whole` |
+//! | S14 | open, change, flush, close; the whole range where another flush is pending | `protect::s14_…`, `stage2::tables_wait_for_the_flush`, `stage2_order::a_pending_flush_makes_the_next_one_whole`, `stage2_order::parts_of_one_huge_leaf_are_flushed_by_each`, `stage2_track::a_cached_fault_is_to_be_flushed` |
 //! | S15 | write-protect, and clean-and-record, on every format: what really changed | `protect`, `stage2_track`, `stage2::flags_that_hardware_sets_are_harvested_once` |
-//! | S16 | nothing is cleaned unrecorded | `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest`, `stage2_track::no_write_is_lost_between_faults_and_a_harvest` |
+//! | S16 | nothing is cleaned unrecorded | `stage2_order::a_panic_leaves_nothing_cleaned_unrecorded`, `stage2_track::a_fault_is_recorded_before_the_next_harvest`, `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest`, `stage2_track::no_write_is_lost_between_faults_and_a_harvest` |
 //! | S17 | harvests are transactions of named consumers | `epoch`, `threads` |
 //! | S18 | one merged dirty set, sources counted | `tracker`, `vm_memory` |
-//! | S19 | ageing loses no dirty state | `stage2::flags_that_hardware_sets_are_harvested_once` |
+//! | S19 | ageing loses no dirty state | `stage2::ageing_cleans_nothing` |
 //! | S20 | protection by region kind | `protect::s15_protection_matches_a_set_of_pages` |
 //! | S21 | figures of what was done: [`CountersSnapshot`], [`stage2::Figures`]. A vCPU's stalls are kept where vCPUs are | `tracker::s21_…`, `stage2_order::figures_are_kept` |
 //!
