@@ -20,7 +20,7 @@ use ept::{Notifier, OpenError, Subscription};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::boot::{self, BootError, CpuidError, Payload};
+use crate::boot::{self, BootError, CpuidError, GuestCpuid, Payload};
 use crate::config::DevicesConfig;
 use crate::kvm::dirty_log::{self, DirtyLogMode};
 use crate::kvm::host::{Host, HostError};
@@ -177,12 +177,15 @@ impl EmptyMachine {
         }
         let dirty_log = host.dirty_log(shape.dirty_log)?;
         let ram = Arc::new(GuestRam::new(shape.memory_bytes, shape.backing)?);
-        let vm = Arc::new(create_vm(host)?);
+        let vm = host.kvm().create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
+        let vm = Arc::new(vm);
         dirty_log::configure(&vm, dirty_log).map_err(|source| MachineError::Kvm {
             call: "KVM_ENABLE_CAP dirty log",
             source,
         })?;
+        // Before the controllers: a change of slots waits for the grace period that each change of KVM's buses begins.
         let slots = Slots::new(Arc::clone(&vm), ram)?;
+        create_controllers(&vm)?;
         let vcpus = (0..shape.cpus)
             .map(|index| {
                 vm.create_vcpu(u64::from(index))
@@ -246,16 +249,15 @@ impl EmptyMachine {
         };
         let loaded = boot::load(memory, payload, &platform)?;
         let count = u32::from(platform.cpus);
-        let seen = boot::cpuid_for_vcpu(self.host.kvm(), 0, count)?;
+        let cpuid = GuestCpuid::new(self.host.kvm(), count)?;
         for (index, vcpu) in (0..).zip(&self.vcpus) {
-            let cpuid = boot::cpuid_for_vcpu(self.host.kvm(), index, count)?;
-            vcpu.set_cpuid2(&cpuid)
+            vcpu.set_cpuid2(&cpuid.for_kvm(index)?)
                 .map_err(kvm_error("KVM_SET_CPUID2"))?;
             boot::start_registers(memory, vcpu, index, &loaded)?;
         }
         let end = End::new(wiring.on_end);
         let platform = Platform::new(&self.vm, self.ram(), wiring.serial_output, &end.tell)?;
-        self.assemble(platform, seen.as_slice().to_vec(), end, None)
+        self.assemble(platform, cpuid.of_vcpu(0), end, None)
     }
 
     /// Restores a guest: vCPUs, controllers and devices as [`Machine::save`] wrote them. `cpuid` is what its
@@ -320,19 +322,18 @@ impl EmptyMachine {
     }
 }
 
-fn create_vm(host: &Host) -> Result<VmFd> {
-    let vm = host.kvm().create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
+/// The interrupt controllers and the timer, which must be there before the vCPUs.
+fn create_controllers(vm: &VmFd) -> Result<()> {
     vm.set_tss_address(TSS_ADDRESS)
         .map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
     vm.create_irq_chip()
         .map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
     vm.create_pit2(kvm_pit_config::default())
         .map_err(kvm_error("KVM_CREATE_PIT2"))?;
-    state::check_xsave(&vm).map_err(|source| MachineError::State {
+    state::check_xsave(vm).map_err(|source| MachineError::State {
         section: "vcpu".into(),
         source,
-    })?;
-    Ok(vm)
+    })
 }
 
 /// Tells the guest, through kvm-clock, that it stood: otherwise its watchdogs take the time for a lockup.

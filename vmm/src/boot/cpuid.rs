@@ -22,21 +22,48 @@ const HYPERVISOR_PRESENT: u32 = 1 << 31;
 /// Leaf 1, ecx: the TSC-deadline timer, which KVM's local APIC has though it does not say so here.
 const TSC_DEADLINE: u32 = 1 << 24;
 
-/// What vCPU `index` of `count` sees.
+/// What the vCPUs of a guest see on one host.
 ///
-/// # Errors
-/// KVM's.
-pub fn for_vcpu(kvm: &Kvm, index: u32, count: u32) -> Result<CpuId, CpuidError> {
-    let mut entries = supported(kvm)?.as_slice().to_vec();
-    for entry in &mut entries {
-        if entry.function == FEATURES {
-            entry.ecx |= HYPERVISOR_PRESENT | TSC_DEADLINE;
+/// KVM is asked once for all of them: on some hosts its answer takes a millisecond.
+pub struct GuestCpuid {
+    common: Vec<kvm_cpuid_entry2>,
+    count: u32,
+}
+
+impl GuestCpuid {
+    /// Of a guest with `count` vCPUs.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn new(kvm: &Kvm, count: u32) -> Result<Self, CpuidError> {
+        let mut common = supported(kvm)?.as_slice().to_vec();
+        for entry in &mut common {
+            if entry.function == FEATURES {
+                entry.ecx |= HYPERVISOR_PRESENT | TSC_DEADLINE;
+            }
         }
+        baseline::restrict(&mut common);
+        Ok(Self { common, count })
     }
-    baseline::restrict(&mut entries);
-    topology::Place { index, count }.write(&mut entries);
-    CpuId::from_entries(&entries)
-        .map_err(|_| CpuidError(format!("{} entries are too many", entries.len())))
+
+    /// What vCPU `index` sees.
+    #[must_use]
+    pub fn of_vcpu(&self, index: u32) -> Vec<kvm_cpuid_entry2> {
+        let mut entries = self.common.clone();
+        let count = self.count;
+        topology::Place { index, count }.write(&mut entries);
+        entries
+    }
+
+    /// The same, for `KVM_SET_CPUID2`.
+    ///
+    /// # Errors
+    /// More entries than KVM takes.
+    pub fn for_kvm(&self, index: u32) -> Result<CpuId, CpuidError> {
+        let entries = self.of_vcpu(index);
+        CpuId::from_entries(&entries)
+            .map_err(|_| CpuidError(format!("{} entries are too many", entries.len())))
+    }
 }
 
 fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {

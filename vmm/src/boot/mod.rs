@@ -33,7 +33,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 use crate::memory::{GuestMemory, LOW_RAM_END};
 
 pub use acpi::{Platform, VirtioMmio};
-pub use cpuid::{CpuidError, baseline, for_vcpu as cpuid_for_vcpu, missing_features};
+pub use cpuid::{CpuidError, GuestCpuid, baseline, missing_features};
 
 const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
 /// Room for the command line, its closing zero included: what x86 Linux takes at most (COMMAND_LINE_SIZE

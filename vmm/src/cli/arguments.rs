@@ -37,6 +37,56 @@ pub(super) enum Verb {
     Ctl(CtlArguments),
     /// Watch a running guest: who dirties its memory, how long it stands, where its migration is
     Top(TopArguments),
+    /// Measure Ferry beside its peers, in turns
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Bench {
+    /// How soon a guest says its first byte, and how much memory its monitor takes
+    Start(BenchStartArguments),
+    /// The least that starts a guest, for `start` to compare with
+    #[command(hide = true)]
+    BareStart(BareStartArguments),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry bench start
+  ferry bench start --runs 31 --json
+
+Starts the same PVH guest again and again: by a bare program of ioctls, by ferry run, and by QEMU's microvm where
+QEMU is installed, in turns. The time is from the start of the process to the guest's first byte on its serial
+port; the memory is what is resident then beyond the guest's. Status 0 if ferry takes at most 1.5 times the bare
+program's time, at most a quarter of QEMU's, and at most 5 MiB; 1 if not. It wants an idle machine.")]
+pub(super) struct BenchStartArguments {
+    /// Starts of each
+    #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(super) runs: u32,
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub(super) memory: u64,
+    /// The QEMU to compare with
+    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
+    pub(super) qemu: PathBuf,
+    /// Print JSON, one object a line, instead of the table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BareStartArguments {
+    /// The kernel: an ELF image with a PVH note
+    #[arg(long, value_name = "FILE")]
+    pub(super) kernel: PathBuf,
+    /// Its command line
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(super) cmdline: String,
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) memory: u64,
 }
 
 #[derive(Debug, Args)]

@@ -1,11 +1,13 @@
 //! The program `ferry`: its command line, one file a verb.
 
 mod arguments;
+mod bench;
 mod console;
 mod ctl;
 mod demo;
 mod devices;
 mod inherited;
+mod progress;
 mod receive;
 mod report;
 mod run;
@@ -39,6 +41,7 @@ pub fn main() -> ExitCode {
         Verb::Receive(arguments) => receive::receive(&arguments),
         Verb::Ctl(arguments) => ctl::ctl(&arguments),
         Verb::Top(arguments) => top::top(&arguments),
+        Verb::Bench(bench) => bench::bench(&bench),
     };
     match done {
         Ok(status) => ExitCode::from(status),

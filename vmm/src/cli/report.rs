@@ -1,12 +1,10 @@
 //! What a user sees of a migration: its progress while it runs, its rounds at the end.
 
-use std::io::{IsTerminal, stderr};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
-
+use super::progress::ProgressLine;
 use crate::api::{ClientError, Method, NO_LIMIT, USUAL_LIMIT, call};
 use crate::migration::progress::{Phase, Snapshot};
 use crate::monitor::SendMigrationData;
@@ -22,7 +20,7 @@ pub(super) fn send_and_watch(
     mut on_progress: impl FnMut(&Snapshot),
 ) -> Result<Snapshot, ClientError> {
     let body = encode(wish)?;
-    let bar = progress_bar();
+    let line = ProgressLine::new();
     thread::scope(|scope| {
         let sent = scope.spawn(|| {
             call(
@@ -36,11 +34,11 @@ pub(super) fn send_and_watch(
         while !sent.is_finished() {
             thread::sleep(LOOK_EVERY);
             if let Ok(snapshot) = progress(socket) {
-                show(&bar, &snapshot);
+                show(&line, &snapshot);
                 on_progress(&snapshot);
             }
         }
-        bar.finish_and_clear();
+        drop(line);
         let answer = sent.join().unwrap_or_else(|_| {
             Err(broken(
                 "vm.send-migration",
@@ -72,20 +70,7 @@ fn broken(call: &str, why: &str) -> ClientError {
     }
 }
 
-fn progress_bar() -> ProgressBar {
-    if !stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
-        bar.set_style(style);
-    }
-    bar
-}
-
-fn show(bar: &ProgressBar, snapshot: &Snapshot) {
-    bar.set_length(snapshot.round_pages.max(1));
-    bar.set_position(snapshot.round_pages_sent);
+fn show(line: &ProgressLine, snapshot: &Snapshot) {
     let phase = match snapshot.phase {
         Phase::Rounds => format!("round {}", snapshot.rounds.len() + 1),
         other => format!("{other:?}").to_lowercase(),
@@ -95,10 +80,8 @@ fn show(bar: &ProgressBar, snapshot: &Snapshot) {
         .as_deref()
         .map(|text| format!(", {text}"))
         .unwrap_or_default();
-    bar.set_message(format!(
-        "{phase}, {:.0} MiB sent{warning}",
-        mib(snapshot.bytes_sent)
-    ));
+    let message = format!("{phase}, {:.0} MiB sent{warning}", mib(snapshot.bytes_sent));
+    line.show(snapshot.round_pages_sent, snapshot.round_pages, &message);
 }
 
 /// The rounds as a table, and the figures below it.
