@@ -17,6 +17,7 @@
 pub mod api;
 pub mod console;
 pub mod cpio;
+pub mod device_load;
 pub mod dirtier;
 pub mod endpoint;
 pub mod errors;

@@ -46,6 +46,8 @@ pub(super) enum Verb {
 pub(super) enum Bench {
     /// How soon a guest says its first byte, and how much memory its monitor takes
     Start(BenchStartArguments),
+    /// How much goes through a guest's disk and network
+    Devices(BenchDevicesArguments),
     /// The least that starts a guest, for `start` to compare with
     #[command(hide = true)]
     BareStart(BareStartArguments),
@@ -68,6 +70,57 @@ pub(super) struct BenchStartArguments {
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
     pub(super) memory: u64,
+    /// The QEMU to compare with
+    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
+    pub(super) qemu: PathBuf,
+    /// Print JSON, one object a line, instead of the table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry bench devices --kernel vmlinux --initramfs load.cpio
+  ferry bench devices --kernel vmlinux --initramfs load.cpio --tap tap0 --host-address 10.0.0.1 \
+      --guest-address 10.0.0.2/24
+
+Runs the same Linux guest in ferry run and in QEMU's microvm, where QEMU is installed, in turns; both have a raw image
+as /dev/vda and, with --tap, the tap as eth0, over virtio-mmio. The initramfs is told by the kernel's command line:
+ferry.disk=/dev/vda, ferry.host=ADDRESS:PORT, ferry.address=ADDRESS/BITS, ferry.seconds=N. It works the devices and
+prints a line a load on the serial port, `ferry-bench: NAME operations=N us=N` or `ferry-bench: NAME bytes=N us=N`,
+then `ferry-bench: end`. At
+ferry.host its connections are for what their first byte says: s, count what comes and answer with 8 bytes when all is
+there; r, send without end; t, echo. Ferry's own is written by write-device-load of the package ferry-tests, for
+Debian's cloud kernels. Status 0 if ferry is not slower in any load; 1 if it is. It wants an idle machine.")]
+pub(super) struct BenchDevicesArguments {
+    /// The kernel to boot: an image that QEMU's microvm boots, too
+    #[arg(long, value_name = "FILE")]
+    pub(super) kernel: PathBuf,
+    /// The initramfs that works the devices
+    #[arg(long, value_name = "FILE")]
+    pub(super) initramfs: PathBuf,
+    /// A tap that is there, for the network
+    #[arg(long, value_name = "NAME", requires_all = ["host_address", "guest_address"])]
+    pub(super) tap: Option<String>,
+    /// The host's address on the tap
+    #[arg(long, value_name = "ADDRESS", requires = "tap")]
+    pub(super) host_address: Option<std::net::IpAddr>,
+    /// The guest's address, with the bits of its network
+    #[arg(long, value_name = "ADDRESS/BITS", requires = "tap")]
+    pub(super) guest_address: Option<String>,
+    /// The size of the disk, which is a temporary file; of each run
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
+    pub(super) disk_size: u64,
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub(super) memory: u64,
+    /// Runs of each
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) runs: u32,
+    /// Seconds for each load
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(super) seconds: u32,
     /// The QEMU to compare with
     #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
     pub(super) qemu: PathBuf,

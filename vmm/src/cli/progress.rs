@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write, stderr};
 use rustix::termios::tcgetwinsize;
 
 /// Characters of the bar.
-const BAR: u64 = 30;
+const BAR: usize = 30;
 /// Of a terminal that does not say how wide it is.
 const USUAL_COLUMNS: u16 = 80;
 
@@ -41,9 +41,9 @@ impl Drop for ProgressLine {
 
 fn line(done: u64, all: u64, message: &str) -> String {
     let (done, all) = (u128::from(done.min(all)), u128::from(all.max(1)));
-    let full = usize::try_from(done * u128::from(BAR) / all).unwrap_or(0);
-    let bar = format!("{:<1$}", "#".repeat(full), BAR as usize);
-    format!("[{bar}] {:>3} %  {message}", done * 100 / all)
+    let percent = usize::try_from(done * 100 / all).unwrap_or(0);
+    let bar = "#".repeat(percent * BAR / 100);
+    format!("[{bar:<BAR$}] {percent:>3} %  {message}")
 }
 
 /// What fits without a second line.

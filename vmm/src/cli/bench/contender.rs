@@ -14,6 +14,8 @@ pub(super) struct Contender {
     name: &'static str,
     child: Child,
     output: ChildStdout,
+    /// What was read of a line that is not whole yet.
+    unread: Vec<u8>,
     began: Instant,
 }
 
@@ -49,6 +51,7 @@ impl Contender {
             name,
             child,
             output,
+            unread: Vec::new(),
             began,
         })
     }
@@ -68,6 +71,19 @@ impl Contender {
         match self.output.read(buffer)? {
             0 => Err(self.failed(&Trouble::Ended)),
             count => Ok(count),
+        }
+    }
+
+    /// The next whole line that its guest says, each part of it within `limit`.
+    pub(super) fn read_line(&mut self, limit: Duration) -> Result<String, Failure> {
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=end).collect();
+                return Ok(String::from_utf8_lossy(&line).trim_end().into());
+            }
+            let mut more = [0; 4096];
+            let count = self.read(&mut more, limit)?;
+            self.unread.extend_from_slice(&more[..count]);
         }
     }
 

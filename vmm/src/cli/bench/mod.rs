@@ -2,7 +2,10 @@
 
 mod bare;
 mod contender;
+mod devices;
 mod figures;
+mod net_host;
+mod peers;
 mod start;
 
 use super::Failure;
@@ -11,6 +14,7 @@ use super::arguments::Bench;
 pub(super) fn bench(bench: &Bench) -> Result<u8, Failure> {
     match bench {
         Bench::Start(arguments) => start::start(arguments),
+        Bench::Devices(arguments) => devices::devices(arguments),
         Bench::BareStart(arguments) => bare::bare_start(arguments),
     }
 }

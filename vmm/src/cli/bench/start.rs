@@ -1,15 +1,15 @@
 //! `ferry bench start`: how soon a guest says its first byte, and how much memory its monitor takes beside it.
 
 use std::env;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::contender::Contender;
 use super::figures::{Bound, Limit, Series, judge};
+use super::peers;
 use crate::cli::arguments::BenchStartArguments;
 use crate::cli::{Failure, say};
 use crate::kvm::host::Host;
@@ -58,15 +58,9 @@ fn contestants(arguments: &BenchStartArguments, kernel: &Path) -> Result<Vec<Con
         Contestant::new("bare ioctls", bare(this.clone(), kernel.into(), memory)),
         Contestant::new("ferry", ferry(this, kernel.into(), memory)),
     ];
-    match is_there(&arguments.qemu)? {
-        true => all.push(Contestant::new(
-            "qemu microvm",
-            qemu(arguments.qemu.clone(), kernel.into(), memory),
-        )),
-        false => eprintln!(
-            "ferry: {} is not installed: it is left out; --qemu names another",
-            arguments.qemu.display()
-        ),
+    if peers::is_there(&arguments.qemu)? {
+        let qemu = qemu(arguments.qemu.clone(), kernel.into(), memory);
+        all.push(Contestant::new("qemu microvm", qemu));
     }
     Ok(all)
 }
@@ -74,74 +68,30 @@ fn contestants(arguments: &BenchStartArguments, kernel: &Path) -> Result<Vec<Con
 fn bare(this: PathBuf, kernel: PathBuf, memory: u64) -> impl Fn() -> Command {
     move || {
         let mut command = Command::new(&this);
-        command.args(["bench", "bare-start", "--cmdline", COMMAND_LINE, "--memory"]);
-        command.arg(memory.to_string()).arg("--kernel").arg(&kernel);
+        command.args(["bench", "bare-start", "--cmdline", COMMAND_LINE]);
+        command.arg("--memory").arg(memory.to_string());
+        command.arg("--kernel").arg(&kernel);
         command
     }
 }
 
 fn ferry(this: PathBuf, kernel: PathBuf, memory: u64) -> impl Fn() -> Command {
     move || {
-        let mut command = Command::new(&this);
-        command.args([
-            "run",
-            "--serial",
-            "stdio",
-            "--cmdline",
-            COMMAND_LINE,
-            "--memory",
-        ]);
-        command.arg(memory.to_string()).arg("--kernel").arg(&kernel);
+        let mut command = peers::ferry(&this, memory);
+        command.args(["--cmdline", COMMAND_LINE, "--kernel"]);
+        command.arg(&kernel);
         command
     }
 }
 
-/// As lean as QEMU can be made for this guest; its memory a memory file, so that it can be told from QEMU's own.
 fn qemu(program: PathBuf, kernel: PathBuf, memory: u64) -> impl Fn() -> Command {
     move || {
-        let mib = memory >> 20;
-        let mut command = Command::new(&program);
+        let lean = "acpi=off,rtc=off,auto-kernel-cmdline=off";
+        let mut command = peers::qemu(&program, lean, memory);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        command.args(["-append", COMMAND_LINE, "-kernel"]);
+        command.arg(&kernel);
         command
-            .args([
-                "-M",
-                "microvm,acpi=off,rtc=off,auto-kernel-cmdline=off,memory-backend=ram",
-            ])
-            .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m"])
-            .arg(mib.to_string())
-            .arg("-object")
-            .arg(format!("memory-backend-memfd,id=ram,share=on,size={mib}M"))
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-no-reboot",
-                "-serial",
-                "stdio",
-            ])
-            .args([
-                "-device",
-                "isa-debug-exit,iobase=0xf4,iosize=4",
-                "-append",
-                COMMAND_LINE,
-            ])
-            .arg("-kernel")
-            .arg(&kernel);
-        command
-    }
-}
-
-/// Whether `program` can be started at all.
-fn is_there(program: &Path) -> Result<bool, Failure> {
-    let mut command = Command::new(program);
-    command
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    match command.status() {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(format!("{}: {error}", program.display()).into()),
     }
 }
 

@@ -1,0 +1,50 @@
+//! The programs that Ferry is measured beside.
+
+use std::io::ErrorKind;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::cli::Failure;
+
+/// Whether `program` can be started at all; says on standard error where it cannot.
+pub(super) fn is_there(program: &Path) -> Result<bool, Failure> {
+    let mut command = Command::new(program);
+    command
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    match command.status() {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let program = program.display();
+            eprintln!("ferry: {program} is not installed: it is left out; --qemu names another");
+            Ok(false)
+        }
+        Err(error) => Err(format!("{}: {error}", program.display()).into()),
+    }
+}
+
+/// QEMU's microvm with these properties, as lean as it can be made: nothing in it that nobody asked for. Its memory is
+/// a memory file, so that it can be told from QEMU's own.
+pub(super) fn qemu(program: &Path, properties: &str, memory: u64) -> Command {
+    let mib = memory >> 20;
+    let mut command = Command::new(program);
+    command
+        .arg("-M")
+        .arg(format!("microvm,memory-backend=ram,{properties}"))
+        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m"])
+        .arg(mib.to_string())
+        .arg("-object")
+        .arg(format!("memory-backend-memfd,id=ram,share=on,size={mib}M"))
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-no-reboot", "-serial", "stdio"]);
+    command
+}
+
+/// `ferry run` of this program, whose guest's serial port is its standard output.
+pub(super) fn ferry(program: &Path, memory: u64) -> Command {
+    let mut command = Command::new(program);
+    command.args(["run", "--serial", "stdio", "--memory"]);
+    command.arg(memory.to_string());
+    command
+}
