@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use cloud_hypervisor_client::apis::{DefaultApi, Error};
 use cloud_hypervisor_client::models::{
     ConsoleMode, CpusConfig, DiskConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
-    VmState,
+    VmResize, VmState,
 };
 use cloud_hypervisor_client::socket_based_api_client;
 use ferry_tests::api::{self, Answer};
@@ -165,9 +165,17 @@ async fn drive(ferry: &mut Ferry) {
     client.reboot_vm().await.unwrap();
     ferry.serial().wait_after(mark, READY, LIMIT).unwrap();
     client.power_button_vm().await.unwrap();
-    let unknown = client.vm_resize_put(Default::default()).await.unwrap_err();
+    let unknown = client.vm_resize_disk_put(Default::default()).await;
+    let unknown = unknown.unwrap_err();
     assert_eq!(status(&unknown), 501);
-    assert!(body(&unknown).contains("vm.resize"), "{unknown}");
+    assert!(body(&unknown).contains("vm.resize-disk"), "{unknown}");
+    let no_balloon = client.vm_resize_put(VmResize {
+        desired_balloon: Some(0),
+        ..VmResize::new()
+    });
+    let no_balloon = no_balloon.await.unwrap_err();
+    assert_eq!(status(&no_balloon), 400);
+    assert!(body(&no_balloon).contains("has no balloon"), "{no_balloon}");
     client.delete_vm().await.unwrap();
     assert_eq!(status(&client.vm_info_get().await.unwrap_err()), 404);
     client.shutdown_vmm().await.unwrap();
@@ -229,6 +237,64 @@ fn curl_drives_a_guest_through_its_life() {
         assert!(text.contains(named), "{method} {name}: {text}");
     }
     assert_ends(&mut ferry);
+}
+
+#[test]
+fn the_balloons_size_is_changed_while_the_guest_runs_and_lasts_over_a_reboot() {
+    const MIB: u64 = 1 << 20;
+    let mut config = config(1);
+    config["balloon"] = json!({ "size": 4 * MIB });
+    let ferry = Ferry::empty(&[]).unwrap();
+    let resize = |bytes: u64| {
+        let body = json!({ "desired_balloon": bytes }).to_string();
+        call(&ferry, "PUT", "vm.resize", &body)
+    };
+    assert_eq!(resize(MIB).status, 404);
+    assert_eq!(
+        call(&ferry, "PUT", "vm.create", &config.to_string()).status,
+        204
+    );
+    assert_eq!(resize(MIB).status, 405);
+    assert_eq!(call(&ferry, "PUT", "vm.boot", "").status, 204);
+    let target = || {
+        let info: Value = serde_json::from_str(&call(&ferry, "GET", "vm.info", "").body).unwrap();
+        // The guest has no driver for it, and so it keeps all its memory.
+        assert_eq!(info["memory_actual_size"], info["config"]["memory"]["size"]);
+        info["config"]["balloon"]["size"].as_u64().unwrap()
+    };
+    assert_eq!(target(), 4 * MIB);
+    assert_eq!(resize(16 * MIB).status, 204);
+    assert_eq!(target(), 16 * MIB);
+    let memory = config["memory"]["size"].as_u64().unwrap();
+    for impossible in [4097, memory, u64::MAX] {
+        let answer = resize(impossible);
+        assert_eq!(answer.status, 400);
+        assert!(answer.body.contains("desired_balloon: "), "{answer:?}");
+    }
+    let more = call(
+        &ferry,
+        "PUT",
+        "vm.resize",
+        r#"{"desired_vcpus":2,"desired_balloon":0}"#,
+    );
+    assert_eq!(more.status, 400);
+    assert!(more.body.contains("desired_vcpus"), "{more:?}");
+    assert_eq!(call(&ferry, "PUT", "vm.reboot", "").status, 204);
+    assert_eq!(target(), 16 * MIB);
+    let socket = ferry.api_socket();
+    let ctl = [
+        "ctl",
+        "--api-socket",
+        &socket.to_string_lossy(),
+        "resize",
+        "--balloon",
+        "0",
+    ]
+    .map(str::to_owned);
+    let ctl = ctl.each_ref().map(String::as_str);
+    let ended = ferry_tests::ferry::invoke(&ctl, LIMIT).unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    assert_eq!(target(), 0);
 }
 
 #[test]

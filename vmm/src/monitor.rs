@@ -7,6 +7,7 @@ mod counters;
 mod dirty_rate;
 mod lifecycle;
 mod migrate;
+mod resize;
 mod restart;
 
 use std::sync::mpsc::Sender;
@@ -27,6 +28,7 @@ pub use counters::{Counters, source_name};
 pub use dirty_rate::{DirtyRate, DirtyRateData, DirtyRateError, INTERVAL_MS};
 pub use lifecycle::{Launcher, OnReset, Relaunch};
 pub use migrate::{Resolution, SendMigrationData};
+pub use resize::ResizeData;
 pub use restart::AfterReset;
 
 use dirty_rate::Measurement;
@@ -119,7 +121,7 @@ pub struct VmInfo {
     pub config: VmConfig,
     /// The state.
     pub state: VmState,
-    /// Bytes of guest memory.
+    /// Bytes of guest memory, without those in its balloon.
     pub memory_actual_size: u64,
 }
 
@@ -226,7 +228,7 @@ impl Monitor {
         Ok(VmInfo {
             config: guest.config.clone(),
             state,
-            memory_actual_size: guest.config.memory.size,
+            memory_actual_size: guest.config.memory.size.saturating_sub(guest.ballooned()),
         })
     }
 

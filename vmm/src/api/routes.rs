@@ -9,7 +9,7 @@ use crate::config::{ConfigError, VmConfig, from_json};
 use crate::machine::MachineError;
 use crate::metrics;
 use crate::monitor::{
-    DirtyRateData, DirtyRateError, Monitor, MonitorError, Resolution, SendMigrationData,
+    DirtyRateData, DirtyRateError, Monitor, MonitorError, ResizeData, Resolution, SendMigrationData,
 };
 
 const PREFIX: &str = "/api/v1/";
@@ -17,7 +17,7 @@ const PREFIX: &str = "/api/v1/";
 type Answer = fn(&Monitor, &Request) -> Response;
 
 /// Every call: how it is made, where, and what answers it. `openapi.yaml` describes just these.
-const ROUTES: [(Method, &str, Answer); 18] = [
+const ROUTES: [(Method, &str, Answer); 19] = [
     (Method::Get, "/api/v1/vmm.ping", |_, _| json(&ping())),
     (Method::Put, "/api/v1/vmm.shutdown", |monitor, _| {
         done(monitor.end_all())
@@ -45,6 +45,9 @@ const ROUTES: [(Method, &str, Answer); 18] = [
     }),
     (Method::Put, "/api/v1/vm.power-button", |monitor, _| {
         done(monitor.power_button())
+    }),
+    (Method::Put, "/api/v1/vm.resize", |monitor, request| {
+        with_body(request, |wish: ResizeData| done(monitor.resize(&wish)))
     }),
     (Method::Get, "/api/v1/vm.info", |monitor, _| {
         told(monitor.info())
@@ -89,9 +92,8 @@ const ROUTES: [(Method, &str, Answer); 18] = [
 ];
 
 /// Calls of the Cloud Hypervisor API that Ferry knows of and does not have.
-const NOT_IMPLEMENTED: [&str; 20] = [
+const NOT_IMPLEMENTED: [&str; 19] = [
     "vm.nmi",
-    "vm.resize",
     "vm.resize-disk",
     "vm.resize-zone",
     "vm.add-device",
@@ -270,7 +272,7 @@ mod tests {
     fn what_is_not_there_is_told_apart() {
         let monitor = empty_monitor();
         for (method, path, status, named) in [
-            ("PUT", "/api/v1/vm.resize", 501, "vm.resize"),
+            ("PUT", "/api/v1/vm.resize-disk", 501, "vm.resize-disk"),
             ("PUT", "/api/v1/vm.levitate", 404, "vm.levitate"),
             ("PUT", "/api/v1/vm.info", 405, "GET"),
             ("GET", "/api/v1/vm.boot", 405, "PUT"),
@@ -314,6 +316,7 @@ mod tests {
             "throttle_max",
             "verify",
             "action",
+            "desired_balloon",
             "other",
         ]);
         let leaf = prop_oneof![
@@ -337,11 +340,12 @@ mod tests {
     }
 
     /// Calls that read a body. Without a guest and a launcher none of them can do anything.
-    const BODIES: [&str; 4] = [
+    const BODIES: [&str; 5] = [
         "vm.create",
         "vm.dirty-rate",
         "vm.send-migration",
         "vm.migration-resolve",
+        "vm.resize",
     ];
 
     /// Whatever was sent: one of the refusals, as an array of messages.
@@ -364,12 +368,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_body_is_answered(body in prop::collection::vec(any::<u8>(), 0..64), call in 0..4_usize) {
+        fn any_body_is_answered(body in prop::collection::vec(any::<u8>(), 0..64), call in 0..5_usize) {
             assert_refused(BODIES[call], &body);
         }
 
         #[test]
-        fn any_json_is_answered(body in json_like(), call in 0..4_usize) {
+        fn any_json_is_answered(body in json_like(), call in 0..5_usize) {
             assert_refused(BODIES[call], body.to_string().as_bytes());
         }
 

@@ -308,6 +308,7 @@ Examples:
   ferry ctl --api-socket /run/guest.sock create guest.json
   ferry ctl --api-socket /run/guest.sock boot
   ferry ctl --api-socket /run/guest.sock dirty-rate --interval-ms 500
+  ferry ctl --api-socket /run/guest.sock resize --balloon 256M
   ferry ctl --api-socket /run/guest.sock send-migration tcp:127.0.0.1:4444 --downtime-ms 100
   ferry ctl --api-socket /run/guest.sock migration-resolve resume")]
 pub(super) struct CtlArguments {
@@ -356,6 +357,12 @@ pub(super) enum Call {
     PowerButton,
     /// End the guest without asking it, and start it again
     Reboot,
+    /// Ask the guest to have so much of its memory in its balloon
+    Resize {
+        /// The balloon's size; 0 gives all back
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        balloon: u64,
+    },
     /// Send the guest to another ferry, live
     SendMigration(SendArguments),
     /// Show where a migration is

@@ -52,6 +52,11 @@ pub(super) fn ctl(arguments: &CtlArguments) -> Result<u8, Failure> {
         Call::ShutdownVmm => put(socket, "vmm.shutdown", None),
         Call::PowerButton => put(socket, "vm.power-button", None),
         Call::Reboot => put(socket, "vm.reboot", None),
+        Call::Resize { balloon } => put(
+            socket,
+            "vm.resize",
+            Some(&json!({ "desired_balloon": balloon })),
+        ),
         Call::CancelMigration => put(socket, "vm.cancel-migration", None),
         Call::MigrationResolve { action } => {
             let action = match action {

@@ -119,6 +119,18 @@ impl BalloonConfig {
     pub(crate) fn pages(self) -> u32 {
         u32::try_from(self.size / ept::PAGE_SIZE).unwrap_or(u32::MAX)
     }
+
+    /// Finds a size that cannot be, in a guest with so much memory.
+    pub(crate) fn check(self, path: &str, memory_bytes: u64) -> Result<(), ConfigError> {
+        let size = self.size;
+        if !size.is_multiple_of(ept::PAGE_SIZE) || size >= memory_bytes {
+            let why = format!(
+                "{size} bytes cannot be: whole pages of 4096, and less than the guest's {memory_bytes}"
+            );
+            return Err(error(path, why));
+        }
+        Ok(())
+    }
 }
 
 /// Limits of a disk or an interface.
@@ -266,14 +278,8 @@ impl DevicesConfig {
                 return Err(error("rng.src", why));
             }
         }
-        let impossible = |size: u64| !size.is_multiple_of(ept::PAGE_SIZE) || size >= memory_bytes;
-        if let Some(size) = self.balloon.map(|b| b.size).filter(|s| impossible(*s)) {
-            return Err(error(
-                "balloon.size",
-                format!(
-                    "{size} bytes cannot be: whole pages of 4096, and less than the guest's {memory_bytes}"
-                ),
-            ));
+        if let Some(balloon) = self.balloon {
+            balloon.check("balloon.size", memory_bytes)?;
         }
         let Some(console) = &self.console else {
             return Ok(());

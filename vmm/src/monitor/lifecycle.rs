@@ -118,6 +118,7 @@ impl Monitor {
             failed
         })?;
         guest.power = Power::On(machine);
+        guest.ask_for_balloon();
         self.events.vm("booted");
         Ok(())
     }
