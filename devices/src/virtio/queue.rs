@@ -11,7 +11,9 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
 use super::buffer::Buffer;
-use super::spec::{AVAIL_NO_INTERRUPT, CHAIN_LIMIT};
+use super::spec::{
+    AVAIL_HEADER_BYTES, AVAIL_NO_INTERRUPT, CHAIN_LIMIT, USED_BYTES, USED_HEADER_BYTES,
+};
 
 /// What a driver did to a queue that it must not do. The device needs a reset then.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +70,15 @@ pub struct Chain {
     pub writable: Buffer,
 }
 
+/// A chain to be given back.
+#[derive(Clone, Copy, Debug)]
+pub struct Used {
+    /// The descriptor it begins with.
+    pub head: u16,
+    /// Bytes of its writable memory that were written.
+    pub written: u32,
+}
+
 /// The state of a queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueSnapshot {
@@ -107,8 +118,8 @@ impl QueueSnapshot {
 /// A queue in use.
 pub(super) struct VirtQueue {
     ring: Queue,
-    /// Buffers were used that the driver has not been asked about.
-    untold: bool,
+    /// The index behind the last used buffer that the driver was asked about.
+    told: u16,
 }
 
 impl VirtQueue {
@@ -128,7 +139,7 @@ impl VirtQueue {
         .map_err(QueueError::Ring)?;
         Ok(Self {
             ring,
-            untold: false,
+            told: snapshot.next_used,
         })
     }
 
@@ -194,10 +205,36 @@ impl VirtQueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        self.untold = true;
         self.ring
             .add_used(&*memory.memory(), head, written)
             .map_err(QueueError::Ring)
+    }
+
+    /// Gives several chains back at once: the driver sees all of them or none.
+    pub(super) fn complete_together<M: GuestAddressSpace>(
+        &mut self,
+        memory: &M,
+        used: &[Used],
+    ) -> Result<(), QueueError> {
+        let Some((last, before)) = used.split_last() else {
+            return Ok(());
+        };
+        {
+            let memory = memory.memory();
+            let mut next = self.ring.next_used();
+            for used in before {
+                let place = USED_HEADER_BYTES + USED_BYTES * u64::from(next % self.ring.size());
+                // `id` and `len`, each of 32 bits (2.7.8).
+                let element = u64::from(used.head) | u64::from(used.written) << 32;
+                memory
+                    .write_obj(element.to_le(), GuestAddress(self.ring.used_ring() + place))
+                    .map_err(|_| QueueError::RingOutside)?;
+                next = next.wrapping_add(1);
+            }
+            self.ring.set_next_used(next);
+        }
+        // It publishes the index, and with it those before.
+        self.complete(memory, last.head, last.written)
     }
 
     /// Whether the driver wants to be told of the buffers used since the last call.
@@ -205,21 +242,27 @@ impl VirtQueue {
         &mut self,
         memory: &M,
     ) -> Result<bool, QueueError> {
-        if !std::mem::take(&mut self.untold) {
+        let (told, used) = (self.told, self.ring.next_used());
+        self.told = used;
+        if told == used {
             return Ok(false);
         }
-        let memory = memory.memory();
+        // The used index is written before the driver's wish is read, or both sides could wait.
+        fence(Ordering::SeqCst);
         if !self.ring.event_idx_enabled() {
-            // The used index is written before the driver's wish is read, or both sides could wait.
-            fence(Ordering::SeqCst);
-            let flags: u16 = memory
-                .load(GuestAddress(self.ring.avail_ring()), Ordering::SeqCst)
-                .map_err(|_| QueueError::RingOutside)?;
-            return Ok(u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0);
+            return Ok(self.load(memory, 0)? & AVAIL_NO_INTERRUPT == 0);
         }
-        self.ring
-            .needs_notification(&*memory)
-            .map_err(QueueError::Ring)
+        // 2.7.7.2: `used_event`, behind the entries, is the index of the buffer that the driver waits for.
+        let event = self.load(memory, AVAIL_HEADER_BYTES + 2 * u64::from(self.ring.size()))?;
+        let since_event = used.wrapping_sub(event).wrapping_sub(1);
+        Ok(since_event < used.wrapping_sub(told))
+    }
+
+    /// A field of the available ring.
+    fn load<M: GuestAddressSpace>(&self, memory: &M, offset: u64) -> Result<u16, QueueError> {
+        let address = GuestAddress(self.ring.avail_ring() + offset);
+        let value = memory.memory().load(address, Ordering::SeqCst);
+        value.map(u16::from_le).map_err(|_| QueueError::RingOutside)
     }
 
     pub(super) fn disable_notification<M: GuestAddressSpace>(

@@ -75,6 +75,13 @@ pub(super) const COMMON_FEATURES: u64 =
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`. 2.7.6.
 pub(super) const AVAIL_NO_INTERRUPT: u16 = 1;
 
+/// Bytes before the entries of the available ring: flags and index (2.7.6).
+pub(super) const AVAIL_HEADER_BYTES: u64 = 4;
+/// Bytes before the entries of the used ring: flags and index (2.7.8).
+pub(super) const USED_HEADER_BYTES: u64 = 4;
+/// Bytes of an entry of the used ring.
+pub(super) const USED_BYTES: u64 = 8;
+
 /// The most descriptors of a chain that are looked at, direct or indirect. A driver must not make a chain
 /// longer than its queue (2.7.5.3.1), and no queue here is longer than this.
 pub(super) const CHAIN_LIMIT: usize = 1024;

@@ -294,12 +294,14 @@ impl Driver {
     }
 
     fn used_index(&self, queue: usize) -> u16 {
-        self.memory
-            .load(
-                GuestAddress(self.rings[queue].used() + 2),
-                Ordering::Acquire,
-            )
-            .unwrap()
+        self.used_index_of(queue)()
+    }
+
+    /// Reads the index of the used ring, for a thread that watches it.
+    pub(crate) fn used_index_of(&self, queue: usize) -> impl Fn() -> u16 + Send + 'static {
+        let memory = self.memory.clone();
+        let place = GuestAddress(self.rings[queue].used() + 2);
+        move || memory.load(place, Ordering::Acquire).unwrap()
     }
 
     /// The next used chain, if the device has given one back: its head, and the bytes written.

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::buffer::Buffer;
 use super::device::DeviceError;
 use super::interrupt::Interrupt;
-use super::queue::{Chain, QueueError, QueueSnapshot, VirtQueue};
+use super::queue::{Chain, QueueError, QueueSnapshot, Used, VirtQueue};
 
 /// The most chains that one wake-up works on; what is left gets another wake-up, so that nobody who wants
 /// the worker waits for a driver that never stops.
@@ -345,6 +345,15 @@ impl<'a, M: GuestAddressSpace> Turn<'a, M> {
         let memory = &self.shared.memory;
         match self.queues.queues.get_mut(queue) {
             Some(queue) if queue.is_ready() => queue.complete(memory, head, written),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives chains back that belong together: the driver sees all of them or none.
+    pub fn complete_together(&mut self, queue: usize, used: &[Used]) -> Result<(), QueueError> {
+        let memory = &self.shared.memory;
+        match self.queues.queues.get_mut(queue) {
+            Some(queue) if queue.is_ready() => queue.complete_together(memory, used),
             _ => Ok(()),
         }
     }

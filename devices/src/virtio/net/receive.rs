@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::GuestAddressSpace;
 
 use super::super::device::DeviceError;
-use super::super::queue::{Chain, QueueError};
+use super::super::queue::{Chain, QueueError, Used};
 use super::super::turn::Turn;
 use super::spec::{ETHERNET_BYTES, HEADER_BYTES, MERGEABLE, NUM_BUFFERS, PACKET_MAX, RECEIVE};
 use super::tap::{is_idle, retried};
@@ -161,12 +161,18 @@ impl Net {
         let number = u16::try_from(chains.len()).unwrap_or(u16::MAX);
         self.waiting.buffer[NUM_BUFFERS].copy_from_slice(&number.to_le_bytes());
         let mut rest = self.waiting.packet();
-        for mut chain in chains {
-            let written = turn.write(&mut chain.writable, rest)?;
+        let mut used = Vec::new();
+        for Chain {
+            head, mut writable, ..
+        } in chains
+        {
+            let written = turn.write(&mut writable, rest)?;
             rest = &rest[written..];
             let written = u32::try_from(written).unwrap_or(u32::MAX);
-            turn.complete(RECEIVE, chain.head, written)?;
+            used.push(Used { head, written });
         }
+        // A driver that saw the first of them and not the others would drop the packet.
+        turn.complete_together(RECEIVE, &used)?;
         Ok(Delivery::Done)
     }
 

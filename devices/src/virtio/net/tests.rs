@@ -233,6 +233,39 @@ fn a_large_packet_is_spread_over_mergeable_buffers() {
     }
 }
 
+/// Linux drops a packet of which it sees the first buffer used and the last one not.
+#[test]
+fn a_spread_packet_is_seen_whole_or_not_at_all() {
+    const PACKETS: u16 = 5000;
+    const BUFFERS: u16 = 4;
+    let (mut driver, host) = started(spec::MERGEABLE | EVENT_INDEX);
+    let index = driver.used_index_of(0);
+    let (begins, begun) = mpsc::channel();
+    let watcher = std::thread::spawn(move || {
+        let mut parts = 0;
+        begins.send(()).unwrap();
+        loop {
+            match index() {
+                index if index == PACKETS * BUFFERS => return parts,
+                index if !index.is_multiple_of(BUFFERS) => parts += 1,
+                _ => {}
+            }
+        }
+    });
+    begun.recv().unwrap();
+    for _ in 0..PACKETS {
+        for buffer in 0..u64::from(BUFFERS) {
+            driver.add(0, &[Part::In(DATA + buffer * 0x1000, 1024)]);
+        }
+        driver.notify(0);
+        host.socket.send(&packet(4000, 1)).unwrap();
+        for _ in 0..BUFFERS {
+            driver.wait_used(0);
+        }
+    }
+    assert_eq!(watcher.join().unwrap(), 0);
+}
+
 /// A driver that notifies only where the event index asks for it, as Linux does.
 #[test]
 fn a_driver_is_asked_to_notify_of_every_bit_of_room() {
