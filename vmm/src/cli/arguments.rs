@@ -62,7 +62,7 @@ Examples:
 Starts the same PVH guest again and again: by a bare program of ioctls, by ferry run, and by QEMU's microvm where
 QEMU is installed, in turns. The time is from the start of the process to the guest's first byte on its serial
 port; the memory is what is resident then beyond the guest's. Status 0 if ferry takes at most 1.5 times the bare
-program's time, at most a quarter of QEMU's, and at most 5 MiB; 1 if not. It wants an idle machine.")]
+program's time, at most a quarter of QEMU's, and at most 5 MiB; 3 if not. It wants an idle machine.")]
 pub(super) struct BenchStartArguments {
     /// Starts of each
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -92,7 +92,7 @@ prints a line a load on the serial port, `ferry-bench: NAME operations=N us=N` o
 then `ferry-bench: end`. At
 ferry.host its connections are for what their first byte says: s, count what comes and answer with 8 bytes when all is
 there; r, send without end; t, echo. Ferry's own is written by write-device-load of the package ferry-tests, for
-Debian's cloud kernels. Status 0 if ferry is not slower in any load; 1 if it is. It wants an idle machine.")]
+Debian's cloud kernels. Status 0 if ferry is not slower in any load; 3 if it is. It wants an idle machine.")]
 pub(super) struct BenchDevicesArguments {
     /// The kernel to boot: an image that QEMU's microvm boots, too
     #[arg(long, value_name = "FILE")]

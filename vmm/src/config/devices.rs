@@ -1,11 +1,11 @@
 //! The virtio devices in a guest's configuration.
 
 use std::fmt;
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use devices::{Rate, RateLimit};
-use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{ConfigError, SerialConfig, SerialMode};
@@ -197,10 +197,10 @@ impl MacAddress {
     /// One of those that anybody may give away: locally administered, of one station.
     #[must_use]
     pub fn random() -> Self {
-        let mut bytes = [0; 6];
-        // It fails only on kernels older than any that runs this.
-        let _filled = getrandom(&mut bytes, GetRandomFlags::empty());
-        bytes[0] = bytes[0] & 0xfc | 0x02;
+        // The standard library's keys are the kernel's random bytes, and another one each time.
+        let [first, rest @ .., _, _] = RandomState::new().hash_one(()).to_le_bytes();
+        let mut bytes = [first & 0xfc | 0x02; 6];
+        bytes[1..].copy_from_slice(&rest);
         Self(bytes)
     }
 }

@@ -61,6 +61,9 @@ impl Limit {
     }
 }
 
+/// The status of a program that measured what it should and missed a limit.
+const MISSED: u8 = 3;
+
 /// Says how `limits` stand. Status 0 if all of them hold.
 pub(super) fn judge(limits: &[Limit], as_json: bool) -> Result<u8, Failure> {
     let mut all = true;
@@ -83,7 +86,7 @@ pub(super) fn judge(limits: &[Limit], as_json: bool) -> Result<u8, Failure> {
             }
         }
     }
-    Ok(u8::from(!all))
+    Ok(if all { 0 } else { MISSED })
 }
 
 #[cfg(test)]
