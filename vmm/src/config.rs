@@ -5,6 +5,7 @@
 
 mod devices;
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -179,6 +180,29 @@ impl VmConfig {
         }
     }
 
+    /// Has each interface that names no tap use the next of `passed`, by its number.
+    ///
+    /// # Errors
+    /// Not as many were passed as there are such interfaces.
+    pub(crate) fn give_taps(&mut self, passed: &[OwnedFd]) -> Result<(), ConfigError> {
+        let without = |net: &&mut NetConfig| net.tap.is_none() && net.fds.is_none();
+        let nets: Vec<_> = self.net.iter_mut().filter(without).collect();
+        if !passed.is_empty() && nets.len() != passed.len() {
+            return Err(ConfigError {
+                path: "net".into(),
+                why: format!(
+                    "{} descriptors came with the call, for {} interfaces that name no tap",
+                    passed.len(),
+                    nets.len()
+                ),
+            });
+        }
+        for (net, descriptor) in nets.into_iter().zip(passed) {
+            net.fds = Some(vec![descriptor.as_raw_fd()]);
+        }
+        Ok(())
+    }
+
     /// What to boot.
     ///
     /// # Errors
@@ -279,6 +303,26 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn passed_taps_go_to_the_interfaces_that_name_none() {
+        let json = br#"{"payload":{"kernel":"/k"},"net":[{},{"tap":"t"},{}]}"#;
+        let config = VmConfig::from_json(json).unwrap();
+        let open = || std::fs::File::open("/dev/null").unwrap().into();
+        let passed: [OwnedFd; 2] = [open(), open()];
+        let mut given = config.clone();
+        given.give_taps(&passed).unwrap();
+        let numbers: Vec<_> = given.net.iter().map(|net| net.fds.clone()).collect();
+        let number = |index: usize| Some(vec![passed[index].as_raw_fd()]);
+        assert_eq!(numbers, [number(0), None, number(1)]);
+        for passed in [vec![open()], vec![open(), open(), open()]] {
+            let error = config.clone().give_taps(&passed).unwrap_err();
+            assert_eq!(error.path, "net", "{error}");
+        }
+        let mut untouched = config.clone();
+        untouched.give_taps(&[]).unwrap();
+        assert_eq!(untouched, config);
+    }
 
     #[test]
     fn a_minimal_configuration_gets_the_defaults() {

@@ -10,6 +10,7 @@ mod migrate;
 mod resize;
 mod restart;
 
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -140,6 +141,8 @@ pub struct Monitor {
 
 struct Guest {
     config: VmConfig,
+    /// The taps that its configuration names by their numbers: open as long as it can be booted again.
+    _passed: Vec<OwnedFd>,
     power: Power,
     /// None for a guest that came from another monitor.
     relaunch: Option<Relaunch>,
@@ -186,6 +189,7 @@ impl Monitor {
     pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig) {
         *self.guest() = Some(Guest {
             config,
+            _passed: Vec::new(),
             power: Power::On(machine),
             relaunch: None,
             ran: false,

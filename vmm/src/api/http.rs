@@ -1,12 +1,16 @@
 //! Just as much HTTP/1.1 as a local API needs: a request with a bounded head and body, a response.
 
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Bytes of a request's line and headers, at most.
 const HEAD_LIMIT: usize = 16 * 1024;
 /// Bytes of a request's body, at most.
 const BODY_LIMIT: usize = 1 << 20;
 const HEADERS_LIMIT: usize = 64;
+/// Descriptors that come with a request, at most: a tap for each interface that a guest can have.
+pub(super) const DESCRIPTORS_LIMIT: usize = 16;
 
 /// What a request wants to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,12 +33,32 @@ impl Method {
 }
 
 /// A request.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Request {
     pub(super) method: String,
     pub(super) path: String,
     pub(super) body: Vec<u8>,
     pub(super) keep_alive: KeepAlive,
+    pub(super) descriptors: Descriptors,
+}
+
+/// What came with a request, until somebody takes it.
+pub(super) type Descriptors = Mutex<Vec<OwnedFd>>;
+
+impl Request {
+    /// Whether descriptors came with it that nobody took.
+    pub(super) fn has_descriptors(&self) -> bool {
+        !lock(&self.descriptors).is_empty()
+    }
+
+    /// Takes the descriptors that came with it, in their order.
+    pub(super) fn take_descriptors(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *lock(&self.descriptors))
+    }
+}
+
+fn lock(descriptors: &Descriptors) -> MutexGuard<'_, Vec<OwnedFd>> {
+    descriptors.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether the client wants to send another request over the same connection.
@@ -154,7 +178,19 @@ pub(super) trait Source {
     /// # Errors
     /// The system's; `TimedOut` when the client took too long.
     fn read(&mut self, bytes: &mut [u8], begun: Begun) -> io::Result<usize>;
+
+    /// Takes the descriptors that came with what was read.
+    ///
+    /// # Errors
+    /// More came than a request may have.
+    fn take_descriptors(&mut self) -> Result<Vec<OwnedFd>, TooManyDescriptors> {
+        Ok(Vec::new())
+    }
 }
+
+/// More descriptors came with a request than any call takes.
+#[derive(Debug)]
+pub(super) struct TooManyDescriptors;
 
 /// Whether the first byte of a request has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +217,14 @@ pub(super) fn read_request(
             }
             request.body = buffer[head..head + length].to_vec();
             buffer.drain(..head + length);
+            let descriptors = stream.take_descriptors();
+            request.descriptors = descriptors
+                .map_err(|TooManyDescriptors| {
+                    let why =
+                        format!("at most {DESCRIPTORS_LIMIT} descriptors come with a request");
+                    bad(400, why)
+                })?
+                .into();
             return Ok(request);
         }
         if buffer.len() > HEAD_LIMIT {
@@ -258,6 +302,7 @@ fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError>
         } else {
             KeepAlive::Yes
         },
+        descriptors: Descriptors::default(),
     };
     Ok(Some((request, head, length)))
 }

@@ -16,6 +16,9 @@ const PREFIX: &str = "/api/v1/";
 
 type Answer = fn(&Monitor, &Request) -> Response;
 
+/// The one call that descriptors may come with, as `SCM_RIGHTS` of its bytes: the taps of its interfaces.
+const TAKES_DESCRIPTORS: &str = "/api/v1/vm.create";
+
 /// Every call: how it is made, where, and what answers it. `openapi.yaml` describes just these.
 const ROUTES: [(Method, &str, Answer); 19] = [
     (Method::Get, "/api/v1/vmm.ping", |_, _| json(&ping())),
@@ -23,7 +26,9 @@ const ROUTES: [(Method, &str, Answer); 19] = [
         done(monitor.end_all())
     }),
     (Method::Put, "/api/v1/vm.create", |monitor, request| {
-        with_body(request, |config: VmConfig| done(monitor.create(config)))
+        with_body(request, |config: VmConfig| {
+            done(monitor.create(config, request.take_descriptors()))
+        })
     }),
     (Method::Put, "/api/v1/vm.boot", |monitor, _| {
         done(monitor.boot())
@@ -124,6 +129,9 @@ struct ResolveData {
 /// Answers one request.
 pub(super) fn answer(monitor: &Arc<Monitor>, request: &Request) -> Response {
     let path = request.path.as_str();
+    if path != TAKES_DESCRIPTORS && request.has_descriptors() {
+        return Response::error(400, format!("{path}: no descriptors come with this call"));
+    }
     if let Some((method, _, answer)) = ROUTES.iter().find(|(_, known, _)| *known == path) {
         return match request.method == method.name() {
             true => answer(monitor, request),
@@ -215,7 +223,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::http::KeepAlive;
+    use super::super::http::{Descriptors, KeepAlive};
     use super::*;
     use crate::events::Events;
 
@@ -261,7 +269,28 @@ mod tests {
             path: path.to_owned(),
             body: body.to_vec(),
             keep_alive: KeepAlive::No,
+            descriptors: Descriptors::default(),
         }
+    }
+
+    #[test]
+    fn descriptors_come_with_the_call_that_takes_them_and_with_no_other() {
+        let monitor = empty_monitor();
+        let with = |path, body: &[u8]| {
+            let mut request = request("PUT", path, body);
+            request.descriptors = vec![std::fs::File::open("/dev/null").unwrap().into()].into();
+            answer(&monitor, &request)
+        };
+        let response = with("/api/v1/vm.pause", b"");
+        assert_eq!(response.status, 400);
+        assert!(
+            response.body.contains("no descriptors"),
+            "{}",
+            response.body
+        );
+        // It is refused for another reason: there is no launcher.
+        let response = with("/api/v1/vm.create", br#"{"payload":{"kernel":"/k"}}"#);
+        assert_eq!(response.status, 409, "{}", response.body);
     }
 
     fn empty_monitor() -> Arc<Monitor> {

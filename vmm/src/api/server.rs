@@ -4,15 +4,22 @@
 //! one always gets in: the one that has been idle for longest makes room for it. A client that begins a request has to
 //! finish it soon.
 
-use std::io::{self, Read};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::http::{Begun, KeepAlive, RequestError, Response, Source, read_request};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+use super::http::{
+    Begun, DESCRIPTORS_LIMIT, KeepAlive, RequestError, Response, Source, TooManyDescriptors,
+    read_request,
+};
 use super::routes::answer;
 use crate::migration::transport::{SocketFile, TransportError, listen_unix};
 use crate::monitor::Monitor;
@@ -250,6 +257,7 @@ fn serve_one(
     let mut client = Client {
         stream: &*stream,
         deadline: None,
+        descriptors: Vec::new(),
     };
     let request = read_request(&mut client, buffer);
     // From here on it is not closed to make room.
@@ -269,6 +277,27 @@ struct Client<'a> {
     stream: &'a UnixStream,
     /// For the rest of the request that it began.
     deadline: Option<Instant>,
+    /// What came with the bytes that were read. One more than a request may have says that there were too many.
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Client<'_> {
+    /// Bytes, and the descriptors that come with them.
+    fn receive(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_LIMIT + 1));
+        let mut space = [MaybeUninit::uninit(); SPACE];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(bytes)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let count = recvmsg(self.stream, &mut parts, &mut ancillary, flags)?.bytes;
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(came) = message {
+                let room = (DESCRIPTORS_LIMIT + 1).saturating_sub(self.descriptors.len());
+                self.descriptors.extend(came.take(room));
+            }
+        }
+        Ok(count)
+    }
 }
 
 impl Source for Client<'_> {
@@ -284,18 +313,29 @@ impl Source for Client<'_> {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.stream.set_read_timeout(Some(limit))?;
-        (&mut &*self.stream)
-            .read(bytes)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-                _ => error,
-            })
+        self.receive(bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            _ => error,
+        })
+    }
+
+    fn take_descriptors(&mut self) -> Result<Vec<OwnedFd>, TooManyDescriptors> {
+        let descriptors = std::mem::take(&mut self.descriptors);
+        match descriptors.len() {
+            0..=DESCRIPTORS_LIMIT => Ok(descriptors),
+            _ => Err(TooManyDescriptors),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::fs::File;
+    use std::io::{IoSlice, Read, Write};
+    use std::os::fd::AsFd;
+
+    use rustix::io::{FdFlags, fcntl_getfd};
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
     use super::*;
 
@@ -346,10 +386,51 @@ mod tests {
         let mut client = Client {
             stream: &near,
             deadline: Some(Instant::now()),
+            descriptors: Vec::new(),
         };
         match read_request(&mut client, &mut b"G".to_vec()) {
             Err(RequestError::Bad(response)) => assert_eq!(response.status, 408),
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// Sends a whole request with so many descriptors, and reads it.
+    fn with_descriptors(count: usize) -> Result<Vec<OwnedFd>, RequestError> {
+        let (near, far) = UnixStream::pair().unwrap();
+        let files: Vec<_> = (0..count)
+            .map(|_| File::open("/dev/null").unwrap())
+            .collect();
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
+        let head = IoSlice::new(b"PUT /x HTTP/1.1\r\nContent-Length: 2\r\n\r\n");
+        let sent = sendmsg(&far, &[head], &mut ancillary, SendFlags::empty());
+        assert_eq!(sent.unwrap(), head.len());
+        (&far).write_all(b"{}").unwrap();
+        let mut client = Client {
+            stream: &near,
+            deadline: None,
+            descriptors: Vec::new(),
+        };
+        let request = read_request(&mut client, &mut Vec::new())?;
+        assert_eq!(request.body, b"{}");
+        Ok(request.take_descriptors())
+    }
+
+    #[test]
+    fn descriptors_come_with_a_request_up_to_a_limit() {
+        for count in [1, 2, DESCRIPTORS_LIMIT] {
+            let came = with_descriptors(count).unwrap();
+            assert_eq!(came.len(), count);
+            let info = fcntl_getfd(&came[0]).unwrap();
+            assert!(info.contains(FdFlags::CLOEXEC));
+        }
+        for count in [DESCRIPTORS_LIMIT + 1, 60] {
+            match with_descriptors(count) {
+                Err(RequestError::Bad(response)) => assert_eq!(response.status, 400),
+                other => panic!("{count}: {other:?}"),
+            }
         }
     }
 

@@ -46,7 +46,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         None => service.answer()?,
         Some(config) => {
             // Created before any client could create another.
-            service.monitor.create(config)?;
+            service.monitor.create(config, Vec::new())?;
             service.answer()?;
             service.monitor.boot().map_err(plain)?;
         }

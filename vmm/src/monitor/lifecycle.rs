@@ -1,5 +1,6 @@
 //! A guest's way from its configuration to its deletion: created, booted, shut down, booted again, deleted.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{Guest, Monitor, MonitorError, Power};
@@ -35,21 +36,23 @@ impl Monitor {
         self.launching.get_or_init(|| launching);
     }
 
-    /// Creates a guest, which is off.
+    /// Creates a guest, which is off. `passed` are open taps: one for each interface that names none, in their order.
     ///
     /// # Errors
     /// There is one already; this monitor does not launch guests; a configuration that cannot be, with the field; a
     /// migration.
-    pub fn create(&self, config: VmConfig) -> Result<(), MonitorError> {
+    pub fn create(&self, mut config: VmConfig, passed: Vec<OwnedFd>) -> Result<(), MonitorError> {
         let mut guest = self.guest();
         self.unless_at_work("create")?;
         let launching = self.launching.get().ok_or(MonitorError::NoLauncher)?;
         if guest.is_some() {
             return Err(MonitorError::Exists);
         }
+        config.give_taps(&passed)?;
         let relaunch = (launching.launcher)(&config)?;
         *guest = Some(Guest {
             config,
+            _passed: passed,
             power: Power::Created,
             relaunch: Some(relaunch),
             ran: false,
