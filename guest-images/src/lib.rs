@@ -87,3 +87,6 @@ pub const HELLO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
 
 /// The program `dirtier`, an ELF file.
 pub const DIRTIER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dirtier.elf"));
+
+/// The program `ring-attacker`, an ELF file.
+pub const RING_ATTACKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ring-attacker.elf"));
