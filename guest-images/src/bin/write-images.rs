@@ -9,7 +9,9 @@ use std::{env, fs};
 fn main() -> ExitCode {
     let mut arguments = env::args_os().skip(1);
     let (Some(directory), None) = (arguments.next(), arguments.next()) else {
-        eprintln!("usage: write-images DIR\nWrites hello.elf, dirtier.elf and ring-attacker.elf into DIR.");
+        eprintln!(
+            "usage: write-images DIR\nWrites hello.elf, dirtier.elf and ring-attacker.elf into DIR."
+        );
         return ExitCode::from(2);
     };
     let directory = PathBuf::from(directory);
