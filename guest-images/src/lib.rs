@@ -103,7 +103,7 @@
 //! `quiet` (from then on it leaves alone what is the driver's), `survived` (it needs a reset or not, as
 //! the race went), or what became of a request: `served`, `dropped`, `io-error`, `unsupported`,
 //! `connection-reset`. What is not as it should be ends with `UNEXPECTED`, and the exit status is 5 then.
-//! Every wait is a bounded number of looks, some ten seconds; the first that is in vain is the last.
+//! Every wait is a bounded number of looks, some ten seconds; the third that is in vain is the last.
 //! With `hold` on its command line the guest stays until it gets a `q`. By hand, as root:
 //!
 //! ```text

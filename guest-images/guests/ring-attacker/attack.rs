@@ -89,12 +89,8 @@ pub(crate) struct Attack {
     pub(crate) run: fn(&mut Case<'_>) -> Result<Outcome>,
 }
 
-/// Memory that a device must leave alone.
-#[derive(Clone, Copy)]
-pub(crate) struct Watched {
-    at: u64,
-    bytes: u64,
-}
+/// Memory that a device must leave alone: addresses, and lengths in bytes.
+pub(crate) type Watched = [Option<(u64, u64)>; 2];
 
 const UNTOUCHED: u8 = 0xa5;
 
@@ -105,7 +101,7 @@ pub(crate) struct Case<'a> {
     pub(crate) queue: usize,
     /// The first address that is no memory.
     pub(crate) memory_end: u64,
-    watched: [Option<Watched>; 2],
+    watched: Watched,
 }
 
 impl<'a> Case<'a> {
@@ -181,23 +177,22 @@ impl<'a> Case<'a> {
     }
 
     /// Fills memory, which is to be so still after all other devices have worked.
-    pub(crate) fn watch(&mut self, at: u64, bytes: u64) {
-        fill(at, UNTOUCHED, bytes);
-        let free = self.watched.iter_mut().find(|watched| watched.is_none());
-        if let Some(free) = free {
-            *free = Some(Watched { at, bytes });
+    pub(crate) fn watch(&mut self, watched: Watched) {
+        for (at, bytes) in watched.into_iter().flatten() {
+            fill(at, UNTOUCHED, bytes);
         }
+        self.watched = watched;
     }
 
-    pub(crate) fn watched(&self) -> [Option<Watched>; 2] {
+    pub(crate) fn watched(&self) -> Watched {
         self.watched
     }
 }
 
 /// Whether all that is watched is untouched.
-pub(crate) fn is_untouched(watched: &[Option<Watched>]) -> bool {
+pub(crate) fn is_untouched(watched: &Watched) -> bool {
     watched
         .iter()
         .flatten()
-        .all(|watched| dma::is_filled(watched.at, UNTOUCHED, watched.bytes))
+        .all(|(at, bytes)| dma::is_filled(*at, UNTOUCHED, *bytes))
 }

@@ -51,6 +51,19 @@ pub(crate) struct Packet {
     pub(crate) op: u16,
 }
 
+impl Packet {
+    /// Writes the header to memory that was of zeros.
+    pub(crate) fn store(&self, at: u64) {
+        store(at, self.source);
+        store(at + 8, self.destination);
+        store(at + 16, self.guest_port);
+        store(at + 20, self.host_port);
+        store(at + 24, self.len);
+        store(at + 28, self.kind);
+        store(at + 30, self.op);
+    }
+}
+
 pub(crate) mod vsock {
     pub(crate) const HEADER_BYTES: u32 = 44;
     pub(crate) const HOST: u64 = 2;
@@ -226,13 +239,7 @@ impl Device {
     pub(crate) fn send_packet(&mut self, packet: &Packet, bytes: u32) {
         let at = self.buffer(HEADER);
         fill(at, 0, BUFFER_BYTES.into());
-        store(at, packet.source);
-        store(at + 8, packet.destination);
-        store(at + 16, packet.guest_port);
-        store(at + 20, packet.host_port);
-        store(at + 24, packet.len);
-        store(at + 28, packet.kind);
-        store(at + 30, packet.op);
+        packet.store(at);
         self.queues[1].chain(0, &[Part::out(at, bytes)]);
         self.queues[1].publish(0);
         self.notify(1);

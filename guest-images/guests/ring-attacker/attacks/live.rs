@@ -1,8 +1,8 @@
 //! What a driver must not do while a device works for it.
 
-use crate::attack::{Attack, Case, Outcome, Targets};
+use crate::attack::{Attack, Case, Outcome, Targets, is_untouched};
 use crate::device::{Result, Trouble, ensure};
-use crate::dma::{self, Patience, store};
+use crate::dma::{self, Patience, scratch, store};
 use crate::operation::{NET_HEADER_BYTES, SECTOR_BYTES, block, vsock};
 use crate::queue::Part;
 use crate::spec::{Kind, register, status};
@@ -41,18 +41,18 @@ pub(super) const ATTACKS: [Attack; 8] = [
         reprogrammed(case, |case| case.device.choose(0))
     }),
     attack("queue-taken-back-under-load", Outcome::Quiet, |case| {
-        loaded(case)?;
-        case.device.write(register::QUEUE_SEL, case.queue as u32);
-        case.device.write(register::QUEUE_READY, 0);
-        let ready = case.device.read(register::QUEUE_READY);
-        ensure(ready == 0, "the queue is ready still")?;
-        left_alone(case)
+        left_alone(case, |case| {
+            case.device.write(register::QUEUE_SEL, case.queue as u32);
+            case.device.write(register::QUEUE_READY, 0);
+            let ready = case.device.read(register::QUEUE_READY);
+            ensure(ready == 0, "the queue is ready still")
+        })
     }),
     attack("reset-under-load", Outcome::Quiet, |case| {
-        loaded(case)?;
-        case.device.write(register::STATUS, 0);
-        ensure(case.device.status() == 0, "a status behind a reset")?;
-        left_alone(case)
+        left_alone(case, |case| {
+            case.device.write(register::STATUS, 0);
+            ensure(case.device.status() == 0, "a status behind a reset")
+        })
     }),
     attack("rings-rewritten-under-load", Outcome::Survived, rewritten),
 ];
@@ -74,73 +74,83 @@ fn reprogrammed(case: &mut Case<'_>, what: fn(&mut Case<'_>)) -> Result<Outcome>
     case.lives_on()
 }
 
-/// Requests at once.
-const LOAD: u16 = 32;
-/// The first of the buffers for them: 4 pages for data behind one for all else.
-const SMALL: u64 = 24;
-const LARGE: u64 = 25;
-const LARGE_BYTES: u64 = 4 * 4096;
+/// What requests read or write, all of them the same memory.
+const DATA_BYTES: u32 = 32 << 10;
+/// What is smaller: headers, and the status of a block device's requests.
+const SMALL_BYTES: u64 = 4096;
+const STATUS_OFFSET: u64 = 64;
 
-/// Starts, and has many requests on their way, valid ones. Returns how many.
+/// Starts, and has as many requests on their way as the queue takes, valid ones that take the device some time.
+/// Returns how many.
 fn loaded(case: &mut Case<'_>) -> Result<u16> {
     case.device.start(None)?;
     let device = &mut *case.device;
-    let (small, large) = (device.buffer(SMALL), device.buffer(LARGE));
-    dma::fill(small, 0, 4096);
-    match device.kind {
-        // The header, which is of zeros, reads from the first sector.
-        Kind::Block => store(small, block::READ),
-        Kind::Net => device.ethernet(small + u64::from(NET_HEADER_BYTES), 0x88b5),
-        Kind::Console => dma::write(small, b"load\n"),
-        // The page that holds the numbers is none that is given away.
-        Kind::Balloon => store(small, (large / 4096) as u32),
-        Kind::Rng => {}
+    let (small, data) = (scratch(), scratch() + SMALL_BYTES);
+    dma::fill(small, 0, SMALL_BYTES);
+    let small_parts = |bytes| [Part::out(small, bytes); 3];
+    let (parts, length) = match device.kind {
+        Kind::Block => {
+            // The header, which is of zeros, reads from the first sector.
+            let all = device.config32(0).saturating_mul(SECTOR_BYTES);
+            let parts = [
+                Part::out(small, block::HEADER_BYTES),
+                Part::into(data, all.min(DATA_BYTES)),
+                Part::into(small + STATUS_OFFSET, 1),
+            ];
+            (parts, 3)
+        }
+        Kind::Rng => ([Part::into(data, DATA_BYTES); 3], 1),
+        Kind::Net => {
+            device.ethernet(small + u64::from(NET_HEADER_BYTES), 0x88b5);
+            (small_parts(NET_HEADER_BYTES + 1500), 1)
+        }
+        Kind::Console => {
+            (0..u64::from(DATA_BYTES) / 8)
+                .for_each(|word| dma::write(data + 8 * word, b"loading\n"));
+            ([Part::out(data, DATA_BYTES); 3], 1)
+        }
+        Kind::Balloon => {
+            store(small, (data / 4096) as u32);
+            (small_parts(4), 1)
+        }
         Kind::Vsock => {
             let packet = device.packet(vsock::REQUEST);
-            store(small, packet.source);
-            store(small + 8, packet.destination);
-            store(small + 16, packet.guest_port);
-            store(small + 20, packet.host_port);
-            store(small + 28, packet.kind);
-            store(small + 30, packet.op);
+            packet.store(small);
+            (small_parts(vsock::HEADER_BYTES), 1)
         }
-    }
-    for number in 0..LOAD {
-        let first = 3 * number;
-        let own = large + u64::from(number) * u64::from(SECTOR_BYTES);
-        let queue = &mut device.queues[case.queue];
-        match device.kind {
-            Kind::Block => queue.chain(
-                first,
-                &[
-                    Part::out(small, block::HEADER_BYTES),
-                    Part::into(own, SECTOR_BYTES),
-                    Part::into(small + 64 + u64::from(number), 1),
-                ],
-            ),
-            Kind::Rng => queue.chain(number, &[Part::into(own, SECTOR_BYTES)]),
-            Kind::Net => queue.chain(first, &[Part::out(small, NET_HEADER_BYTES + 60)]),
-            Kind::Console => queue.chain(number, &[Part::out(small, 5)]),
-            Kind::Balloon => queue.chain(number, &[Part::out(small, 4)]),
-            Kind::Vsock => queue.chain(first, &[Part::out(small, vsock::HEADER_BYTES)]),
-        }
-        // The queues of the two have no room for three descriptors each.
-        let head = match device.kind {
-            Kind::Rng | Kind::Console | Kind::Balloon => number,
-            _ => first,
-        };
-        queue.publish(head);
+    };
+    let queue = &mut device.queues[case.queue];
+    let count = queue.size / length;
+    for number in 0..count {
+        queue.chain(number * length, &parts[..length.into()]);
+        queue.publish(number * length);
     }
     device.notify(case.queue);
-    Ok(LOAD)
+    Ok(count)
 }
 
-/// The queue's used ring, and what requests had for the device to write, are the driver's again.
-fn left_alone(case: &mut Case<'_>) -> Result<Outcome> {
-    let used_ring = case.device.queues[case.queue].used_ring();
-    case.watch(used_ring, 4096);
-    if matches!(case.device.kind, Kind::Block | Kind::Rng) {
-        case.watch(case.device.buffer(SMALL), LARGE_BYTES + 4096);
+/// How often a device is stopped under load: where it is in its work then is a matter of chance.
+const ROUNDS: u32 = 8;
+/// How often memory is looked at after each, for longer than all of the work takes.
+const LOOKS: u32 = 32;
+
+/// Stops the device in its work. The queue's used ring, and what requests had for the device to write, are the driver's
+/// from then on.
+fn left_alone(case: &mut Case<'_>, stop: fn(&Case<'_>) -> Result) -> Result<Outcome> {
+    for _ in 0..ROUNDS {
+        loaded(case)?;
+        stop(case)?;
+        let used_ring = (case.device.queues[case.queue].used_ring(), 4096);
+        let data = match case.device.kind {
+            // Its page was given away for good, whether the device was stopped or not.
+            Kind::Balloon => None,
+            _ => Some((scratch(), SMALL_BYTES + u64::from(DATA_BYTES))),
+        };
+        case.watch([Some(used_ring), data]);
+        for _ in 0..LOOKS {
+            let untouched = is_untouched(&case.watched());
+            ensure(untouched, "it writes to memory that is the driver's")?;
+        }
     }
     Ok(Outcome::Quiet)
 }
