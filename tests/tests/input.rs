@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::Command;
 
 use ferry_tests::api::{self, Answer};
 use ferry_tests::dirtier::{self, LIMIT, assert_ends, assert_runs, audit};

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use ferry_tests::dirtier::{LIMIT, assert_ends};
 use ferry_tests::ferry::Ferry;
 use ferry_tests::machine::Machine;
 use ferry_tests::paths;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Some 750 attacks, after each of which every device works; 15 s on an idle native host.
 const ATTACK_LIMIT: Duration = Duration::from_secs(280);
@@ -364,12 +366,15 @@ fn assert_same(found: &Outcomes, expected: &Outcomes) {
 /// What the guest's devices are on the host's side.
 struct Host(tempfile::TempDir);
 
+/// A device takes 1024 connections at once.
+const CROWD: usize = 1000;
 const SECTORS: u64 = 64;
 const SECTOR_BYTES: usize = 512;
 /// The sectors that the guest's own operations write.
 const WRITTEN_SECTORS: std::ops::Range<u64> = 8..16;
-/// A network of the guest and an ARP that answers. The tools are those of Debian, or of the lab's busybox.
-const NETWORK: &str = "mount -t sysfs sysfs /sys && ip link set lo up \
+/// A network of the guest and an ARP that answers; and no more descriptors than are usual. The tools are those of
+/// Debian, or of the lab's busybox.
+const NETWORK: &str = "ulimit -Sn 1024 && mount -t sysfs sysfs /sys && ip link set lo up \
     && { ip tuntap add attacked mode tap 2>/dev/null || tunctl -t attacked; } \
     && { echo 1 >/proc/sys/net/ipv6/conf/attacked/disable_ipv6 || true; } 2>/dev/null \
     && ip addr add 10.99.0.1/24 dev attacked && ip link set attacked up";
@@ -531,6 +536,38 @@ fn assert_counted(ferry: &Ferry) {
     assert_eq!(counted("_vsock0", "connections"), 0);
 }
 
+/// Nearly as many connections as the device takes, from the host's side. Returned, so that they last.
+fn crowd(host: &Host) -> Vec<UnixStream> {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
+    let connect = |_| UnixStream::connect(host.path("vsock")).unwrap();
+    (0..CROWD).map(connect).collect()
+}
+
+fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+/// Whoever fills a device with connections takes no descriptor away that the monitor needs.
+fn assert_answers_in_a_crowd(ferry: &Ferry, host: &Host) {
+    let crowd = crowd(host);
+    let deadline = Instant::now() + LIMIT;
+    while descriptors(ferry.pid()) < CROWD {
+        assert!(Instant::now() < deadline, "{}", descriptors(ferry.pid()));
+        ferry
+            .ctl(&["ping"])
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+    ferry
+        .ctl(&["info"])
+        .unwrap_or_else(|error| panic!("{error}"));
+    drop(crowd);
+}
+
 #[test]
 fn every_device_refuses_what_it_must_and_the_others_work_on() {
     let host = Host::new();
@@ -547,6 +584,7 @@ fn every_device_refuses_what_it_must_and_the_others_work_on() {
     ferry.ctl(&["ping"]).unwrap();
     assert_eq!(ferry.ctl_json(&["info"]).unwrap()["state"], "Running");
     assert_counted(&ferry);
+    assert_answers_in_a_crowd(&ferry, &host);
     // Without the vCPU, which listens to its serial port.
     ferry.ctl(&["pause"]).unwrap();
     assert_all_wait(&ferry);
