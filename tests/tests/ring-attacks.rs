@@ -419,7 +419,7 @@ impl Host {
     /// The disk holds what it held, but where the guest wrote what it meant to.
     fn assert_disk_is_whole(&self) {
         let image = fs::read(self.path("disk")).unwrap();
-        assert_eq!(image.len(), SECTORS as usize * SECTOR_BYTES);
+        assert_eq!(image.len() as u64, SECTORS * SECTOR_BYTES as u64);
         for (sector, bytes) in (0..).zip(image.chunks(SECTOR_BYTES)) {
             let words: Vec<u64> = bytes
                 .as_chunks()
