@@ -25,7 +25,7 @@ fn main() {
     for source in SOURCES {
         println!("cargo::rerun-if-changed={source}");
     }
-    for guest in ["hello", "dirtier"] {
+    for guest in ["hello", "dirtier", "ring-attacker"] {
         if let Err(reason) = build(guest) {
             eprintln!("guest program `{guest}` was not built: {reason}");
             exit(1);
@@ -59,7 +59,7 @@ fn compiler(guest: &str, guests: &Path, output: &Path) -> Result<Command, String
         .arg(guests.join(guest).join("main.rs"))
         .args([
             "--crate-name",
-            guest,
+            &guest.replace('-', "_"),
             "--crate-type",
             "bin",
             "--edition",

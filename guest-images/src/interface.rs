@@ -14,6 +14,8 @@ pub const EXIT_BAD_REQUEST: u8 = 2;
 pub const EXIT_MEMORY_FAULT: u8 = 3;
 /// Exit status: the guest program itself went wrong (an exception or a panic).
 pub const EXIT_CRASH: u8 = 4;
+/// Exit status: a device did not refuse what it must, or did not live on.
+pub const EXIT_NOT_REFUSED: u8 = 5;
 
 /// Most vCPUs that a guest program runs on.
 pub const MAX_CPUS: u32 = 16;

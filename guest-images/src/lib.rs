@@ -5,8 +5,9 @@
 //! |---|---|
 //! | [`HELLO`] | prints one line and exits: for measuring how fast a guest starts |
 //! | [`DIRTIER`] | rewrites memory on every vCPU and reports every write that gets lost or torn |
+//! | [`RING_ATTACKER`] | breaks the rules of virtio on every device, and reports what is not refused |
 //!
-//! Both are ELF files for any monitor that boots PVH kernels; `write-images DIR` writes them out.
+//! All are ELF files for any monitor that boots PVH kernels; `write-images DIR` writes them out.
 //! With QEMU:
 //!
 //! ```text
@@ -28,9 +29,9 @@
 //!   whether the transmitter is free, because a port access from ring 3 can cost 50 us and more.
 //! - **Exit.** One byte written to port 0xf4 ends the guest; it is the exit status: 0 for success,
 //!   2 for a request that does not suit, 3 for memory that does not hold what was written, 4 for a
-//!   crash. (QEMU's `isa-debug-exit` ends with twice that plus one.) After it, the vCPU loops.
-//! - **Nothing else.** No interrupt controller, timer, ACPI or CPUID leaf is used. The dirtier runs
-//!   in ring 3, since there are hosts that emulate ring 0 one instruction at a time. Its ring 0 is
+//!   crash, 5 for an attack that was not refused. (QEMU's `isa-debug-exit` ends with twice that plus one.) After it, the vCPU loops.
+//! - **Nothing else.** No interrupt controller, timer, ACPI or CPUID leaf is used; of devices, only the
+//!   attacker looks at those of virtio. It and the dirtier run in ring 3, since there are hosts that emulate ring 0 one instruction at a time. Their ring 0 is
 //!   some 40 plain instructions a vCPU at the start, and four for each port access, which ring 3
 //!   asks for with `int3`: no IOPL and no I/O bitmap, which some hosts lose. `hello` stays where it
 //!   is started. A debugger that takes breakpoints for itself gets in its way.
@@ -72,6 +73,46 @@
 //!
 //! An exception ends the guest with a line and exit status 4. It is a triple fault only before
 //! vCPU 0 has filled in the gates, some microseconds after it reached ring 3.
+//!
+//! # The ring attacker
+//!
+//! A driver for virtio-mmio devices (virtio 1.2) at 0xd0000000 and each of the 13 pages behind, where
+//! Ferry puts them. It makes some hundred attacks, each on every queue or device that it is meant for:
+//! chains that loop or name memory that is not there, rings and sizes that cannot be, steps of a
+//! driver's start left out, registers written while the device works, and requests that make no sense
+//! to that kind of device. After each, every **other** device has to do what it is for, and then so has
+//! the attacked one, once it is reset. What that is:
+//!
+//! | device | operation |
+//! |---|---|
+//! | block | a sector below 8 is read, whose 64-bit words are its number; one of 8 to 15 is written and read back |
+//! | net | an ARP request for 10.99.0.1 is answered; the guest is one of 10.99.0.10 to 209 |
+//! | rng | bytes arrive, and no more than asked for |
+//! | vsock | a connection to a port where nobody listens (from 2^20 on) is reset |
+//! | balloon | a page that was given away is zeros, and is memory again |
+//! | console | `line NUMBER` is printed, from 1 on |
+//!
+//! It says a line for each attack, and how many there were:
+//!
+//! ```text
+//! attack chain-next-is-itself device=net queue=transmit outcome=needs-reset others=5 again=yes
+//! ring-attacker: attacks=747 unexpected=0 operations=block:856,net:840,…
+//! ```
+//!
+//! An outcome is `needs-reset` (with its interrupt), `ignored` (the device works on without a reset),
+//! `quiet` (from then on it leaves alone what is the driver's), `survived` (it needs a reset or not, as
+//! the race went), or what became of a request: `served`, `dropped`, `io-error`, `unsupported`,
+//! `connection-reset`. What is not as it should be ends with `UNEXPECTED`, and the exit status is 5 then.
+//! Every wait is a bounded number of looks, some ten seconds; the third that is in vain is the last.
+//! With `hold` on its command line the guest stays until it gets a `q`. By hand, as root:
+//!
+//! ```text
+//! python3 -c 'import struct, sys
+//! sys.stdout.buffer.write(b"".join(struct.pack("<Q", n) * 64 for n in range(64)))' >disk.img
+//! ip tuntap add tap0 mode tap && ip addr add 10.99.0.1/24 dev tap0 && ip link set tap0 up
+//! ferry run --kernel DIR/ring-attacker.elf --memory 64M --serial stdio --disk path=disk.img \
+//!     --net tap=tap0 --rng --vsock socket=vsock --balloon size=0,free_page_reporting=on --console file:out
+//! ```
 
 mod command_line;
 pub mod dirtier;
@@ -87,3 +128,6 @@ pub const HELLO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
 
 /// The program `dirtier`, an ELF file.
 pub const DIRTIER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dirtier.elf"));
+
+/// The program `ring-attacker`, an ELF file.
+pub const RING_ATTACKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ring-attacker.elf"));

@@ -3,7 +3,7 @@
 use guest_images::interface::{
     DIRECT_START_NOTE_OWNER, DIRECT_START_NOTE_TYPE, PVH_NOTE_OWNER, PVH_NOTE_TYPE,
 };
-use guest_images::{DIRTIER, HELLO};
+use guest_images::{DIRTIER, HELLO, RING_ATTACKER};
 
 const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
@@ -51,7 +51,7 @@ fn note<'a>(elf: &'a [u8], owner: &str, kind: u32) -> &'a [u8] {
 
 #[test]
 fn each_is_a_static_x86_64_program_in_one_piece_at_1_mib() {
-    for elf in [HELLO, DIRTIER] {
+    for elf in [HELLO, DIRTIER, RING_ATTACKER] {
         assert_eq!(&elf[..6], b"\x7fELF\x02\x01");
         assert_eq!(
             (integer(elf, 16, 2), integer(elf, 18, 2)),
@@ -66,7 +66,7 @@ fn each_is_a_static_x86_64_program_in_one_piece_at_1_mib() {
 
 #[test]
 fn each_names_two_entries_within_what_is_loaded() {
-    for elf in [HELLO, DIRTIER] {
+    for elf in [HELLO, DIRTIER, RING_ATTACKER] {
         let load = header(elf, PT_LOAD);
         let loaded = integer(load, 24, 8)..integer(load, 24, 8) + integer(load, 32, 8);
         let pvh = note(elf, PVH_NOTE_OWNER, PVH_NOTE_TYPE);

@@ -12,7 +12,7 @@ use crate::console::Console;
 use crate::endpoint::Endpoint;
 use crate::machine::Machine;
 use crate::paths::{self, Missing};
-use crate::process::{self, Ended, Process, ProcessError};
+use crate::process::{self, Apart, Ended, Process, ProcessError};
 use crate::status::Resident;
 
 /// How long a monitor may take until its API answers, and a call to be carried out.
@@ -90,7 +90,11 @@ impl Ferry {
     /// # Errors
     /// [`FerryError`] with what the process said.
     pub fn run_with(machine: &Machine, options: &[&str]) -> Result<Self, FerryError> {
-        let mut ferry = Self::start(|command, api| {
+        Self::run_as(Command::new(paths::ferry()?), machine, options)
+    }
+
+    fn run_as(command: Command, machine: &Machine, options: &[&str]) -> Result<Self, FerryError> {
+        let mut ferry = Self::start_as(command, |command, api| {
             run_options(command, machine);
             command
                 .args(options)
@@ -99,6 +103,20 @@ impl Ferry {
         })?;
         ferry.wait_up("run", |ferry| ferry.api_socket().exists())?;
         Ok(ferry)
+    }
+
+    /// As [`Ferry::run_with`], in a network of its own, in which the shell commands of `prepare` were run before.
+    ///
+    /// # Errors
+    /// [`FerryError`] with what the process said.
+    pub fn run_in_network(
+        machine: &Machine,
+        options: &[&str],
+        prepare: &str,
+    ) -> Result<Self, FerryError> {
+        let program = paths::ferry()?;
+        let command = process::apart(&program, Apart::MountsAndNetwork, prepare)?;
+        Self::run_as(command, machine, options)
     }
 
     /// `ferry run` without a guest, with further options; returns when its API is there.
@@ -144,13 +162,18 @@ impl Ferry {
     }
 
     fn start(describe: impl FnOnce(&mut Command, &Path)) -> Result<Self, FerryError> {
-        let program = paths::ferry()?;
+        Self::start_as(Command::new(paths::ferry()?), describe)
+    }
+
+    fn start_as(
+        mut command: Command,
+        describe: impl FnOnce(&mut Command, &Path),
+    ) -> Result<Self, FerryError> {
         let folder = tempfile::tempdir()?;
-        let mut command = Command::new(&program);
         describe(&mut command, &folder.path().join("api"));
         Ok(Self {
             process: Process::start(&mut command)?,
-            program,
+            program: paths::ferry()?,
             folder,
         })
     }

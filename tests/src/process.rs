@@ -1,6 +1,7 @@
 //! A child process that never outlives its test.
 
 use std::io;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -68,6 +69,36 @@ pub fn terminate(pid: u32) -> io::Result<()> {
     } else {
         Err(io::Error::other(format!("kill -TERM {pid}: {status}")))
     }
+}
+
+/// What a process has of its own when it starts [`apart`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Apart {
+    /// Mounts.
+    Mounts,
+    /// Mounts and a network, which has nothing in it.
+    MountsAndNetwork,
+}
+
+/// `program` in namespaces of its own, which end with it; the commands of the shell in `prepare` are run there first.
+/// The process that is started becomes the program. Arguments are added by the caller.
+///
+/// # Errors
+/// The system will not tell who runs the tests.
+pub fn apart(program: &Path, apart: Apart, prepare: &str) -> Result<Command, ProcessError> {
+    let user = run(Command::new("id").arg("-u"), Duration::from_secs(20))?;
+    let mut command = Command::new("unshare");
+    // Who is not root is root in a user namespace.
+    if user.stdout.trim() != "0" {
+        command.arg("-r");
+    }
+    command.arg("-m");
+    if apart == Apart::MountsAndNetwork {
+        command.arg("-n");
+    }
+    let script = format!("{prepare} && exec \"$0\" \"$@\"");
+    command.args(["sh", "-c", &script]).arg(program);
+    Ok(command)
 }
 
 /// A running process with piped stdin, stdout and stderr; killed and reaped when dropped.
@@ -212,7 +243,6 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Ended, ProcessError
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn output_and_status_come_back() {
@@ -245,6 +275,20 @@ mod tests {
         assert!(Path::new(&entry).exists());
         drop(process);
         assert!(!Path::new(&entry).exists());
+    }
+
+    #[test]
+    fn a_process_apart_has_a_network_of_its_own_and_keeps_its_id() {
+        let shell = Path::new("/bin/sh");
+        let mut command = apart(shell, Apart::MountsAndNetwork, "true").unwrap();
+        let mut process = Process::start(command.args(["-c", "echo $$; cat"])).unwrap();
+        let own_id = format!("{}\n", process.pid());
+        let limit = Duration::from_secs(20);
+        process.stdout().wait_for(&own_id, limit).unwrap();
+        let network = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+        assert_ne!(network(&process.pid().to_string()), network("self"));
+        process.close_stdin();
+        assert!(process.wait(limit).unwrap().status.success());
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::Command;
 
 use ferry_tests::api::{self, Answer};
 use ferry_tests::dirtier::{self, LIMIT, assert_ends, assert_runs, audit};
@@ -11,7 +10,7 @@ use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::frames::Tag;
 use ferry_tests::paths;
-use ferry_tests::process::{self, Ended};
+use ferry_tests::process::{self, Apart, Ended};
 use ferry_tests::proxy::{Action, Direction, Fault, Proxy, Trigger};
 
 /// A refusal in words that name the thing, without a panic.
@@ -254,18 +253,9 @@ fn a_port_in_use_is_named() {
 
 /// `ferry` in a mount namespace of its own, where `prepare` was run before.
 fn without_kvm(prepare: &str, arguments: &[&str]) -> Ended {
-    let mut command = Command::new("unshare");
-    let root = process::run(Command::new("id").arg("-u"), LIMIT).unwrap();
-    // Who is not root makes mounts in a user namespace.
-    let options = if root.stdout.trim() == "0" {
-        "-m"
-    } else {
-        "-rm"
-    };
-    let script = format!("{prepare} && exec \"$0\" \"$@\"");
-    command.args([options, "sh", "-c", &script]);
-    command.arg(paths::ferry().unwrap()).args(arguments);
-    process::run(&mut command, LIMIT).unwrap()
+    let ferry = paths::ferry().unwrap();
+    let mut command = process::apart(&ferry, Apart::Mounts, prepare).unwrap();
+    process::run(command.args(arguments), LIMIT).unwrap()
 }
 
 #[test]

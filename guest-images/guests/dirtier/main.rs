@@ -1,14 +1,16 @@
 //! `dirtier`: rewrites memory on every vCPU and notices every write that gets lost.
 //!
-//! The assembly in `boot.s` brings each vCPU to [`guest_main`] in ring 3, and everything after it
+//! The assembly in `runtime/boot.s` brings each vCPU to [`guest_main`] in ring 3, and everything after it
 //! runs there. What it does, and how it is asked to, is described in the library's documentation;
 //! the parts without unsafe code are the library's own files.
 
 #![no_std]
 #![no_main]
 
+#[path = "../runtime/console.rs"]
 mod console;
 mod control;
+#[path = "../runtime/cpu.rs"]
 mod cpu;
 #[allow(dead_code, unused_imports)]
 #[path = "../../src/dirtier/mod.rs"]
@@ -22,8 +24,10 @@ mod pacer;
 mod page;
 mod paging;
 mod selftest;
+#[path = "../runtime/start_info.rs"]
 mod start_info;
 mod state;
+#[path = "../runtime/trap.rs"]
 mod trap;
 mod worker;
 
@@ -37,7 +41,10 @@ use start_info::{StartInfo, Trouble};
 use state::Setup;
 use worker::Worker;
 
-global_asm!(include_str!("boot.s"), options(att_syntax));
+/// What its lines on the serial port begin with.
+const NAME: &str = "dirtier";
+
+global_asm!(include_str!("../runtime/boot.s"), options(att_syntax));
 
 unsafe extern "C" {
     /// First byte after the image, stacks included.
@@ -84,14 +91,14 @@ fn read_start_info(
 
 fn refuse(reason: impl Display) -> ! {
     console::print_and_exit(
-        format_args!("dirtier: cannot start: {reason}"),
+        format_args!("{NAME}: cannot start: {reason}"),
         EXIT_BAD_REQUEST,
     )
 }
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    console::crash(format_args!("dirtier: PANIC {info}"), EXIT_CRASH)
+    console::crash(format_args!("{NAME}: PANIC {info}"), EXIT_CRASH)
 }
 
 /// The toolchain's `core` is made for unwinding and names this function in tables that the linker

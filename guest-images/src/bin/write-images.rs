@@ -9,13 +9,16 @@ use std::{env, fs};
 fn main() -> ExitCode {
     let mut arguments = env::args_os().skip(1);
     let (Some(directory), None) = (arguments.next(), arguments.next()) else {
-        eprintln!("usage: write-images DIR\nWrites hello.elf and dirtier.elf into DIR.");
+        eprintln!(
+            "usage: write-images DIR\nWrites hello.elf, dirtier.elf and ring-attacker.elf into DIR."
+        );
         return ExitCode::from(2);
     };
     let directory = PathBuf::from(directory);
     for (name, image) in [
         ("hello.elf", guest_images::HELLO),
         ("dirtier.elf", guest_images::DIRTIER),
+        ("ring-attacker.elf", guest_images::RING_ATTACKER),
     ] {
         if let Err(reason) = write(&directory, name, image) {
             eprintln!("write-images: {reason}");

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_images::{DIRTIER, HELLO};
+use guest_images::{DIRTIER, HELLO, RING_ATTACKER};
 
 /// Far more than any of these guests needs, so that a busy machine fails no test.
 const PATIENCE: Duration = Duration::from_secs(50);
@@ -63,6 +63,12 @@ impl Guest {
     /// The hello program.
     pub(crate) fn hello(accelerator: Accelerator, memory_mib: u32, command_line: &str) -> Self {
         Self::start(accelerator, ("hello", HELLO), memory_mib, command_line)
+    }
+
+    /// The ring attacker.
+    pub(crate) fn ring_attacker(accelerator: Accelerator, command_line: &str) -> Self {
+        let image = ("ring-attacker", RING_ATTACKER);
+        Self::start(accelerator, image, 64, command_line)
     }
 
     fn start(

@@ -3,3 +3,4 @@
 mod dirtier;
 mod hello;
 mod machine;
+mod ring_attacker;

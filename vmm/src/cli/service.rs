@@ -11,7 +11,9 @@ use std::thread;
 
 use devices::SerialInput;
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{
+    Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit,
+};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -104,6 +106,7 @@ impl Service {
     /// A monitor without a guest yet, that does not answer yet.
     pub(super) fn start(outside: Outside) -> Result<Self, Failure> {
         install_kick_signal()?;
+        allow_all_descriptors().map_err(|error| format!("RLIMIT_NOFILE: {error}"))?;
         let (ender, ends) = channel();
         let events = outside.events;
         events.tell(EventSource::Vmm, "starting", serde_json::Value::Null);
@@ -290,6 +293,17 @@ pub(super) fn end_with_parent(parent: u32) -> Result<(), Failure> {
     Ok(())
 }
 
+/// As many descriptors as the process may have. The soft limit is 1024 in most places, for the sake of select(2), which
+/// is not used here; the connections of a socket device alone are as many, and the API must not want for one then.
+fn allow_all_descriptors() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    Ok(setrlimit(Resource::Nofile, all)?)
+}
+
 fn end_on_signals(monitor: Arc<Monitor>) -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     thread::Builder::new()
@@ -300,4 +314,25 @@ fn end_on_signals(monitor: Arc<Monitor>) -> io::Result<()> {
             }
         })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_descriptors_that_may_be_had_are_allowed() {
+        let before = getrlimit(Resource::Nofile);
+        // Not so few that other tests would want for any.
+        let fewer = before.maximum.map_or(1 << 16, |most| most - 1);
+        let lowered = Rlimit {
+            current: Some(fewer),
+            ..before
+        };
+        setrlimit(Resource::Nofile, lowered).unwrap();
+        allow_all_descriptors().unwrap();
+        let after = getrlimit(Resource::Nofile);
+        assert_eq!(after.current, before.maximum);
+        assert_eq!(after.maximum, before.maximum);
+    }
 }

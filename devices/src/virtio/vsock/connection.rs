@@ -38,6 +38,8 @@ pub(super) enum Produced {
     Shutdown(u32),
     /// The guest's credit is used up.
     NoCredit,
+    /// The guest's buffer has room for a header only.
+    NoRoom,
     /// Nothing now.
     Nothing,
 }
@@ -219,6 +221,9 @@ impl Connection {
         let credit = self.credit();
         if credit == 0 {
             return Ok(Ok(Produced::NoCredit));
+        }
+        if room.is_empty() {
+            return Ok(Ok(Produced::NoRoom));
         }
         let part = room.take(u64::from(credit).min(PACKET_BYTES));
         let mut read = 0;

@@ -298,6 +298,11 @@ impl Hub {
                 Ok(Produced::Shutdown(flags)) => self.push(ports, Op::Shutdown, flags),
                 // An update of the guest makes it ready again.
                 Ok(Produced::NoCredit) => self.push(ports, Op::CreditRequest, 0),
+                // A packet without data takes the buffer, so that the next one's turn comes.
+                Ok(Produced::NoRoom) => {
+                    self.ready.push_back(token);
+                    self.push(ports, Op::CreditUpdate, 0);
+                }
                 Ok(Produced::Nothing) => {}
                 Err(Broken) => self.reset(token, watch),
             }

@@ -152,3 +152,20 @@ fn a_guest_that_takes_nothing_is_taken_nothing_from() {
     }
     assert_eq!(guest.driver.wait_used(1), (held, 0));
 }
+
+#[test]
+fn a_buffer_without_room_for_data_takes_an_update_and_the_next_takes_the_data() {
+    let mut guest = Guest::new();
+    let (mut host, ports) = guest.connected();
+    // Behind the buffers that are there already.
+    let at = DATA + 0x20_0000;
+    guest.driver.add(0, &[Part::In(at, 44)]);
+    guest.post(1);
+    for number in 0..4 {
+        host.write_all(&[number]).unwrap();
+        assert_eq!(guest.expect(Op::Data, ports).1, [number]);
+    }
+    host.write_all(b"behind").unwrap();
+    guest.expect(Op::CreditUpdate, ports);
+    assert_eq!(guest.expect(Op::Data, ports).1, b"behind");
+}

@@ -6,6 +6,7 @@
 
 use core::fmt;
 
+use crate::NAME;
 use crate::console;
 use crate::interface::EXIT_CRASH;
 
@@ -68,7 +69,7 @@ impl fmt::Display for Exception {
             instruction,
             address,
         } = self;
-        write!(out, "dirtier: EXCEPTION vector={vector} error={error:#x} ")?;
+        write!(out, "{NAME}: EXCEPTION vector={vector} error={error:#x} ")?;
         write!(out, "rip={instruction:#x} cr2={address:#x}")
     }
 }

@@ -1,0 +1,30 @@
+//! The attacks, by what they attack.
+
+mod balloon;
+mod block;
+mod chains;
+mod handshake;
+mod live;
+mod net;
+mod registers;
+mod rings;
+mod streams;
+mod tables;
+mod vsock;
+
+use crate::attack::Attack;
+
+/// All attacks, in the order in which they are made.
+pub(crate) const ALL: [&[Attack]; 11] = [
+    &chains::ATTACKS,
+    &tables::ATTACKS,
+    &rings::ATTACKS,
+    &handshake::ATTACKS,
+    &live::ATTACKS,
+    &registers::ATTACKS,
+    &block::ATTACKS,
+    &net::ATTACKS,
+    &vsock::ATTACKS,
+    &balloon::ATTACKS,
+    &streams::ATTACKS,
+];
