@@ -10,14 +10,10 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ferry_tests::dirtier::PATIENT;
-use ferry_tests::endpoint::Endpoint;
-use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::guest_memory::{GuestMemory, PAGE};
 use ferry_tests::host_net::{HostTap, connect, echoes, host, pattern};
 use ferry_tests::linux_disk::{Images, machine};
 use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
-use ferry_tests::paths;
 
 const MIB: u64 = 1 << 20;
 /// What is sent to a guest and comes back.
@@ -317,70 +313,4 @@ fn a_balloon_of_6_1_gives_memory_back() {
 #[test]
 fn a_balloon_of_6_12_gives_memory_back() {
     a_balloon_gives_memory_back("6.12");
-}
-
-/// Its disks go with it, from one process to the other on one host, and nobody else gets them.
-fn a_guest_that_writes_is_carried_with_its_disks(series: &str) {
-    let images = Images::with_root();
-    images.sparse("data", 64 * MIB);
-    let (root, data) = (images.option("root"), images.option("data"));
-    let devices = ["--disk", &root, "--disk", &data, "--rng"];
-    let mut guest = LinuxShell::boot(&machine(series, 192, 1), &devices);
-    guest.ask(
-        "(i=0; while :; do i=$((i+1)); echo $i >> /log; sync; done) & \
-         (while :; do dd if=/dev/urandom of=/dev/vdb bs=64k count=16 conv=fsync 2>/dev/null; done) &",
-        "/ # ",
-    );
-
-    let kernel = paths::linux_guest(&format!("{series}/vmlinux")).unwrap();
-    let kernel = kernel.to_str().unwrap();
-    let arguments = ["run", "--kernel", kernel, "--disk", &data];
-    let refused = ferry::invoke(&arguments, SHELL_LIMIT).unwrap();
-    let why = format!(
-        "{}: another process has it open",
-        images.path("data").display()
-    );
-    assert!(refused.stderr.contains(&why), "{refused:?}");
-
-    // Without the rng the guest is refused before it stops.
-    let endpoint = Endpoint::free_tcp().unwrap();
-    let without = Ferry::receive_with(&endpoint, &devices[..4]).unwrap();
-    let refused = guest
-        .ferry
-        .send_migration(&endpoint, &PATIENT)
-        .unwrap_err()
-        .to_string();
-    let why = "the guest has _rng0 (an entropy device), for which nothing was given here";
-    assert!(refused.contains(why), "{refused}");
-    drop(without);
-
-    let endpoint = Endpoint::free_tcp().unwrap();
-    let destination = Ferry::receive_with(&endpoint, &devices).unwrap();
-    guest.ask("wc -l < /log; echo counted", "\ncounted");
-    guest.ferry.send_migration(&endpoint, &PATIENT).unwrap();
-    guest.ferry = destination;
-    guest.ask("sleep 2; kill %1 %2; wait; echo stopped", "\nstopped");
-    guest.ask(
-        "awk '$1 != NR { bad = 1 } END { print \"log:\", bad + 0, (NR > 20) }' /log",
-        "\nlog: 0 1",
-    );
-    guest.ask("head -c 64 /dev/hwrng | wc -c", "\n64");
-    guest.switches_itself_off("poweroff");
-    images.root_is_whole();
-    let log = images.of_root("/log");
-    let right = log
-        .lines()
-        .zip(1..)
-        .all(|(line, number)| line == number.to_string());
-    assert!(right, "{log}");
-}
-
-#[test]
-fn a_6_1_guest_that_writes_is_carried_with_its_disks() {
-    a_guest_that_writes_is_carried_with_its_disks("6.1");
-}
-
-#[test]
-fn a_6_12_guest_that_writes_is_carried_with_its_disks() {
-    a_guest_that_writes_is_carried_with_its_disks("6.12");
 }

@@ -10,11 +10,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use ferry_tests::dirtier::PATIENT;
 use ferry_tests::endpoint::Endpoint;
-use ferry_tests::ferry::Ferry;
+use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::host_net::{Bridge, Conversation, connect, echoes, host, pattern};
 use ferry_tests::linux_disk::{Images, machine};
 use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
-use ferry_tests::tap;
+use ferry_tests::{paths, tap};
 
 /// Within one monitor.
 fn a_guest_starts_anew_and_obeys_its_power_button(series: &str) {
@@ -63,6 +63,7 @@ fn options(images: &Images, side: &str, net: &str) -> Vec<String> {
     let named = |what: &str| images.path(&format!("{what}-{side}")).display().to_string();
     [
         ["--disk".to_owned(), images.option("root")],
+        ["--disk".to_owned(), images.option("data")],
         ["--net".to_owned(), net.to_owned()],
         [
             "--vsock".to_owned(),
@@ -87,8 +88,37 @@ fn is_over(mut stream: UnixStream) {
     }
 }
 
+/// Nobody else gets the disks of a guest.
+fn another_guest_with_its_disk_is_refused(series: &str, images: &Images) {
+    let kernel = paths::linux_guest(&format!("{series}/vmlinux")).unwrap();
+    let kernel = kernel.to_str().unwrap();
+    let data = images.option("data");
+    let arguments = ["run", "--kernel", kernel, "--disk", &data];
+    let refused = ferry::invoke(&arguments, SHELL_LIMIT).unwrap();
+    let why = format!(
+        "{}: another process has it open",
+        images.path("data").display()
+    );
+    assert!(refused.stderr.contains(&why), "{refused:?}");
+}
+
+/// To where something is missing, before the guest stops.
+fn a_move_without_the_rng_is_refused(guest: &LinuxShell, images: &Images, net: &str) {
+    let without = options(images, "refused", net);
+    let without: Vec<&str> = without.iter().map(String::as_str).collect();
+    let (rng, without) = without.split_last().unwrap();
+    assert_eq!(*rng, "--rng");
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let _without = Ferry::receive_with(&endpoint, without).unwrap();
+    let refused = guest.ferry.send_migration(&endpoint, &PATIENT);
+    let refused = refused.unwrap_err().to_string();
+    let why = "the guest has _rng0 (an entropy device), for which nothing was given here";
+    assert!(refused.contains(why), "{refused}");
+}
+
 fn a_guest_with_every_device_is_carried(series: &str) {
     let images = Images::with_root();
+    images.sparse("data", 64 << 20);
     let _bridge = Bridge::new("ferrybr", "10.7.0.1/24", &["ferry0", "ferry1"]);
     let own = options(&images, "here", "tap=ferry0,mac=52:54:00:12:34:56");
     let own: Vec<&str> = own.iter().map(String::as_str).collect();
@@ -114,11 +144,20 @@ fn a_guest_with_every_device_is_carried(series: &str) {
     echoes(old.try_clone().unwrap(), old.try_clone().unwrap(), &bytes);
     guest.ask("vsock-echo listen 2 &", "vsock-echo: listening");
 
+    guest.ask(
+        "(i=0; while :; do i=$((i+1)); echo $i >> /log; sync; done) & log=$!; \
+         (while :; do dd if=/dev/urandom of=/dev/vdb bs=64k count=16 conv=fsync 2>/dev/null; done) & data=$!",
+        "/ # ",
+    );
+    another_guest_with_its_disk_is_refused(series, &images);
+
     // The tap of the other side is passed to it.
     let passed = tap::open("ferry1").unwrap();
     let net = format!("fd={}", passed.as_raw_fd());
     let other = options(&images, "there", &net);
     let other: Vec<&str> = other.iter().map(String::as_str).collect();
+    a_move_without_the_rng_is_refused(&guest, &images, &net);
+    conversation.goes_on();
     let endpoint = Endpoint::free_tcp().unwrap();
     let destination = Ferry::receive_with(&endpoint, &other).unwrap();
     drop(passed);
@@ -129,8 +168,16 @@ fn a_guest_with_every_device_is_carried(series: &str) {
 
     conversation.goes_on();
     conversation.ends();
-    guest.ask("ping -c 3 10.7.0.1", "3 packets received");
-    host("ping -c 3 10.7.0.2");
+    guest.ask(
+        "kill $log $data; wait $log $data; echo stopped",
+        "\nstopped",
+    );
+    guest.ask(
+        "awk '$1 != NR { bad = 1 } END { print \"log:\", bad + 0, (NR > 20) }' /log",
+        "\nlog: 0 1",
+    );
+    guest.ask("ping -c 2 10.7.0.1", "2 packets received");
+    host("ping -c 2 10.7.0.2");
     assert!(guest.counter("_net0", "tx_frames") > 6);
 
     is_over(old);
@@ -167,6 +214,12 @@ fn a_guest_with_every_device_is_carried(series: &str) {
 
     guest.switches_itself_off("poweroff");
     images.root_is_whole();
+    let log = images.of_root("/log");
+    let mut lines = log.lines().zip(1..);
+    assert!(
+        lines.all(|(line, number)| line == number.to_string()),
+        "{log}"
+    );
 }
 
 #[test]
