@@ -32,9 +32,9 @@ fn debian() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let tree = folder.path().join("tree");
     fs::create_dir(&tree).unwrap();
-    let archive = given.join("tree.tar.gz");
+    let archive = given.join("tree.tar");
     host(&format!(
-        "tar -xzf {} -C {}",
+        "tar -xf {} -C {}",
         archive.display(),
         tree.display()
     ));
@@ -73,25 +73,26 @@ fn is_whole(image: &Path) {
 #[test]
 fn debian_is_started_by_the_lines_of_the_readme() {
     let folder = debian();
-    let mut lines = Command::new("sh");
+    // Not busybox's shell, to which `ip` is its own.
+    let mut lines = Command::new("dash");
     lines
         .args(["-e", "-c", &readme_lines()])
         .current_dir(&folder);
     let mut guest = Debian(Process::start(&mut lines).unwrap());
-    guest
-        .0
-        .stdout()
-        .wait_for("debian login: ", LOGIN_LIMIT)
-        .unwrap();
+    let login = guest.0.stdout().wait_for("debian login: ", LOGIN_LIMIT);
+    login.unwrap_or_else(|error| panic!("{error}\n{}", guest.0.stderr().text()));
     guest.ask("root", ":~# ");
-    guest.ask("systemctl is-system-running --wait; systemctl --failed --no-legend | cat; mount | grep ' / '", "/dev/vda on / type ext4 (rw");
+    guest.ask(
+        "echo state: $(systemctl is-system-running --wait)",
+        "state: running",
+    );
+    guest.ask("mount | grep ' / '", "/dev/vda on / type ext4 (rw");
     guest.ask("ping -c 3 10.0.0.1", "3 received");
     host("ping -c 3 10.0.0.2");
     guest.ask(
-        "cat /sys/class/misc/hw_random/rng_current",
-        "\nvirtio_rng.0",
+        "echo rng: $(cat /sys/class/misc/hw_random/rng_current)",
+        "rng: virtio_rng",
     );
-    guest.ask("echo $(nproc) $(uname -v | cut -d' ' -f3-)", "\n1 ");
     guest.ask("systemctl poweroff", "reboot: Power down");
     let ended = guest.0.wait(SHELL_LIMIT).unwrap();
     assert!(ended.status.success(), "{ended:?}");
