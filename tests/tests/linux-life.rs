@@ -11,19 +11,29 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use ferry_tests::dirtier::PATIENT;
 use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::{self, Ferry};
-use ferry_tests::host_net::{Bridge, Conversation, connect, echoes, host, pattern};
+use ferry_tests::host_net::{Bridge, Conversation, HostTap, connect, echoes, host, pattern};
 use ferry_tests::linux_disk::{Images, machine};
 use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
 use ferry_tests::{paths, tap};
+
+/// Joins the network of the host's side.
+const JOIN: &str = "ip addr add 10.7.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 10.7.0.1";
 
 /// Within one monitor.
 fn a_guest_starts_anew_and_obeys_its_power_button(series: &str) {
     let images = Images::with_root();
     let root = images.option("root");
-    let mut guest = LinuxShell::boot(&machine(series, 192, 4), &["--disk", &root]);
+    // The tap is passed, and serves the guest in each of its lives.
+    let _tap = HostTap::with_address("ferry0", "10.7.0.1/24");
+    let passed = tap::open("ferry0").unwrap();
+    let net = format!("fd={}", passed.as_raw_fd());
+    let options = ["--disk", &root, "--net", &net];
+    let mut guest = LinuxShell::boot(&machine(series, 192, 4), &options);
+    drop(passed);
     guest.ask("mount | grep ' / '", "/dev/vda on / type ext4");
     guest.sees_its_cpus_and_memory();
     guest.uses_every_cpu();
+    guest.ask(JOIN, "1 packets received");
     // A writer that does not stop by itself, in a page cache that was not written back.
     guest.ask(
         "echo first > /lives; touch /tmp/before; (while :; do echo again >> /busy; done) & echo noted",
@@ -38,6 +48,7 @@ fn a_guest_starts_anew_and_obeys_its_power_button(series: &str) {
     assert_eq!(guest.ferry.ctl_json(&["ping"]).unwrap()["pid"], pid);
     guest.ask("cat /lives; tail -n 1 /busy", "\nfirst\r\nagain");
     guest.ask("ls /tmp/before", "No such file");
+    guest.ask(JOIN, "1 packets received");
     guest.ask("dmesg | grep -c 'EXT4-fs.*recovery'", "\n0");
     guest.ask("echo second >> /lives; echo noted", "\nnoted");
     guest.obeys_its_power_button("poweroff");
@@ -128,10 +139,7 @@ fn a_guest_with_every_device_is_carried(series: &str) {
     guest.counts("_balloon0", "inflated_pages", BALLOON_KIB / 4);
     let ballooned = guest.numbers(MEMORY_KIB)[0];
     guest.ask("echo on this side > /dev/hvc0; echo said: $?", "\nsaid: 0");
-    guest.ask(
-        "ip addr add 10.7.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 10.7.0.1",
-        "1 packets received",
-    );
+    guest.ask(JOIN, "1 packets received");
     guest.ask("nc -ll -p 9000 -e cat & sleep 1; echo serves", "\nserves");
     let tcp = TcpStream::connect("10.7.0.2:9000").unwrap();
     tcp.set_read_timeout(Some(SHELL_LIMIT)).unwrap();
@@ -211,6 +219,7 @@ fn a_guest_with_every_device_is_carried(series: &str) {
         guest.counter("_balloon0", "deflated_pages"),
         BALLOON_KIB / 4
     );
+    guest.sees_its_cpus_and_memory();
 
     guest.switches_itself_off("poweroff");
     images.root_is_whole();
