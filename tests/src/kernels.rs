@@ -9,9 +9,12 @@ use std::{fs, io};
 use crate::paths::{self, Missing};
 use crate::process::{self, ProcessError};
 
-/// The modules that make a KVM host with taps, in the order of loading.
-const MODULES: [(&str, &str); 4] = [
+/// The modules that make a KVM host with taps and bridges, in the order of loading.
+const MODULES: [(&str, &str); 7] = [
     ("tun", "kernel/drivers/net/tun.ko"),
+    ("llc", "kernel/net/llc/llc.ko"),
+    ("stp", "kernel/net/802/stp.ko"),
+    ("bridge", "kernel/net/bridge/bridge.ko"),
     ("irqbypass", "kernel/virt/lib/irqbypass.ko"),
     ("kvm", "kernel/arch/x86/kvm/kvm.ko"),
     ("kvm-amd", "kernel/arch/x86/kvm/kvm-amd.ko"),
@@ -23,8 +26,8 @@ const BUTTON_MODULES: [(&str, &str); 2] = [
     ("evdev", "kernel/drivers/input/evdev.ko"),
 ];
 
-/// The modules of a guest's virtio devices, in the order of loading. Some kernels have the first two built in.
-const DEVICE_MODULES: [(&str, &str); 12] = [
+/// The modules of a guest's virtio devices, in the order of loading. Some kernels have some of them built in.
+const DEVICE_MODULES: [(&str, &str); 13] = [
     ("virtio_ring", "kernel/drivers/virtio/virtio_ring.ko"),
     ("virtio", "kernel/drivers/virtio/virtio.ko"),
     ("virtio_mmio", "kernel/drivers/virtio/virtio_mmio.ko"),
@@ -43,6 +46,7 @@ const DEVICE_MODULES: [(&str, &str); 12] = [
         "kernel/net/vmw_vsock/vmw_vsock_virtio_transport.ko",
     ),
     ("virtio_balloon", "kernel/drivers/virtio/virtio_balloon.ko"),
+    ("virtio_console", "kernel/drivers/char/virtio_console.ko"),
 ];
 
 /// A module's name and content.

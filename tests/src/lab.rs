@@ -267,7 +267,7 @@ mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 ip link set lo up
 dmesg -n 3
-for module in tun irqbypass kvm kvm-amd; do
+for module in tun llc stp bridge irqbypass kvm kvm-amd; do
     insmod /modules/$module.ko || echo "lab: module $module cannot be loaded"
 done
 run() {

@@ -4,7 +4,8 @@
 //!
 //! - [`lab`]: a Debian kernel with a real KVM and nested paging, in emulation
 //!   ([`kernels`], [`initramfs`], [`cpio`] and [`vmlinux`] make its parts);
-//! - [`linux_guest`]: a stock kernel and a shell, to be run by `ferry run` in the lab, asked by [`linux_shell`];
+//! - [`linux_guest`]: a stock kernel and a shell, to be run by `ferry run` in the lab, asked by [`linux_shell`],
+//!   on a disk of [`linux_disk`]; its host's side is [`host_net`] and [`tap`], its memory is looked at by [`guest_memory`];
 //! - [`ferry`]: drives processes of the program `ferry`, [`dirtier`] the guest in them;
 //! - [`qemu`]: the peer that migrations are compared with, over [`qmp`];
 //! - [`proxy`]: stands between the two sides of a migration and breaks it on purpose,
@@ -24,10 +25,13 @@ pub mod errors;
 pub mod ferry;
 pub mod figures;
 pub mod frames;
+pub mod guest_memory;
 pub mod header;
+pub mod host_net;
 pub mod initramfs;
 pub mod kernels;
 pub mod lab;
+pub mod linux_disk;
 pub mod linux_guest;
 pub mod linux_shell;
 pub mod machine;
@@ -38,4 +42,5 @@ pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod status;
+pub mod tap;
 pub mod vmlinux;

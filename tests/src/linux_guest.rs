@@ -41,15 +41,33 @@ echo \"linux-guest: ready $(uname -r)\"
 exec setsid cttyhack sh
 ";
 
-/// `/sbin/init` of the disk, which has what the initramfs has, and a program for vsock.
-const DISK_INIT: &str = "#!/bin/busybox sh
+/// The disk has what the initramfs has, and a program for vsock. Its `/sbin/init` is busybox's, so that `poweroff` and
+/// `reboot` end the guest in order.
+const DISK_INITTAB: &str = "\
+::sysinit:/etc/start
+ttyS0::respawn:/bin/sh
+::shutdown:/etc/stop
+";
+
+const DISK_START: &str = "#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
 ip link set lo up
 echo \"linux-guest: ready $(uname -r) on a disk\"
-exec setsid cttyhack sh
 ";
+
+/// Nobody writes any more when the root file system is made read-only.
+const DISK_STOP: &str = "#!/bin/sh
+kill -TERM -1
+sleep 0.3
+kill -KILL -1
+sync
+mount -o remount,ro / || echo \"linux-guest: the root is busy\"
+";
+
+/// The modules that are on the disk: what is loaded, or loaded again, when the root file system is there.
+const LOADED_ON_DISK: [&str; 3] = ["button", "evdev", "virtio_balloon"];
 
 /// Bytes of the disk.
 const DISK_BYTES: u64 = 32 << 20;
@@ -97,7 +115,7 @@ pub const LOAD_BUTTON: &str =
 /// [`LinuxGuestError`] naming what is missing.
 pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
     let mut initramfs = Initramfs::with_init(INIT)?;
-    let mut balloons = Vec::new();
+    let mut loaded_again = Vec::new();
     for series in Series::ALL {
         let kernel = DebianKernel::find(series)?;
         let place = folder.join(series.name());
@@ -117,17 +135,17 @@ pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
         for (name, content) in kernel.button_modules()?.into_iter().chain(devices) {
             let path = format!("/modules/{}/{name}.ko", kernel.release);
             initramfs.bytes(&path, 0o644, &content);
-            if name == "virtio_balloon" {
-                balloons.push((path, content));
+            if LOADED_ON_DISK.contains(&name) {
+                loaded_again.push((path, content));
             }
         }
     }
-    write_disk(&folder.join("root.img"), &balloons)?;
+    write_disk(&folder.join("root.img"), &loaded_again)?;
     let path = folder.join("guest.cpio");
     fs::write(&path, initramfs.finish()).map_err(|source| LinuxGuestError::Write { path, source })
 }
 
-/// Makes an ext4 file system with busybox, a program for vsock, and the modules that are loaded again there.
+/// Makes an ext4 file system with busybox, a program for vsock, and the modules that are loaded there.
 fn write_disk(image: &Path, modules: &[(String, Vec<u8>)]) -> Result<(), LinuxGuestError> {
     let failed = |source| LinuxGuestError::Write {
         path: image.into(),
@@ -136,15 +154,21 @@ fn write_disk(image: &Path, modules: &[(String, Vec<u8>)]) -> Result<(), LinuxGu
     let tree = tempfile::tempdir().map_err(failed)?;
     let place = |name: &str| tree.path().join(name);
     for name in [
-        "bin", "sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "tmp", "run",
+        "bin", "sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "tmp", "run", "etc",
     ] {
         fs::create_dir_all(place(name)).map_err(failed)?;
     }
     fs::copy(initramfs::static_busybox()?, place("bin/busybox")).map_err(failed)?;
     fs::copy(paths::static_tool("vsock-echo")?, place("bin/vsock-echo")).map_err(failed)?;
-    fs::write(place("sbin/init"), DISK_INIT).map_err(failed)?;
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(place("sbin/init"), executable).map_err(failed)?;
+    for (name, text) in [
+        ("etc/inittab", DISK_INITTAB),
+        ("etc/start", DISK_START),
+        ("etc/stop", DISK_STOP),
+    ] {
+        fs::write(place(name), text).map_err(failed)?;
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(place(name), executable).map_err(failed)?;
+    }
     install_busybox(tree.path()).map_err(failed)?;
     for (path, content) in modules {
         let path = place(path.trim_start_matches('/'));

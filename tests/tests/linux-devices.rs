@@ -2,136 +2,24 @@
 //! and mounts file systems there.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
 use std::net::TcpStream;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ferry_tests::dirtier::PATIENT;
-use ferry_tests::endpoint::Endpoint;
-use ferry_tests::ferry::{self, Ferry};
-use ferry_tests::linux_guest::DISK_CMDLINE;
+use ferry_tests::guest_memory::{GuestMemory, PAGE};
+use ferry_tests::host_net::{HostTap, connect, echoes, host, pattern};
+use ferry_tests::linux_disk::{Images, machine};
 use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
-use ferry_tests::machine::Machine;
-use ferry_tests::{paths, process};
 
 const MIB: u64 = 1 << 20;
 /// What is sent to a guest and comes back.
 const ECHOED: usize = 64 << 20;
 /// Twice [`ECHOED`] through two emulated kernels.
 const ECHO_LIMIT: Duration = Duration::from_secs(60);
-
-/// A folder with the images of a guest.
-struct Images(tempfile::TempDir);
-
-impl Images {
-    /// With a copy of the guest's root file system.
-    fn new() -> Self {
-        let images = Self(tempfile::tempdir().unwrap());
-        fs::copy(paths::linux_guest("root.img").unwrap(), images.path("root")).unwrap();
-        images
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// A sparse image.
-    fn sparse(&self, name: &str, bytes: u64) -> PathBuf {
-        let path = self.path(name);
-        File::create(&path).unwrap().set_len(bytes).unwrap();
-        path
-    }
-
-    fn option(&self, name: &str) -> String {
-        format!("path={}", self.path(name).display())
-    }
-
-    /// The root file system is whole, as the file system's own tool says.
-    fn root_is_whole(&self) {
-        let mut check = Command::new("e2fsck");
-        check.arg("-fn").arg(self.path("root"));
-        let checked = process::run(&mut check, SHELL_LIMIT).unwrap();
-        assert!(checked.status.success(), "{checked:?}");
-    }
-
-    /// A file of the root file system, read without the guest.
-    fn of_root(&self, file: &str) -> String {
-        let mut read = Command::new("debugfs");
-        read.args(["-R", &format!("cat {file}")])
-            .arg(self.path("root"));
-        process::run(&mut read, SHELL_LIMIT).unwrap().stdout
-    }
-}
-
-fn machine(series: &str, memory_mib: u32) -> Machine {
-    Machine {
-        kernel: paths::linux_guest(&format!("{series}/vmlinux")).unwrap(),
-        initramfs: Some(paths::linux_guest("guest.cpio").unwrap()),
-        cmdline: DISK_CMDLINE.to_owned(),
-        memory_mib,
-        cpus: 1,
-    }
-}
-
-/// Runs a command of the lab host, which must succeed.
-fn host(command: &str) {
-    let mut shell = Command::new("sh");
-    let done = process::run(shell.args(["-c", command]), SHELL_LIMIT).unwrap();
-    assert!(done.status.success(), "{command}: {done:?}");
-}
-
-fn switches_off(mut guest: LinuxShell) {
-    let command = "sync; mount -o remount,ro /; poweroff -f";
-    guest.ask(command, "reboot: Power down");
-    guest.ends();
-}
-
-/// Bytes that do not repeat within a transfer.
-fn pattern() -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut bytes = Vec::with_capacity(ECHOED);
-    while bytes.len() < ECHOED {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes
-}
-
-/// Sends all of `bytes` and reads as much back, at the same time.
-fn echoes(mut writer: impl Write + Send + 'static, mut reader: impl Read, bytes: &[u8]) {
-    let outgoing = bytes.to_vec();
-    let sender = thread::spawn(move || writer.write_all(&outgoing));
-    let mut back = vec![0; bytes.len()];
-    reader.read_exact(&mut back).unwrap();
-    sender.join().unwrap().unwrap();
-    let wrong = back.iter().zip(bytes).position(|(one, other)| one != other);
-    assert_eq!(wrong, None, "the first byte that came back as another");
-}
-
-/// A tap of the lab host, removed at the end.
-struct HostTap(&'static str);
-
-impl HostTap {
-    fn new(name: &'static str, address: &str) -> Self {
-        host(&format!(
-            "tunctl -t {name} && ip addr add {address} dev {name} && ip link set {name} up"
-        ));
-        Self(name)
-    }
-}
-
-impl Drop for HostTap {
-    fn drop(&mut self) {
-        // One that is gone already is no matter.
-        let _gone = Command::new("tunctl").args(["-d", self.0]).output();
-    }
-}
 
 /// A file system that is soon full.
 struct SmallFileSystem(PathBuf);
@@ -153,8 +41,31 @@ impl Drop for SmallFileSystem {
     }
 }
 
+/// The guest's own statistics are in requests and in sectors of 512 bytes (Linux Documentation/block/stat.rst).
+fn the_disk_was_counted_as_the_guest_did(guest: &mut LinuxShell) {
+    guest.ask(
+        "dd if=/dev/vdb of=/dev/null bs=1M skip=16 count=4; echo looked: $?",
+        "\nlooked: 0",
+    );
+    let stat = guest.numbers("cat /sys/block/vdb/stat");
+    let counted = ["read_ops", "read_bytes", "write_ops", "write_bytes"]
+        .map(|name| guest.counter("_disk1", name));
+    assert_eq!(
+        counted,
+        [stat[0], stat[2] * 512, stat[4], stat[6] * 512],
+        "{stat:?}"
+    );
+    assert!(counted[1] >= 4 * MIB && counted[3] == MIB, "{counted:?}");
+    let metrics = guest.ferry.ctl(&["metrics"]).unwrap();
+    let line = format!(
+        "ferry_device_counter_total{{device=\"_disk1\",counter=\"write_bytes\"}} {}\n",
+        counted[3]
+    );
+    assert!(metrics.contains(&line), "{metrics}");
+}
+
 fn disks_keep_what_was_written_and_fail_by_request(series: &str) {
-    let images = Images::new();
+    let images = Images::with_root();
     images.sparse("data", 64 * MIB);
     fs::write(images.path("fixed"), [b'f'; 4096]).unwrap();
     images.sparse("short", 64 * MIB);
@@ -168,14 +79,17 @@ fn disks_keep_what_was_written_and_fail_by_request(series: &str) {
         .chain(["--rng".to_owned()])
         .collect();
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let mut guest = LinuxShell::boot(&machine(series, 192), &options);
+    let mut guest = LinuxShell::boot(&machine(series, 192, 1), &options);
 
+    guest.sees_its_cpus_and_memory();
     guest.ask("mount | grep ' / '", "/dev/vda on / type ext4");
     guest.ask(
         "yes ferry was here | head -c 1048576 > /witness; echo made: $?",
         "\nmade: 0",
     );
     guest.ask("cp /witness /dev/vdb; sync; echo copied: $?", "\ncopied: 0");
+
+    the_disk_was_counted_as_the_guest_did(&mut guest);
 
     guest.ask("head -c 4 /dev/vde; echo; cat /sys/block/vde/ro", "\n1");
     guest.ask("echo x | dd of=/dev/vde; echo refused: $?", "\nrefused: 1");
@@ -204,7 +118,7 @@ fn disks_keep_what_was_written_and_fail_by_request(series: &str) {
     assert_eq!(info["state"], "Running", "{info}");
     guest.ask("cmp /witness /witness; echo alive: $?", "\nalive: 0");
 
-    switches_off(guest);
+    guest.switches_itself_off("poweroff");
     drop(small);
     images.root_is_whole();
     let witness = images.of_root("/witness");
@@ -227,22 +141,27 @@ fn disks_of_6_12_keep_what_was_written_and_fail_by_request() {
     disks_keep_what_was_written_and_fail_by_request("6.12");
 }
 
-/// Connects to a port of the guest, as Firecracker's and Cloud Hypervisor's users do.
-fn connect(socket: &Path, port: u32) -> UnixStream {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    writeln!(stream, "CONNECT {port}").unwrap();
-    let mut answer = String::new();
-    // The answer ends before anything that the guest sends.
-    BufReader::with_capacity(1, stream.try_clone().unwrap())
-        .read_line(&mut answer)
-        .unwrap();
-    assert!(answer.starts_with("OK "), "{answer:?}");
-    stream
+/// What the tap sent the device received. A packet may pass between two looks.
+fn the_interface_was_counted_as_its_tap_did(guest: &LinuxShell, tap: &HostTap) {
+    for (of_device, of_tap, least) in [
+        ("rx_frames", "tx_packets", 6),
+        ("tx_frames", "rx_packets", 6),
+        ("rx_bytes", "tx_bytes", ECHOED as u64),
+        ("tx_bytes", "rx_bytes", ECHOED as u64),
+    ] {
+        let before = guest.counter("_net0", of_device);
+        let counted = tap.counted(of_tap);
+        let after = guest.counter("_net0", of_device);
+        assert!(
+            before <= counted && counted <= after && least < counted,
+            "{of_device}: {before}, then {of_tap} {counted}, then {after}"
+        );
+    }
 }
 
 fn the_guest_is_reached_by_tap_and_vsock(series: &str) {
-    let images = Images::new();
-    let _tap = HostTap::new("ferry0", "10.7.0.1/24");
+    let images = Images::with_root();
+    let tap = HostTap::with_address("ferry0", "10.7.0.1/24");
     let socket = images.path("vsock");
     let (root, vsock) = (
         images.option("root"),
@@ -250,7 +169,7 @@ fn the_guest_is_reached_by_tap_and_vsock(series: &str) {
     );
     let net = "tap=ferry0,mac=52:54:00:12:34:56";
     let options = ["--disk", &root, "--net", net, "--vsock", &vsock];
-    let mut guest = LinuxShell::boot(&machine(series, 192), &options);
+    let mut guest = LinuxShell::boot(&machine(series, 192, 1), &options);
 
     guest.ask("cat /sys/class/net/eth0/address", "\n52:54:00:12:34:56");
     guest.ask(
@@ -258,13 +177,14 @@ fn the_guest_is_reached_by_tap_and_vsock(series: &str) {
         "3 packets received",
     );
     host("ping -c 3 10.7.0.2");
-    let bytes = pattern();
+    let bytes = pattern(ECHOED);
     guest.ask("nc -ll -p 9000 -e cat & sleep 1; echo serves", "\nserves");
     let tcp = TcpStream::connect("10.7.0.2:9000").unwrap();
     tcp.set_read_timeout(Some(ECHO_LIMIT)).unwrap();
     let began = Instant::now();
     echoes(tcp.try_clone().unwrap(), tcp, &bytes);
     println!("64 MiB over TCP and back: {:?}", began.elapsed());
+    the_interface_was_counted_as_its_tap_did(&guest, &tap);
 
     guest.ask("vsock-echo listen 1234 &", "vsock-echo: listening");
     let mark = guest.ferry.serial().mark();
@@ -291,7 +211,7 @@ fn the_guest_is_reached_by_tap_and_vsock(series: &str) {
     let (stream, _) = listener.accept().unwrap();
     echoes(stream.try_clone().unwrap(), stream, &bytes[..65536]);
 
-    switches_off(guest);
+    guest.switches_itself_off("poweroff");
     assert!(!socket.exists());
     images.root_is_whole();
 }
@@ -306,41 +226,83 @@ fn a_6_12_guest_is_reached_by_tap_and_vsock() {
     the_guest_is_reached_by_tap_and_vsock("6.12");
 }
 
-/// Touches 150 MiB of the guest's memory.
-const FILL: &str = "dd if=/dev/zero of=/tmp/fill bs=1M count=150; echo filled: $?";
+/// 16 bytes that stand in every page of the file `/tmp/fill` of 150 MiB, and in no other.
+const LINE: &[u8] = b"ferry was here!\n";
+const FILL: &str = "yes 'ferry was here!' | head -c 1048576 > /tmp/line; \
+                    for i in $(seq 150); do cat /tmp/line; done > /tmp/fill; echo filled: $?";
+const FILLED_MIB: u64 = 150;
+const EMPTY: &str = "rm /tmp/fill /tmp/line; echo empty: $?";
+const BALLOON_PAGES: u64 = 192 * MIB / PAGE;
 
-fn a_balloon_gives_memory_back(series: &str) {
-    let images = Images::new();
-    let root = images.option("root");
-    let options = ["--disk", &root, "--balloon", "size=192M,deflate_on_oom=on"];
-    let mut guest = LinuxShell::boot(&machine(series, 384), &options);
-    let resident = |guest: &LinuxShell| guest.ferry.resident().unwrap().shared_kib / 1024;
-    // Without its driver the guest has all of its memory, and fills it.
-    guest.ask(
-        "mount -o remount,size=90% /tmp; rmmod virtio_balloon; echo gone: $?",
-        "\ngone: 0",
-    );
-    guest.ask(FILL, "\nfilled: 0");
-    let full = resident(&guest);
-    assert!(full >= 150, "{full} MiB are resident");
-    guest.ask(
-        "rm /tmp/fill; insmod /modules/$(uname -r)/virtio_balloon.ko; echo back: $?",
-        "\nback: 0",
-    );
+fn resident_mib(guest: &LinuxShell) -> u64 {
+    guest.ferry.resident().unwrap().shared_kib / 1024
+}
+
+/// Waits until 100 MiB less than `full` are resident.
+fn shrinks_from(full: u64, guest: &LinuxShell) {
     let deadline = Instant::now() + SHELL_LIMIT;
-    while resident(&guest) + 100 > full {
-        assert!(
-            Instant::now() < deadline,
-            "{full} MiB became {}",
-            resident(&guest)
-        );
+    while resident_mib(guest) + 100 > full {
+        let now = resident_mib(guest);
+        assert!(Instant::now() < deadline, "{full} MiB became {now}");
         thread::sleep(Duration::from_millis(100));
     }
-    println!("{full} MiB became {}", resident(&guest));
-    // The guest can use what comes back.
+    println!("{full} MiB became {}", resident_mib(guest));
+}
+
+fn a_balloon_gives_memory_back(series: &str) {
+    let images = Images::with_root();
+    let root = images.option("root");
+    let balloon = "size=192M,deflate_on_oom=on,free_page_reporting=on";
+    // The guest's kernel does not zero what it gives away: what is zero afterwards is so because of the host.
+    let mut machine = machine(series, 512, 1);
+    machine.cmdline += " init_on_alloc=0";
+    let mut guest = LinuxShell::boot(&machine, &["--disk", &root, "--balloon", balloon]);
+    guest.counts("_balloon0", "inflated_pages", BALLOON_PAGES);
+    guest.ask(
+        "mount -o remount,size=90% /tmp; echo grown: $?",
+        "\ngrown: 0",
+    );
+
+    // What the guest frees leaves by its report alone.
+    guest.ask(FILL, "\nfilled: 0");
+    let full = resident_mib(&guest);
+    let [inflated, reported] =
+        ["inflated_pages", "reported_pages"].map(|name| guest.counter("_balloon0", name));
+    guest.ask(EMPTY, "\nempty: 0");
+    shrinks_from(full, &guest);
+    assert_eq!(guest.counter("_balloon0", "inflated_pages"), inflated);
+    guest.counts("_balloon0", "reported_pages", reported + 100 * MIB / PAGE);
+
+    // Without its driver the guest has all of its memory, and fills it.
     guest.ask("rmmod virtio_balloon; echo gone: $?", "\ngone: 0");
     guest.ask(FILL, "\nfilled: 0");
-    switches_off(guest);
+    let full = resident_mib(&guest);
+    assert!(full >= FILLED_MIB, "{full} MiB are resident");
+    guest.ask(EMPTY, "\nempty: 0");
+    let memory = GuestMemory::of(guest.ferry.pid()).unwrap();
+    let stale = memory.pages_with(LINE).unwrap();
+    assert!(
+        stale.len() as u64 >= FILLED_MIB * MIB / PAGE,
+        "{} pages have what was written",
+        stale.len()
+    );
+    let inflated = guest.counter("_balloon0", "inflated_pages");
+    guest.ask(
+        "insmod /modules/$(uname -r)/virtio_balloon.ko; echo back: $?",
+        "\nback: 0",
+    );
+    guest.counts("_balloon0", "inflated_pages", inflated + BALLOON_PAGES);
+    shrinks_from(full, &guest);
+    let gone = memory.absent(&stale).unwrap();
+    assert!(gone.len() as u64 >= 100 * MIB / PAGE, "{}", gone.len());
+
+    // What comes back holds nothing of what it held, and the guest can use it.
+    guest.ask("rmmod virtio_balloon; echo gone: $?", "\ngone: 0");
+    let back = memory.pages_with(LINE).unwrap();
+    assert_eq!(back.intersection(&gone).next(), None);
+    guest.ask(FILL, "\nfilled: 0");
+    assert_eq!(guest.counter("_balloon0", "errors"), 0);
+    guest.switches_itself_off("poweroff");
 }
 
 #[test]
@@ -351,70 +313,4 @@ fn a_balloon_of_6_1_gives_memory_back() {
 #[test]
 fn a_balloon_of_6_12_gives_memory_back() {
     a_balloon_gives_memory_back("6.12");
-}
-
-/// Its disks go with it, from one process to the other on one host, and nobody else gets them.
-fn a_guest_that_writes_is_carried_with_its_disks(series: &str) {
-    let images = Images::new();
-    images.sparse("data", 64 * MIB);
-    let (root, data) = (images.option("root"), images.option("data"));
-    let devices = ["--disk", &root, "--disk", &data, "--rng"];
-    let mut guest = LinuxShell::boot(&machine(series, 192), &devices);
-    guest.ask(
-        "(i=0; while :; do i=$((i+1)); echo $i >> /log; sync; done) & \
-         (while :; do dd if=/dev/urandom of=/dev/vdb bs=64k count=16 conv=fsync 2>/dev/null; done) &",
-        "/ # ",
-    );
-
-    let kernel = paths::linux_guest(&format!("{series}/vmlinux")).unwrap();
-    let kernel = kernel.to_str().unwrap();
-    let arguments = ["run", "--kernel", kernel, "--disk", &data];
-    let refused = ferry::invoke(&arguments, SHELL_LIMIT).unwrap();
-    let why = format!(
-        "{}: another process has it open",
-        images.path("data").display()
-    );
-    assert!(refused.stderr.contains(&why), "{refused:?}");
-
-    // Without the rng the guest is refused before it stops.
-    let endpoint = Endpoint::free_tcp().unwrap();
-    let without = Ferry::receive_with(&endpoint, &devices[..4]).unwrap();
-    let refused = guest
-        .ferry
-        .send_migration(&endpoint, &PATIENT)
-        .unwrap_err()
-        .to_string();
-    let why = "the guest has _rng0 (an entropy device), for which nothing was given here";
-    assert!(refused.contains(why), "{refused}");
-    drop(without);
-
-    let endpoint = Endpoint::free_tcp().unwrap();
-    let destination = Ferry::receive_with(&endpoint, &devices).unwrap();
-    guest.ask("wc -l < /log; echo counted", "\ncounted");
-    guest.ferry.send_migration(&endpoint, &PATIENT).unwrap();
-    guest.ferry = destination;
-    guest.ask("sleep 2; kill %1 %2; wait; echo stopped", "\nstopped");
-    guest.ask(
-        "awk '$1 != NR { bad = 1 } END { print \"log:\", bad + 0, (NR > 20) }' /log",
-        "\nlog: 0 1",
-    );
-    guest.ask("head -c 64 /dev/hwrng | wc -c", "\n64");
-    switches_off(guest);
-    images.root_is_whole();
-    let log = images.of_root("/log");
-    let right = log
-        .lines()
-        .zip(1..)
-        .all(|(line, number)| line == number.to_string());
-    assert!(right, "{log}");
-}
-
-#[test]
-fn a_6_1_guest_that_writes_is_carried_with_its_disks() {
-    a_guest_that_writes_is_carried_with_its_disks("6.1");
-}
-
-#[test]
-fn a_6_12_guest_that_writes_is_carried_with_its_disks() {
-    a_guest_that_writes_is_carried_with_its_disks("6.12");
 }

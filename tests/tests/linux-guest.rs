@@ -1,146 +1,41 @@
 //! Stock, unmodified Debian kernels as guests of `ferry run`. Runs inside the lab: the native
 //! host's KVM emulates ring 0 and knows too few instructions for them.
 
-use std::time::Duration;
-
 use ferry_tests::dirtier::PATIENT;
 use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::{self, Ferry};
-use ferry_tests::linux_guest::{CMDLINE, LOAD_BUTTON, READY};
+use ferry_tests::linux_guest::CMDLINE;
+use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
 use ferry_tests::machine::Machine;
 use ferry_tests::paths;
 
-/// A guest of an emulated host boots in about ten seconds; a busy machine needs more.
-const BOOT_LIMIT: Duration = Duration::from_secs(100);
-const SHELL_LIMIT: Duration = Duration::from_secs(30);
-
-const MIB_KIB: u32 = 1024;
-
-/// A guest at its shell.
-struct Linux {
-    ferry: Ferry,
-    cpus: u32,
-    memory_mib: u32,
+fn boot(kernel: &str, cpus: u32, memory_mib: u32, options: &[&str]) -> LinuxShell {
+    let machine = Machine {
+        kernel: paths::linux_guest(kernel).unwrap(),
+        initramfs: Some(paths::linux_guest("guest.cpio").unwrap()),
+        cmdline: CMDLINE.to_owned(),
+        memory_mib,
+        cpus,
+    };
+    LinuxShell::boot(&machine, options)
 }
 
-impl Linux {
-    fn boot(kernel: &str, cpus: u32, memory_mib: u32, options: &[&str]) -> Self {
-        let machine = Machine {
-            kernel: paths::linux_guest(kernel).unwrap(),
-            initramfs: Some(paths::linux_guest("guest.cpio").unwrap()),
-            cmdline: CMDLINE.to_owned(),
-            memory_mib,
-            cpus,
-        };
-        let linux = Self {
-            ferry: Ferry::run_with(&machine, options).unwrap(),
-            cpus,
-            memory_mib,
-        };
-        linux.is_at_its_shell(0);
-        linux
-    }
-
-    /// Waits for the shell in the output behind `mark`.
-    fn is_at_its_shell(&self, mark: usize) {
-        let serial = self.ferry.serial();
-        serial.wait_after(mark, READY, BOOT_LIMIT).unwrap();
-        serial.wait_after(mark, "/ # ", SHELL_LIMIT).unwrap();
-    }
-
-    /// Types a command and waits for what only the guest can have computed.
-    fn ask(&mut self, command: &str, answer: &str) {
-        let mark = self.ferry.serial().mark();
-        self.ferry.type_in(&format!("{command}\n")).unwrap();
-        self.ferry
-            .serial()
-            .wait_after(mark, answer, SHELL_LIMIT)
-            .unwrap();
-    }
-
-    /// The guest counts what it was given. Of its memory the kernel keeps a part for itself: less than 64 MiB and
-    /// a sixteenth.
-    fn sees_its_cpus_and_memory(&mut self) {
-        self.ask(
-            "echo cpus: $(nproc), $(grep -c ^processor /proc/cpuinfo)",
-            &format!("\ncpus: {0}, {0}", self.cpus),
-        );
-        // One package, and a core for each.
-        self.ask(
-            "awk -F: '/^physical id/ { p[$2] = 1 } /^cpu cores/ { c = $2 } \
-             END { for (i in p) n++; print \"topology:\", n, c + 0 }' /proc/cpuinfo",
-            &format!("\ntopology: 1 {}", self.cpus),
-        );
-        let most = self.memory_mib * MIB_KIB;
-        let least = most - most / 16 - 64 * MIB_KIB;
-        self.ask(
-            &format!(
-                "awk '/^MemTotal/ {{ print \"memory right:\", ({least} < $2 && $2 < {most}) }}' \
-                 /proc/meminfo"
-            ),
-            "\nmemory right: 1",
-        );
-    }
-
-    /// Each vCPU ran something, and takes interrupts of its own timer.
-    fn uses_every_cpu(&mut self) {
-        self.ask(
-            "for cpu in $(seq 0 $(($(nproc) - 1))); do taskset -c $cpu sh -c ':' && echo on $cpu; done \
-             | wc -l | sed 's/^/ran on: /'",
-            &format!("\nran on: {}", self.cpus),
-        );
-        self.ask(
-            "awk '/LOC:/ { for (n = 0, i = 2; i <= NF; i++) n += $i ~ /^[1-9]/; print \"timers:\", n }' \
-             /proc/interrupts",
-            &format!("\ntimers: {}", self.cpus),
-        );
-    }
-
-    fn sees_the_time(&mut self) {
-        self.ask(
-            "d=$(($(cat /sys/class/rtc/rtc0/since_epoch) - $(date +%s))); \
-             echo clocks agree: $((d * d <= 4 && $(date +%Y) >= 2026))",
-            "\nclocks agree: 1",
-        );
-    }
-
-    /// Waits for the end of the guest and of its monitor.
-    fn ends(mut self) {
-        let ended = self.ferry.wait(SHELL_LIMIT).unwrap();
-        assert!(ended.status.success(), "{ended:?}");
-    }
-
-    /// A daemon in the guest hears of the button, and switches it off.
-    fn obeys_its_power_button(mut self) {
-        self.ask(LOAD_BUTTON, "/ # ");
-        self.ask(
-            "mkdir -p /etc/acpi/PWRF; echo 'poweroff -f' > /etc/acpi/PWRF/00000080; \
-             chmod +x /etc/acpi/PWRF/00000080; acpid -d &",
-            "/ # ",
-        );
-        // A button that nobody listens to is not heard.
-        self.ask(
-            "until ls -l /proc/$(pidof acpid)/fd | grep -q event0; do sleep 1; done; echo acpid: $?",
-            "\nacpid: 0",
-        );
-        self.ferry.ctl(&["power-button"]).unwrap();
-        self.ends();
-    }
-
-    fn switches_itself_off(mut self) {
-        self.ask("poweroff -f", "reboot: Power down");
-        self.ends();
-    }
+fn sees_the_time(linux: &mut LinuxShell) {
+    linux.ask(
+        "d=$(($(cat /sys/class/rtc/rtc0/since_epoch) - $(date +%s))); \
+         echo clocks agree: $((d * d <= 4 && $(date +%Y) >= 2026))",
+        "\nclocks agree: 1",
+    );
 }
 
 /// A bzImage with little memory, up to its power-off.
 fn a_small_guest_switches_itself_off(series: &str) {
-    let mut linux = Linux::boot(&format!("{series}/vmlinuz"), 1, 128, &[]);
+    let mut linux = boot(&format!("{series}/vmlinuz"), 1, 128, &[]);
     linux.ask("echo $((6*7)) is the answer", "\n42 is the answer");
     linux.sees_its_cpus_and_memory();
-    linux.sees_the_time();
+    sees_the_time(&mut linux);
     linux.ask("dmesg | grep -c 'ACPI: Interpreter enabled'", "\n1");
-    linux.switches_itself_off();
+    linux.switches_itself_off("poweroff -f");
 }
 
 #[test]
@@ -168,25 +63,22 @@ fn too_little_memory_for_a_kernel_to_unpack_itself_is_said() {
 
 /// A vmlinux with more memory than the lab host has: it reboots within the same monitor, and obeys the power button.
 fn a_large_guest_reboots_and_obeys_its_power_button(series: &str) {
-    let mut linux = Linux::boot(&format!("{series}/vmlinux"), 2, 5 * 1024, &[]);
+    let mut linux = boot(&format!("{series}/vmlinux"), 2, 5 * 1024, &[]);
     linux.sees_its_cpus_and_memory();
     linux.uses_every_cpu();
     let touched = linux.ferry.resident().unwrap().shared_kib;
-    assert!(
-        touched < 1024 * u64::from(MIB_KIB),
-        "{touched} KiB of 5 GiB"
-    );
+    assert!(touched < 1024 * 1024, "{touched} KiB of 5 GiB");
     linux.ask("touch /run/before", "/ # ");
 
     let mark = linux.ferry.serial().mark();
     linux.ferry.type_in("reboot -f\n").unwrap();
-    linux.is_at_its_shell(mark);
+    linux.is_ready(mark);
     linux.sees_its_cpus_and_memory();
     linux.ask("ls /run/before", "No such file");
     let info = linux.ferry.ctl_json(&["info"]).unwrap();
     assert_eq!(info["state"], "Running", "{info}");
 
-    linux.obeys_its_power_button();
+    linux.obeys_its_power_button("poweroff -f");
 }
 
 #[test]
@@ -201,7 +93,7 @@ fn vmlinux_6_12_reboots_and_obeys_its_power_button() {
 
 /// Four vCPUs; a reboot that is to be the end.
 fn a_guest_with_four_vcpus_ends_at_its_reset(series: &str, generation_id: &str) {
-    let mut linux = Linux::boot(&format!("{series}/vmlinux"), 4, 256, &["--no-reboot"]);
+    let mut linux = boot(&format!("{series}/vmlinux"), 4, 256, &["--no-reboot"]);
     linux.sees_its_cpus_and_memory();
     linux.uses_every_cpu();
     linux.ask(generation_id, "FERY0001:00");
@@ -223,7 +115,7 @@ fn vmlinux_6_12_runs_on_four_vcpus_and_knows_its_generation_id() {
 /// Its clock goes on at the destination, no lockup is seen, and the devices that came with it still reach it.
 #[test]
 fn vmlinux_6_12_is_carried_and_obeys_its_power_button_there() {
-    let mut linux = Linux::boot("6.12/vmlinux", 2, 128, &[]);
+    let mut linux = boot("6.12/vmlinux", 2, 128, &[]);
     let endpoint = Endpoint::free_tcp().unwrap();
     let destination = Ferry::receive(&endpoint).unwrap();
     linux.ferry.send_migration(&endpoint, &PATIENT).unwrap();
@@ -240,5 +132,5 @@ fn vmlinux_6_12_is_carried_and_obeys_its_power_button_there() {
         "dmesg | grep -E 'soft lockup|hard LOCKUP|rcu.*stall' || echo quiet: $?",
         "\nquiet: 1",
     );
-    linux.obeys_its_power_button();
+    linux.obeys_its_power_button("poweroff -f");
 }

@@ -51,7 +51,8 @@ pub enum Backing {
     /// Private anonymous memory, in transparent huge pages where the kernel has them: a page that was never
     /// written may then count as populated, because its neighbours were.
     Anonymous,
-    /// A memory file of huge pages of 2 MiB, reserved when the guest is made.
+    /// A memory file of huge pages of 2 MiB, reserved when the guest is made. Only whole ones can be given back, and
+    /// what was is reserved no longer: a guest that wants one again stands until the host has one.
     Hugetlb,
 }
 

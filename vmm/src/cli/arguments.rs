@@ -196,7 +196,9 @@ Without a kernel the monitor waits for the API calls vm.create and vm.boot. Kern
 note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes a status to the debug-exit port 0xf4; that status is then ferry's own. When it resets the machine it starts
 again, from its files as they are then. On a terminal, Ctrl-A x ends the guest. After the guest was migrated
 away, ferry ends with status 0. The guest finds its devices in the order disks, interfaces, rng, vsock, balloon,
-console; an image is locked while a guest has it.")]
+console; an image is locked while a guest has it. With hugepages=on, a balloon's pages of 4 KiB become zeros and stay; what
+leaves are whole huge pages that the guest reports as free. When it uses them again and the host has none left, it stands
+until there are some in /proc/sys/vm/nr_hugepages.")]
 pub(super) struct RunArguments {
     /// The kernel to boot
     #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "api_socket"])]
