@@ -1,9 +1,13 @@
 //! The monitor's API without its client: raw HTTP, so that what the client would never send is sent too.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 /// No call of the tests takes longer.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -22,14 +26,36 @@ pub struct Answer {
 /// # Errors
 /// The system's error; `InvalidData` when the answer is no HTTP.
 pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> io::Result<Answer> {
+    request_with(socket, method, path, body, &[])
+}
+
+/// Makes one call that descriptors come with, at most 16.
+///
+/// # Errors
+/// As [`request`].
+pub fn request_with(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &str,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<Answer> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(LIMIT))?;
     let length = body.len();
-    write!(
-        stream,
+    let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-         Content-Length: {length}\r\n\r\n{body}"
-    )?;
+         Content-Length: {length}\r\n\r\n"
+    );
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::Error::other("more descriptors than there is room for"));
+    }
+    let parts = [IoSlice::new(head.as_bytes())];
+    let sent = sendmsg(&stream, &parts, &mut ancillary, SendFlags::empty())?;
+    stream.write_all(&head.as_bytes()[sent..])?;
+    stream.write_all(body.as_bytes())?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, text))

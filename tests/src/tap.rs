@@ -6,8 +6,26 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::thread;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// Makes a tap `name` in a network of its own, and opens it. Nothing else is in that network.
+///
+/// # Errors
+/// The system's.
+pub fn open_apart(name: &str) -> io::Result<OwnedFd> {
+    let name = name.to_owned();
+    let apart = thread::spawn(move || {
+        // SAFETY: this thread leaves its network, which nobody else shares with it by its descriptors.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNET)? };
+        open(&name)
+    });
+    apart
+        .join()
+        .map_err(|_| io::Error::other("the thread that made the tap panicked"))?
+}
 
 /// Opens the tap `name`, which is there already, as a monitor wants it. The programs that are started from now on get it,
 /// by the same number.

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
@@ -20,8 +20,8 @@ use ferry_tests::api::{self, Answer};
 use ferry_tests::dirtier::{self, LIMIT, PATIENT, assert_ends, audit};
 use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::{self, Ferry};
-use ferry_tests::paths;
 use ferry_tests::process::{self, Process};
+use ferry_tests::{paths, tap};
 use serde_json::{Value, json};
 
 /// What the dirtier says once it writes.
@@ -295,6 +295,47 @@ fn the_balloons_size_is_changed_while_the_guest_runs_and_lasts_over_a_reboot() {
     let ended = ferry_tests::ferry::invoke(&ctl, LIMIT).unwrap();
     assert!(ended.status.success(), "{ended:?}");
     assert_eq!(target(), 0);
+}
+
+#[test]
+fn a_tap_comes_with_the_call_and_serves_the_guest_in_each_of_its_lives() {
+    let mut config = config(1);
+    config["net"] = json!([{}]);
+    let body = config.to_string();
+    let ferry = Ferry::empty(&[]).unwrap();
+    let create = |descriptors: &[BorrowedFd<'_>]| {
+        let path = "/api/v1/vm.create";
+        api::request_with(&ferry.api_socket(), "PUT", path, &body, descriptors).unwrap()
+    };
+    let put = |name: &str| call(&ferry, "PUT", name, "");
+    let null = File::open("/dev/null").unwrap();
+    let tap = tap::open_apart("ferry-passed").unwrap();
+    for (descriptors, why) in [
+        (&[][..], "net[0].tap: "),
+        (&[tap.as_fd(), tap.as_fd()], "net: 2 descriptors"),
+    ] {
+        let answer = create(descriptors);
+        assert_eq!(answer.status, 400, "{answer:?}");
+        assert!(answer.body.contains(why), "{answer:?}");
+    }
+    assert_eq!(create(&[null.as_fd()]).status, 204);
+    let answer = put("vm.boot");
+    assert_eq!(answer.status, 500);
+    assert!(answer.body.contains("it is no tap"), "{answer:?}");
+    assert_eq!(put("vm.delete").status, 204);
+
+    assert_eq!(create(&[tap.as_fd()]).status, 204);
+    drop(tap);
+    for next in [
+        "vm.boot",
+        "vm.reboot",
+        "vm.shutdown",
+        "vm.boot",
+        "vm.delete",
+    ] {
+        let answer = put(next);
+        assert_eq!(answer.status, 204, "{next}: {answer:?}");
+    }
 }
 
 #[test]
