@@ -364,10 +364,7 @@ fn memory_file(bytes: u64, backing: Backing) -> io::Result<Option<File>> {
     let file = File::from(fd);
     file.set_len(bytes)?;
     // Another process that has it could make it shorter otherwise, and the next access would end this one.
-    rustix::fs::fcntl_add_seals(
-        &file,
-        SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-    )?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(Some(file))
 }
 

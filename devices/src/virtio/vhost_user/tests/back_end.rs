@@ -4,8 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -110,7 +109,7 @@ pub(super) struct BackEnd {
     pub(super) seen: Arc<Mutex<Seen>>,
     pub(super) manner: Arc<Mutex<Manner>>,
     /// Dropped first: then it ends.
-    stop: Option<OwnedFd>,
+    stop: Option<PipeWriter>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -123,7 +122,7 @@ impl BackEnd {
             ..Seen::default()
         }));
         let manner = Arc::new(Mutex::new(manner));
-        let (stop, told) = rustix::pipe::pipe().map(|(r, w)| (w, r)).unwrap();
+        let (told, stop) = std::io::pipe().unwrap();
         let (all, how) = (Arc::clone(&seen), Arc::clone(&manner));
         let thread = thread::spawn(move || {
             while wait(&[&listener], &told) {
@@ -175,7 +174,7 @@ impl Drop for BackEnd {
 }
 
 /// Waits until one of `what` can be read. False when the back end is to end.
-fn wait(what: &[&dyn std::os::fd::AsFd], told: &OwnedFd) -> bool {
+fn wait(what: &[&dyn std::os::fd::AsFd], told: &PipeReader) -> bool {
     let mut watched: Vec<_> = what
         .iter()
         .map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN))
@@ -248,7 +247,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn serve(&mut self, told: &OwnedFd) {
+    fn serve(&mut self, told: &PipeReader) {
         loop {
             let alive = match (&self.kick, self.started) {
                 (Some(kick), true) => wait(&[&self.socket, kick], told),
@@ -402,7 +401,9 @@ impl<'a> Connection<'a> {
                 let head = chain.head_index();
                 let parts: Vec<_> = chain.collect();
                 let kind: u32 = memory.read_obj(parts[0].addr()).unwrap();
-                let sector: u64 = memory.read_obj(parts[0].addr().unchecked_add(8)).unwrap();
+                let sector: u64 = memory
+                    .read_obj(GuestAddress(parts[0].addr().0 + 8))
+                    .unwrap();
                 let mut at = sector as usize * 512;
                 let mut written = 1;
                 for part in &parts[1..parts.len() - 1] {

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{FileOffset, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
-use super::super::VirtioMmio;
 use super::super::testing::*;
-use super::*;
+use super::super::{DeviceSnapshot, Interrupt, VirtioMmio, VirtioSnapshot};
+use super::{Result, VhostUser, VhostUserConfig, VhostUserSnapshot, spec};
 use back_end::*;
 
 const SECTORS: usize = 256;
@@ -323,7 +323,7 @@ fn a_state_that_does_not_fit_is_refused() {
     let (driver, disk) = guest(&back_end);
     driver.device.pause();
     let saved = driver.device.save().unwrap();
-    let refused = |saved: &super::super::VirtioSnapshot| {
+    let refused = |saved: &VirtioSnapshot| {
         let (interrupt, _line) = interrupt();
         let refused = VirtioMmio::restore_vhost_user("_disk0", &disk, interrupt, saved);
         refused.err().unwrap().to_string()
