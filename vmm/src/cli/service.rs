@@ -144,7 +144,9 @@ impl Service {
     pub(super) fn on_loss(&self) -> OnLoss {
         let events = self.monitor.events().clone();
         Arc::new(move |device, why| {
-            eprintln!("ferry: {device}: {why}");
+            eprintln!(
+                "ferry: {device}: {why}; the guest goes on without it until it resets it, or is rebooted"
+            );
             let properties = serde_json::json!({ "id": device, "reason": why });
             events.tell(EventSource::Vm, "device-failed", properties);
         })

@@ -9,9 +9,13 @@ use std::time::Duration;
 pub enum VhostUserError {
     /// Guest memory that no other process can map.
     #[error(
-        "guest memory is private to this process, and a vhost-user back end has to map it: leave it shared"
+        "{}: guest memory is private to this process, and a vhost-user back end has to map it: leave it shared",
+        .socket.display()
     )]
-    NotShared,
+    NotShared {
+        /// Its socket.
+        socket: PathBuf,
+    },
     /// There is no way to it.
     #[error("{}: {source}{}", .socket.display(), connect_hint(.source))]
     Connect {
@@ -31,7 +35,7 @@ pub enum VhostUserError {
         source: io::Error,
     },
     /// It ended, or the connection did.
-    #[error("{}: the back end closed the connection ({doing}); start it again, and reset or reboot the guest", .socket.display())]
+    #[error("{}: the back end closed the connection ({doing})", .socket.display())]
     Closed {
         /// Its socket.
         socket: PathBuf,

@@ -127,7 +127,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
     /// # Errors
     /// Memory that cannot be shared; nobody there, or no back end for a disk.
     pub fn connect(config: VhostUserConfig<M>) -> Result<Self> {
-        let table = MemoryTable::new(&*config.memory.memory())?;
+        let table = MemoryTable::new(&*config.memory.memory());
+        let table = table.ok_or_else(|| VhostUserError::NotShared {
+            socket: config.socket.clone(),
+        })?;
         let (link, offer) = Link::connect(&config.socket)?;
         let kick = EventFd::new(EFD_NONBLOCK).map_err(|source| VhostUserError::Host {
             socket: config.socket.clone(),

@@ -7,7 +7,6 @@ use vm_memory::{
     Address, FileOffset, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
 };
 
-use super::error::VhostUserError;
 use crate::virtio::queue::{QueueError, QueueSnapshot};
 
 /// Bytes of a descriptor, and of an entry of the available and the used ring; what either ring has besides its
@@ -32,21 +31,16 @@ pub(super) struct RingAddresses {
 }
 
 impl MemoryTable {
-    /// All of `memory`.
-    ///
-    /// # Errors
-    /// Memory that is not of files.
-    pub(super) fn new<G: GuestMemory>(memory: &G) -> Result<Self, VhostUserError> {
-        let regions = memory.physical_memory().ok_or(VhostUserError::NotShared)?;
+    /// All of `memory`; none where that is not all of files.
+    pub(super) fn new<G: GuestMemory>(memory: &G) -> Option<Self> {
+        let regions = memory.physical_memory()?;
         let mut table = Self {
             regions: Vec::new(),
             files: Vec::new(),
         };
         for region in regions.iter() {
-            let host = region.get_host_address(MemoryRegionAddress(0));
-            let (Some(file), Ok(host)) = (region.file_offset(), host) else {
-                return Err(VhostUserError::NotShared);
-            };
+            let file = region.file_offset()?;
+            let host = region.get_host_address(MemoryRegionAddress(0)).ok()?;
             table.regions.push(VhostUserMemoryRegionInfo {
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
@@ -56,7 +50,7 @@ impl MemoryTable {
             });
             table.files.push(file.clone());
         }
-        Ok(table)
+        Some(table)
     }
 
     pub(super) fn regions(&self) -> &[VhostUserMemoryRegionInfo] {
