@@ -1,8 +1,9 @@
 //! Disks of stock Debian guests whose queues `qemu-storage-daemon` serves. Runs inside the lab.
 
 use std::fs::{self, File};
-use std::io::Read;
-use std::path::PathBuf;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -377,6 +378,66 @@ fn a_guest_whose_back_end_writes_its_memory_is_carried() {
         .zip(1..)
         .all(|(line, number)| line == number.to_string());
     assert!(right, "{log}");
+}
+
+/// A back end that says what it is, to a guest that never uses it: without VHOST_F_LOG_ALL.
+fn back_end_without_a_log(socket: &Path) {
+    const FEATURES: u64 = 1 << 32 | 1 << 30;
+    const CONFIG: u64 = 1 << 9;
+    let listener = UnixListener::bind(socket).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = [0; 12];
+        while stream.read_exact(&mut head).is_ok() {
+            let [request, bytes] = [0, 8].map(|at| {
+                let word = head[at..at + 4].try_into().unwrap();
+                u32::from_ne_bytes(word)
+            });
+            let mut body = vec![0; usize::try_from(bytes).unwrap()];
+            stream.read_exact(&mut body).unwrap();
+            // GET_FEATURES, GET_PROTOCOL_FEATURES, GET_CONFIG: all else wants no answer.
+            let answer = match request {
+                1 => FEATURES.to_ne_bytes().to_vec(),
+                15 => CONFIG.to_ne_bytes().to_vec(),
+                24 => body,
+                _ => continue,
+            };
+            let bytes = u32::try_from(answer.len()).unwrap();
+            let message: Vec<u8> = [request, 1 | 4, bytes]
+                .iter()
+                .flat_map(|word| word.to_ne_bytes())
+                .chain(answer)
+                .collect();
+            stream.write_all(&message).unwrap();
+        }
+    });
+}
+
+/// Refused before anything begins: nobody listens where it would go.
+#[test]
+fn a_guest_whose_back_end_cannot_log_is_not_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("mute.sock");
+    back_end_without_a_log(&socket);
+    let disk = format!("vhost_user=on,socket={}", socket.display());
+    let machine = Machine {
+        kernel: paths::guest("dirtier.elf").unwrap(),
+        initramfs: None,
+        cmdline: "cpus=1 memory=8M cold=4M serial=on".to_owned(),
+        memory_mib: 64,
+        cpus: 1,
+    };
+    let guest = Ferry::run_with(&machine, &["--disk", &disk]).unwrap();
+    let nowhere = Endpoint::free_tcp().unwrap();
+    let refused = guest.send_migration(&nowhere, &[]).unwrap_err().to_string();
+    assert!(refused.contains("_disk0"), "{refused}");
+    assert!(
+        refused.contains("mute.sock: the back end lacks the feature VHOST_F_LOG_ALL"),
+        "{refused}"
+    );
+    assert_eq!(guest.phase().unwrap(), "none");
+    let info = guest.ctl_json(&["info"]).unwrap();
+    assert_eq!(info["state"], "Running", "{info}");
 }
 
 /// The pause of this guest is bounded, whatever its back end does: here it stands still.

@@ -146,11 +146,11 @@ fn a_driver_writes_and_reads_through_the_back_end() {
         let (mut driver, _disk) = guest(&back_end);
         driver.start(features);
         // More often than the ring has entries.
-        for sector in 0..40 {
-            let fill = u8::try_from(sector).unwrap() + 1;
-            write_sector(&mut driver, sector, fill);
-            assert_eq!(back_end.seen().disk[sector as usize * 512], fill);
-            let found = read_sector(&mut driver, sector, HIGH + 0x1000);
+        for sector in 0..40_u8 {
+            let fill = sector + 1;
+            write_sector(&mut driver, sector.into(), fill);
+            assert_eq!(back_end.seen().disk[usize::from(sector) * 512], fill);
+            let found = read_sector(&mut driver, sector.into(), HIGH + 0x1000);
             assert_eq!(found, [fill; 512]);
         }
         let features = u64::from_ne_bytes(back_end.bodies(SET_FEATURES)[0][..].try_into().unwrap());
@@ -273,6 +273,25 @@ fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
             "{taken:x?}"
         );
     }
+}
+
+/// As at a source whose migration fails when it has stopped.
+#[test]
+fn a_log_that_ends_while_the_disk_is_paused_is_not_written_to_after_it() {
+    let back_end = BackEnd::start(Manner::default());
+    let (mut driver, disk) = guest(&back_end);
+    driver.start(EVENT_INDEX);
+    disk.start_log().unwrap();
+    read_sector(&mut driver, 1, DATA);
+    driver.device.pause();
+    assert!(taken(&disk).contains(&(DATA / 4096)));
+    disk.stop_log().unwrap();
+    back_end.seen().written.clear();
+    driver.device.resume();
+    read_sector(&mut driver, 1, HIGH);
+    assert!(back_end.seen().written.is_empty());
+    write_sector(&mut driver, 2, 2);
+    assert_eq!(back_end.seen().disk[2 * 512], 2);
 }
 
 #[test]
