@@ -380,6 +380,57 @@ fn a_guest_whose_back_end_writes_its_memory_is_carried() {
     assert!(right, "{log}");
 }
 
+#[test]
+fn a_guest_stays_when_the_back_end_at_the_destination_is_lost() {
+    let images = Images::new();
+    images.sparse("data", 64 * MIB);
+    images.sparse("other", 64 * MIB);
+    let _here = images.serve("data", &["here.sock"]);
+    let mut there = images.serve("other", &["there.sock"]);
+    let root = images.option("root");
+    let (here, elsewhere) = (
+        images.vhost_user("here.sock"),
+        images.vhost_user("there.sock"),
+    );
+    let mut guest = LinuxShell::boot(&machine(192), &["--disk", &root, "--disk", &here]);
+    guest.ask(
+        "(while :; do dd if=/dev/vdb of=/dev/null bs=64k count=64; echo 1 > /proc/sys/vm/drop_caches; done 2>/dev/null) &",
+        "/ # ",
+    );
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let destination =
+        Ferry::receive_with(&endpoint, &["--disk", &root, "--disk", &elsewhere]).unwrap();
+    let source = &guest.ferry;
+    let refused = thread::scope(|scope| {
+        let sending = scope.spawn(|| source.send_migration(&endpoint, &PATIENT));
+        let deadline = Instant::now() + SHELL_LIMIT;
+        while source.phase().unwrap() != "rounds" {
+            assert!(Instant::now() < deadline, "no round has begun");
+        }
+        there.kill();
+        sending.join().unwrap().unwrap_err().to_string()
+    });
+    assert!(
+        refused.contains("_disk1: the back end is gone"),
+        "{refused}"
+    );
+    drop(destination);
+    // Its own back end was stopped for the last pass, and is at work again.
+    guest.ask(
+        "kill %1; wait; yes again | dd of=/dev/vdb bs=64k count=4 iflag=fullblock conv=fsync 2>/dev/null; echo written: $?",
+        "\nwritten: 0",
+    );
+    switches_off(guest);
+    let mut found = vec![0; 256 << 10];
+    let mut file = File::open(images.path("data")).unwrap();
+    file.read_exact(&mut found).unwrap();
+    assert!(found.starts_with(b"again\nagain\n") && !found.contains(&0));
+    let mut other = Vec::new();
+    let mut file = File::open(images.path("other")).unwrap();
+    file.read_to_end(&mut other).unwrap();
+    assert!(other.iter().all(|byte| *byte == 0));
+}
+
 /// A back end that says what it is, to a guest that never uses it: without VHOST_F_LOG_ALL.
 fn back_end_without_a_log(socket: &Path) {
     const FEATURES: u64 = 1 << 32 | 1 << 30;

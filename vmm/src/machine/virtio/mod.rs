@@ -163,6 +163,8 @@ impl Opened {
         if let Some(back_end) = &back_end {
             let (name, tell) = (self.name.clone(), Arc::clone(on_loss));
             back_end.on_loss(move |why| tell(&name, why));
+            // It was there when it was connected, which may be a migration ago.
+            back_end.is_there().map_err(back_end_error(&self.name))?;
         }
         if let Some(image) = &self.image {
             image.lock().map_err(DevicesError::from)?;
@@ -185,6 +187,13 @@ impl Opened {
             balloon: self.balloon,
             back_end,
         })
+    }
+}
+
+fn back_end_error(name: &str) -> impl Fn(VhostUserError) -> DevicesError {
+    move |source| DevicesError::BackEnd {
+        name: name.into(),
+        source,
     }
 }
 
@@ -322,12 +331,8 @@ impl Devices {
         &self,
         ask: impl Fn(&VhostUser<DeviceMemory>) -> Result<(), VhostUserError>,
     ) -> Result<(), DevicesError> {
-        self.back_ends().try_for_each(|(name, back_end)| {
-            ask(back_end).map_err(|source| DevicesError::BackEnd {
-                name: name.into(),
-                source,
-            })
-        })
+        self.back_ends()
+            .try_for_each(|(name, back_end)| ask(back_end).map_err(back_end_error(name)))
     }
 
     fn back_ends(&self) -> impl Iterator<Item = (&str, &VhostUser<DeviceMemory>)> {
@@ -358,12 +363,7 @@ impl Devices {
     pub(super) fn stop_log(&self) -> Result<(), DevicesError> {
         let stopped: Vec<_> = self
             .back_ends()
-            .map(|(name, back_end)| {
-                back_end.stop_log().map_err(|source| DevicesError::BackEnd {
-                    name: name.into(),
-                    source,
-                })
-            })
+            .map(|(name, back_end)| back_end.stop_log().map_err(back_end_error(name)))
             .collect();
         stopped.into_iter().collect()
     }
