@@ -97,19 +97,15 @@ impl SourceGuest for Outgoing {
     }
 
     fn start_log(&mut self) -> Result<(), GuestError> {
-        Ok(self
-            .machine
-            .with_log(|log, slots, notifier| log.start(slots, notifier))?)
+        Ok(self.machine.start_log()?)
     }
 
     fn sync_log(&mut self) -> Result<(), GuestError> {
-        Ok(self.machine.with_log(|log, slots, _| log.sync(slots))?)
+        Ok(self.machine.sync_log()?)
     }
 
     fn clear_log(&mut self, range: GpaRange, dirty: &[u64]) -> Result<(), GuestError> {
-        Ok(self
-            .machine
-            .with_log(|log, slots, _| log.clear(slots, range, dirty))?)
+        Ok(self.machine.clear_log(range, dirty)?)
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), GuestError> {
@@ -129,7 +125,7 @@ impl SourceGuest for Outgoing {
 
     fn stop_log(&mut self) -> Result<(), GuestError> {
         self.throttle = None;
-        Ok(self.machine.with_log(|log, slots, _| log.stop(slots))?)
+        Ok(self.machine.stop_log()?)
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {

@@ -220,6 +220,17 @@ impl VmConfig {
         })
     }
 
+    /// A back end in another process maps guest memory.
+    fn check_shared(&self) -> Result<(), ConfigError> {
+        match self.disks.iter().any(|disk| disk.vhost_user) && !self.memory.shared {
+            true => Err(ConfigError {
+                path: "memory.shared".into(),
+                why: "a vhost-user back end has to map guest memory: leave it on".into(),
+            }),
+            false => Ok(()),
+        }
+    }
+
     /// The machine to make.
     ///
     /// # Errors
@@ -235,6 +246,7 @@ impl VmConfig {
             });
         }
         self.devices().check(self.memory.size)?;
+        self.check_shared()?;
         Ok(Shape {
             cpus: self.cpus.boot_vcpus,
             memory_bytes: self.memory.size,
@@ -368,6 +380,15 @@ mod tests {
             hugepages: true,
         };
         assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
+        config.memory.hugepages = false;
+        config.disks.push(DiskConfig {
+            vhost_user: true,
+            vhost_socket: Some("/s".into()),
+            ..DiskConfig::default()
+        });
+        assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
+        config.memory.shared = true;
+        config.shape(None).unwrap();
         config.payload.kernel = None;
         assert_eq!(config.boot_payload().unwrap_err().path, "payload.kernel");
     }

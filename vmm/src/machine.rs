@@ -5,6 +5,7 @@
 //! vCPUs wait until it is resumed.
 
 mod kvm;
+mod log;
 mod platform;
 mod sections;
 mod virtio;
@@ -33,7 +34,7 @@ use crate::migration::header::{Description, HostSide, SectionKind};
 use crate::vcpu::{Gate, GuestEnd, KickError, Vcpu, VcpuContext};
 
 use platform::{OnEnd, Platform};
-pub use virtio::{DeviceCounters, DevicesError, DiskError, TapError};
+pub use virtio::{DeviceCounters, DevicesError, DiskError, OnLoss, TapError};
 use virtio::{Devices, Opened, Opening};
 
 /// The most vCPUs of a guest.
@@ -152,6 +153,8 @@ pub struct Wiring {
     pub serial_output: SerialOutput,
     /// Told once how the guest came to its end, from any thread.
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    /// Told by which device, and why, a process that served it was lost, from any thread.
+    pub on_loss: OnLoss,
 }
 
 /// A machine with nothing in it.
@@ -257,7 +260,8 @@ impl EmptyMachine {
         }
         let end = End::new(wiring.on_end);
         let platform = Platform::new(&self.vm, self.ram(), wiring.serial_output, &end.tell)?;
-        self.assemble(platform, cpuid.of_vcpu(0), end, None)
+        let cpuid = cpuid.of_vcpu(0);
+        self.assemble(platform, cpuid, end, &wiring.on_loss, None)
     }
 
     /// Restores a guest: vCPUs, controllers and devices as [`Machine::save`] wrote them. `cpuid` is what its
@@ -274,7 +278,7 @@ impl EmptyMachine {
         let left_out = self.restore_kvm(saved)?;
         let end = End::new(wiring.on_end);
         let platform = Platform::restore(saved, &self.vm, wiring.serial_output, &end.tell)?;
-        let machine = self.assemble(platform, cpuid, end, Some(saved))?;
+        let machine = self.assemble(platform, cpuid, end, &wiring.on_loss, Some(saved))?;
         Ok((machine, left_out))
     }
 
@@ -283,11 +287,12 @@ impl EmptyMachine {
         platform: Platform,
         cpuid: Vec<kvm_cpuid_entry2>,
         end: End,
+        on_loss: &OnLoss,
         saved: Option<&[Section]>,
     ) -> Result<Machine> {
         let ports = Arc::new(platform.ports(&end.tell)?);
         let memory = DeviceMemory::new(self.slots.ram()).map_err(MachineError::DeviceMemory)?;
-        let devices = Devices::attach(self.devices, &self.vm, &memory, saved)?;
+        let devices = Devices::attach(self.devices, &self.vm, &memory, saved, on_loss)?;
         let mmio = Arc::new(devices.bus()?);
         let context = VcpuContext {
             ports: Arc::clone(&ports),
@@ -493,15 +498,6 @@ impl Machine {
     /// The kernel's.
     pub fn give_up_disks(&self) -> Result<()> {
         Ok(self.devices.unlock_images()?)
-    }
-
-    /// The dirty log of its slots, for whoever begins to use it.
-    pub fn with_log<T>(
-        &self,
-        use_log: impl FnOnce(&mut DirtyLog, &Slots, &Notifier) -> std::result::Result<T, LogError>,
-    ) -> Result<T> {
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(use_log(&mut log, &self.slots, &self.notifier)?)
     }
 
     /// The sections that [`Self::save`] writes.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use ept::{
     Gpa, GpaRange, PAGE_SIZE, Region, RegionKind, Source, Tracker, TrackerBitmap, TrackerError,
 };
-use rustix::fs::{MemfdFlags, SeekFrom};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use rustix::mm::Advice;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
@@ -360,9 +360,12 @@ fn memory_file(bytes: u64, backing: Backing) -> io::Result<Option<File>> {
         Backing::Memfd => MemfdFlags::empty(),
         Backing::Hugetlb => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
     };
-    let fd: OwnedFd = rustix::fs::memfd_create("guest-ram", flags | MemfdFlags::CLOEXEC)?;
+    let flags = flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd: OwnedFd = rustix::fs::memfd_create("guest-ram", flags)?;
     let file = File::from(fd);
     file.set_len(bytes)?;
+    // Another process that has it could make it shorter otherwise, and the next access would end this one.
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(Some(file))
 }
 
@@ -438,6 +441,8 @@ fn push_merged(
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
     use super::*;
 
     fn page(start: u64, pages: u64) -> GpaRange {
@@ -459,6 +464,17 @@ mod tests {
                 page(HIGH_RAM_START, 2 * gib / PAGE_SIZE),
             ]
         );
+    }
+
+    #[test]
+    fn nobody_can_make_its_file_shorter() {
+        let ram = GuestRam::new(8 << 20, Backing::Memfd).unwrap();
+        let region = ram.memory().iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        for bytes in [0, 16 << 20] {
+            file.set_len(bytes).unwrap_err();
+        }
+        ram.discard(page(0, 16), Source::Device).unwrap();
     }
 
     #[test]

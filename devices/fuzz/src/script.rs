@@ -82,7 +82,7 @@ pub struct Script {
 }
 
 struct Guest<'a> {
-    device: Option<VirtioMmio<Memory>>,
+    device: Option<VirtioMmio>,
     memory: Memory,
     host: &'a mut dyn Host,
     available: [u16; QUEUES_MAX as usize],
@@ -132,7 +132,7 @@ fn ring(queue: usize) -> u64 {
 }
 
 impl Guest<'_> {
-    fn device(&mut self) -> &mut VirtioMmio<Memory> {
+    fn device(&mut self) -> &mut VirtioMmio {
         self.device.as_mut().expect("it is there between moves")
     }
 

@@ -22,6 +22,8 @@ struct Inner {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// Causes for which another process writes to the line: it does not say so in the register.
+    elsewhere: AtomicU32,
     /// The driver is ready: before that, a device sends no notification (3.1.1).
     driver_ready: AtomicBool,
     lost: AtomicU64,
@@ -38,6 +40,7 @@ impl Interrupt {
                 status: AtomicU32::new(0),
                 generation: AtomicU32::new(0),
                 needs_reset: AtomicBool::new(false),
+                elsewhere: AtomicU32::new(0),
                 driver_ready: AtomicBool::new(false),
                 lost: AtomicU64::new(0),
             }),
@@ -75,7 +78,18 @@ impl Interrupt {
     }
 
     pub(super) fn status(&self) -> u32 {
-        self.inner.status.load(Ordering::SeqCst)
+        self.inner.status.load(Ordering::SeqCst) | self.inner.elsewhere.load(Ordering::SeqCst)
+    }
+
+    /// Another process raises the line when it uses buffers. As it cannot write the register, the register always says
+    /// so: a driver that looks for used buffers and finds none goes on.
+    pub(super) fn raised_elsewhere(&self) {
+        self.inner.elsewhere.store(USED_BUFFER, Ordering::SeqCst);
+    }
+
+    /// What that process writes to.
+    pub(super) fn line(&self) -> &EventFd {
+        &self.inner.line
     }
 
     pub(super) fn acknowledge(&self, causes: u32) {

@@ -10,6 +10,8 @@
 //! guest memory ─ VirtQueue ────┘
 //! ```
 //!
+//! Instead of a worker, another process can serve the queues: [`VhostUser`].
+//!
 //! What a driver does wrong ends the device until it is reset (DEVICE_NEEDS_RESET) and nothing else: chains
 //! are checked whole before a device sees them, and one wake-up of the worker does bounded work.
 
@@ -22,10 +24,12 @@ mod interrupt;
 mod net;
 mod queue;
 mod rng;
+mod serve;
 mod spec;
 mod state;
 mod transport;
 mod turn;
+mod vhost_user;
 mod vsock;
 mod worker;
 
@@ -50,4 +54,5 @@ pub use spec::{MMIO_BYTES, QUEUE_NOTIFY};
 pub use state::{DeviceSnapshot, TransportSnapshot, VirtioSnapshot};
 pub use transport::{VirtioError, VirtioMmio};
 pub use turn::{Outcome, Turn};
+pub use vhost_user::{VhostUser, VhostUserConfig, VhostUserError, VhostUserSnapshot};
 pub use vsock::{Vsock, VsockConfig, VsockError, VsockSnapshot};

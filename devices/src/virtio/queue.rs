@@ -6,6 +6,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
@@ -283,6 +284,21 @@ impl VirtQueue {
             .enable_notification(&*memory.memory())
             .map_err(QueueError::Ring)
     }
+}
+
+/// The queues that a driver which is ready made and agreed to use with `features`, their rings all in `memory`.
+pub(super) fn in_use<G: GuestMemory>(
+    snapshots: &[QueueSnapshot],
+    features: u64,
+    memory: &G,
+) -> Result<Vec<VirtQueue>, QueueError> {
+    let event_index = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+    let make = |snapshot| {
+        let queue = VirtQueue::new(snapshot, event_index)?;
+        queue.check(memory)?;
+        Ok(queue)
+    };
+    snapshots.iter().map(make).collect()
 }
 
 /// Reads a chain to its end, and refuses what is not one.

@@ -7,6 +7,7 @@ use super::block::BlockSnapshot;
 use super::console::ConsoleSnapshot;
 use super::net::NetSnapshot;
 use super::queue::QueueSnapshot;
+use super::vhost_user::VhostUserSnapshot;
 use super::vsock::VsockSnapshot;
 
 /// The state of a device: its registers, its queues, and what only its kind has.
@@ -60,6 +61,8 @@ pub enum DeviceSnapshot {
     Entropy,
     /// A socket device.
     Vsock(VsockSnapshot),
+    /// A block device whose queues a vhost-user back end serves.
+    VhostUserBlock(VhostUserSnapshot),
     /// A device of the unit tests.
     #[cfg(test)]
     Test(u32),

@@ -93,7 +93,7 @@ impl Ring {
 }
 
 pub(crate) struct Driver {
-    pub(crate) device: VirtioMmio<Memory>,
+    pub(crate) device: VirtioMmio,
     pub(crate) memory: Memory,
     pub(crate) rings: Vec<Ring>,
     line: EventFd,
@@ -120,12 +120,25 @@ impl Driver {
         let (interrupt, line) = interrupt();
         let model = make(interrupt.clone());
         let device = VirtioMmio::new("_test", model, Arc::clone(&memory), interrupt).unwrap();
+        Self::over(device, memory, line)
+    }
+
+    /// A driver of `device`, whose interrupt writes to `line`.
+    pub(crate) fn over(device: VirtioMmio, memory: Memory, line: EventFd) -> Self {
         Self {
             device,
             memory,
             rings: Vec::new(),
             line_epoll: readable(&line),
             line,
+        }
+    }
+
+    /// The same guest and driver, with `device` in its device's place.
+    pub(crate) fn with(self, device: VirtioMmio, line: EventFd) -> Self {
+        Self {
+            rings: self.rings,
+            ..Self::over(device, self.memory, line)
         }
     }
 
@@ -139,13 +152,7 @@ impl Driver {
         let model = make(interrupt.clone());
         let memory = Arc::clone(&self.memory);
         let device = VirtioMmio::restore("_test", model, memory, interrupt, saved).unwrap();
-        Self {
-            device,
-            line_epoll: readable(&line),
-            line,
-            memory: self.memory,
-            rings: self.rings,
-        }
+        self.with(device, line)
     }
 
     pub(crate) fn get(&mut self, offset: u64) -> u32 {
@@ -156,6 +163,10 @@ impl Driver {
 
     pub(crate) fn set(&mut self, offset: u64, value: u32) {
         self.device.write(offset, &value.to_le_bytes());
+    }
+
+    pub(crate) fn device_write(&mut self, offset: u64, data: &[u8]) {
+        self.device.write(offset, data);
     }
 
     pub(crate) fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {

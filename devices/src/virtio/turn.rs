@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::buffer::Buffer;
 use super::device::DeviceError;
 use super::interrupt::Interrupt;
-use super::queue::{Chain, QueueError, QueueSnapshot, Used, VirtQueue};
+use super::queue::{Chain, QueueError, QueueSnapshot, Used, VirtQueue, in_use};
 
 /// The most chains that one wake-up works on; what is left gets another wake-up, so that nobody who wants
 /// the worker waits for a driver that never stops.
@@ -147,15 +147,9 @@ impl<M: GuestAddressSpace> Shared<M> {
         &self,
         snapshots: &[QueueSnapshot],
         features: u64,
-        event_index: bool,
     ) -> Result<(), QueueError> {
         let memory = self.memory.memory();
-        let mut made = Vec::new();
-        for snapshot in snapshots {
-            let queue = VirtQueue::new(snapshot, event_index)?;
-            queue.check(&*memory)?;
-            made.push(queue);
-        }
+        let made = in_use(snapshots, features, &*memory)?;
         let mut queues = self.lock();
         if queues.finished {
             queues.failure = Some("the device's thread ended".into());
@@ -202,11 +196,6 @@ impl<M: GuestAddressSpace> Shared<M> {
         while (queues.busy || queues.reset_pending) && !queues.finished {
             queues = self.wait(queues);
         }
-    }
-
-    /// Before the worker is started: it starts paused.
-    pub(super) fn start_paused(&self) {
-        self.lock().paused = true;
     }
 
     pub(super) fn resume(&self) {

@@ -8,15 +8,20 @@ use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, DeviceError, Subject, WAKE, Watch, subject};
+use super::interrupt::Interrupt;
+use super::queue::{QueueError, QueueSnapshot};
+use super::serve::Serve;
+use super::state::DeviceSnapshot;
 use super::turn::{Pass, Shared, Turn, drain};
 
-pub(super) type SharedDevice<M> = Arc<Mutex<Box<dyn Device<M>>>>;
+type SharedDevice<M> = Arc<Mutex<Box<dyn Device<M>>>>;
 
 /// A device's thread. Dropped, it ends, and is waited for.
 pub(super) struct Worker<M: GuestAddressSpace> {
+    device: SharedDevice<M>,
     shared: Arc<Shared<M>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -28,9 +33,17 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
     /// The kernel's: threads and descriptors that cannot be had.
     pub(super) fn spawn(
         name: &str,
-        device: SharedDevice<M>,
-        shared: Arc<Shared<M>>,
+        device: Box<dyn Device<M>>,
+        queues: usize,
+        memory: M,
+        interrupt: Interrupt,
     ) -> io::Result<Self> {
+        let notifiers = (0..queues)
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<io::Result<_>>()?;
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let shared = Arc::new(Shared::new(interrupt, notifiers, wake, memory));
+        let device = Arc::new(Mutex::new(device));
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let id = manager.add_subscriber(Turns {
             device: Arc::clone(&device),
@@ -51,6 +64,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
             })?
         };
         Ok(Self {
+            device,
             shared,
             thread: Some(thread),
         })
@@ -64,6 +78,52 @@ impl<M: GuestAddressSpace> Drop for Worker<M> {
             // A thread that panicked has said so on standard error; there is nobody else to tell.
             let _panicked = thread.join();
         }
+    }
+}
+
+impl<M: GuestAddressSpace + Send + Sync> Serve for Worker<M> {
+    fn notifiers(&self) -> &[EventFd] {
+        &self.shared.notifiers
+    }
+
+    fn activate(&self, queues: &[QueueSnapshot], features: u64) -> Result<(), QueueError> {
+        self.shared.activate(queues, features)
+    }
+
+    fn stop_queue(&self, index: usize) {
+        self.shared.stop_queue(index);
+    }
+
+    fn reset(&self) {
+        self.shared.reset();
+    }
+
+    fn pause(&self) {
+        self.shared.pause();
+    }
+
+    fn resume(&self) {
+        self.shared.resume();
+    }
+
+    fn is_paused(&self) -> bool {
+        self.shared.is_paused()
+    }
+
+    fn queues(&self) -> Vec<QueueSnapshot> {
+        self.shared.save_queues()
+    }
+
+    fn save(&self) -> DeviceSnapshot {
+        lock(&self.device).save()
+    }
+
+    fn fail(&self, error: &QueueError) {
+        self.shared.fail(error);
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.shared.failure()
     }
 }
 
@@ -91,9 +151,7 @@ fn run<M: GuestAddressSpace>(manager: &mut EventManager<Turns<M>>, id: Subscribe
 }
 
 /// A device whose worker panicked is asked for nothing any more.
-pub(super) fn lock<M: GuestAddressSpace>(
-    device: &SharedDevice<M>,
-) -> MutexGuard<'_, Box<dyn Device<M>>> {
+fn lock<M: GuestAddressSpace>(device: &SharedDevice<M>) -> MutexGuard<'_, Box<dyn Device<M>>> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

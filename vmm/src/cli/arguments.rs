@@ -188,6 +188,8 @@ Examples:
   ferry run --kernel vmlinuz --initramfs initrd.cpio --cmdline 'console=ttyS0' --serial stdio
   ferry run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' --serial stdio \
       --disk path=debian.raw --net tap=tap0 --rng
+  ferry run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' --serial stdio \
+      --disk vhost_user=on,socket=/run/disk.sock
   ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
   ferry run --config guest.json --api-socket /run/guest.sock
   ferry run --api-socket /run/guest.sock --event-monitor path=/run/guest.events
@@ -257,8 +259,8 @@ Examples:
 Waits until a guest has arrived, then is its monitor. An attempt that fails is reported, and the next one
 waited for. A guest that resets the machine here ends, because the files that it was launched from stayed
 where it came from. Plain TCP is for loopback only. A guest with devices is taken where the same are given here, in the
-same order: images of the same size and contents (the same file, or one on storage that both hosts see), its taps, its
-socket. Addresses and serial numbers come with the guest.")]
+same order: images of the same size and contents (the same file, or one on storage that both hosts see), vhost-user back
+ends of such disks, its taps, its socket. Addresses and serial numbers come with the guest.")]
 pub(super) struct ReceiveArguments {
     /// Where to wait: unix:PATH or tcp:HOST:PORT (port 0: one that is free, told by migration-progress)
     #[arg(value_name = "URL")]

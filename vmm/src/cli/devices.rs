@@ -16,8 +16,12 @@ const GUEST_CID: u64 = 3;
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Devices")]
 pub(super) struct DeviceArguments {
-    /// A disk over a raw image; once for each disk
-    #[arg(long, value_name = "path=FILE[,readonly=on|off][,id=TEXT]", value_parser = parse_disk)]
+    /// A disk over a raw image, or over a vhost-user back end that listens on a Unix socket; once for each disk
+    #[arg(
+        long,
+        value_name = "path=FILE[,readonly=on|off][,id=TEXT]|vhost_user=on,socket=PATH[,id=TEXT]",
+        value_parser = parse_disk
+    )]
     pub(super) disk: Vec<DiskConfig>,
     /// A network interface over a tap that is there, or over a passed descriptor of one; once for each
     #[arg(long, value_name = "tap=NAME|fd=N[,mac=ADDRESS][,mtu=N]", value_parser = parse_net)]
@@ -85,24 +89,33 @@ fn unknown(name: &str, known: &str) -> String {
 }
 
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    let mut disk = DiskConfig {
-        path: PathBuf::new(),
-        readonly: false,
-        id: None,
-        rate_limiter_config: None,
-    };
+    let mut disk = DiskConfig::default();
     for part in parts(text) {
         match part? {
-            ("path", value) => disk.path = value.into(),
+            ("path", value) => disk.path = Some(value.into()),
             ("readonly", value) => disk.readonly = on_off(text, value)?,
             ("id", value) => disk.id = Some(value.into()),
-            (name, _) => return Err(unknown(name, "path, readonly, id")),
+            ("vhost_user", value) => disk.vhost_user = on_off(text, value)?,
+            ("socket", value) => disk.vhost_socket = Some(value.into()),
+            (name, _) => {
+                let known = "path, readonly, id, vhost_user, socket";
+                return Err(unknown(name, known));
+            }
         }
     }
-    if disk.path.as_os_str().is_empty() {
-        return Err("a disk needs its image: path=FILE".into());
+    match (disk.vhost_user, &disk.path, &disk.vhost_socket) {
+        (false, Some(_), None) | (true, None, Some(_)) if !(disk.vhost_user && disk.readonly) => {
+            Ok(disk)
+        }
+        (false, None, None) => Err("a disk needs its image: path=FILE".into()),
+        (false, _, Some(_)) => Err("socket=PATH is a back end's: add vhost_user=on".into()),
+        (true, _, None) => Err("a vhost-user disk needs its back end: socket=PATH".into()),
+        _ => Err(
+            "a vhost-user back end has the image, and says what may be done with it: \
+             neither path nor readonly is said here"
+                .into(),
+        ),
     }
-    Ok(disk)
 }
 
 fn parse_net(text: &str) -> Result<NetConfig, String> {
@@ -176,6 +189,9 @@ mod tests {
     fn devices_are_read_with_their_options() {
         let disk = parse_disk("path=/d.img,readonly=on,id=root").unwrap();
         assert_eq!((disk.readonly, disk.id.as_deref()), (true, Some("root")));
+        let disk = parse_disk("vhost_user=on,socket=/s,id=data").unwrap();
+        assert!(disk.vhost_user && disk.path.is_none());
+        assert_eq!(disk.vhost_socket.as_deref(), Some("/s".as_ref()));
         let net = parse_net("tap=tap0,mac=52:54:00:12:34:56,mtu=9000").unwrap();
         assert_eq!(net.mac.to_string(), "52:54:00:12:34:56");
         assert_eq!(parse_net("fd=5").unwrap().fds, Some(vec![5]));
@@ -191,6 +207,16 @@ mod tests {
     fn what_is_missing_or_unknown_is_said() {
         for (error, why) in [
             (parse_disk("readonly=on").unwrap_err(), "path=FILE"),
+            (parse_disk("socket=/s").unwrap_err(), "vhost_user=on"),
+            (parse_disk("vhost_user=on").unwrap_err(), "socket=PATH"),
+            (
+                parse_disk("vhost_user=on,socket=/s,path=/d").unwrap_err(),
+                "has the image",
+            ),
+            (
+                parse_disk("vhost_user=on,socket=/s,readonly=on").unwrap_err(),
+                "has the image",
+            ),
             (parse_disk("/d.img").unwrap_err(), "not NAME=VALUE"),
             (parse_disk("path=/d,direct=on").unwrap_err(), "direct"),
             (parse_disk("path=/d,readonly=yes").unwrap_err(), "on or off"),

@@ -14,7 +14,7 @@ use crate::config::{
     CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
 };
 use crate::kvm::host::Host;
-use crate::machine::{Machine, Wiring};
+use crate::machine::{Machine, OnLoss, Wiring};
 use crate::memory::Backing;
 use crate::migration::destination;
 use crate::migration::progress::Phase;
@@ -51,6 +51,7 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
         },
         serial,
         on_end: service.on_end(),
+        on_loss: service.on_loss(),
         ender: service.ender(),
         terminal: service.terminal(),
     };
@@ -70,6 +71,7 @@ struct Reception {
     admission: Admission,
     serial: SerialConfig,
     on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    on_loss: OnLoss,
     ender: Sender<GuestEnd>,
     terminal: Terminal,
 }
@@ -111,6 +113,7 @@ impl Reception {
         let wiring = Wiring {
             serial_output: console::output(&self.serial)?,
             on_end: Arc::clone(&self.on_end),
+            on_loss: Arc::clone(&self.on_loss),
         };
         let (monitor, serial) = (Arc::clone(&self.monitor), self.serial.clone());
         let devices = self.admission.devices.clone();

@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::kvm::host::Host;
-use crate::machine::{EmptyMachine, Machine, Shape, Wiring};
+use crate::machine::{EmptyMachine, Machine, OnLoss, Shape, Wiring};
 use crate::monitor::{Launcher, Monitor, MonitorError, OnReset, Relaunch};
 use crate::vcpu::GuestEnd;
 
@@ -36,6 +36,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         terminal: service.terminal(),
         input: Mutex::new(None),
         on_end: service.on_end(),
+        on_loss: service.on_loss(),
     });
     let on_reset = match arguments.no_reboot {
         true => OnReset::End,
@@ -71,6 +72,7 @@ struct House {
     /// The way from standard input, once a guest's serial port led there.
     input: Mutex<Option<InputLine>>,
     on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    on_loss: OnLoss,
 }
 
 fn launcher(house: Arc<House>) -> Launcher {
@@ -109,6 +111,7 @@ impl Launch {
         let wiring = Wiring {
             serial_output: console::output(&self.serial)?,
             on_end: Arc::clone(&house.on_end),
+            on_loss: Arc::clone(&house.on_loss),
         };
         let mut empty = EmptyMachine::new(&house.host, &self.shape)?;
         empty.open_devices(&self.devices)?;

@@ -24,7 +24,7 @@ use super::inherited;
 use crate::api::ApiServer;
 use crate::config::{SerialConfig, SerialMode};
 use crate::events::{EventSource, Events};
-use crate::machine::Machine;
+use crate::machine::{Machine, OnLoss};
 use crate::monitor::{AfterReset, Monitor};
 use crate::vcpu::{GuestEnd, install_kick_signal};
 
@@ -139,6 +139,19 @@ impl Service {
         Arc::new(move |end| {
             // Nobody listens only when the monitor is ending already.
             let _ending = ender.send(end);
+        })
+    }
+
+    /// What a machine tells of processes that served its devices and were lost: an event, and a message. The guest
+    /// goes on.
+    pub(super) fn on_loss(&self) -> OnLoss {
+        let events = self.monitor.events().clone();
+        Arc::new(move |device, why| {
+            eprintln!(
+                "ferry: {device}: {why}; the guest goes on without it until it resets it, or is rebooted"
+            );
+            let properties = serde_json::json!({ "id": device, "reason": why });
+            events.tell(EventSource::Vm, "device-failed", properties);
         })
     }
 

@@ -27,21 +27,29 @@ pub struct DevicesConfig {
     pub console: Option<SerialConfig>,
 }
 
-/// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A disk: over a raw image, or over a vhost-user back end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The raw image: a file, or a block device.
-    pub path: PathBuf,
+    /// The raw image: a file, or a block device. None for a vhost-user back end, which has its own.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub path: Option<PathBuf>,
     /// The guest may not write to it.
     #[serde(default)]
     pub readonly: bool,
-    /// Its serial number, of which the guest reads 20 bytes; its device's name if none is given.
+    /// Its serial number, of which the guest reads 20 bytes; its device's name if none is given. A vhost-user back end
+    /// tells the guest one of its own: there this is what both sides of a migration call the disk.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub id: Option<String>,
     /// How much it may move.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// A vhost-user back end serves it.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub vhost_user: bool,
+    /// The Unix socket on which that listens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vhost_socket: Option<PathBuf>,
 }
 
 /// A network interface: over a tap by name, or over a passed descriptor.
@@ -261,8 +269,7 @@ impl DevicesConfig {
     /// The first such field, by its path.
     pub fn check(&self, memory_bytes: u64) -> Result<(), ConfigError> {
         for (index, disk) in self.disks.iter().enumerate() {
-            let path = format!("disks[{index}].rate_limiter_config");
-            disk.rate_limiter_config.unwrap_or_default().check(&path)?;
+            disk.check(&format!("disks[{index}]"))?;
         }
         for (index, net) in self.net.iter().enumerate() {
             net.check(&format!("net[{index}]"))?;
@@ -293,6 +300,47 @@ impl DevicesConfig {
             (SerialMode::File, None) => {
                 Err(error("console.file", "the mode File needs the file's path"))
             }
+        }
+    }
+}
+
+impl DiskConfig {
+    fn check(&self, path: &str) -> Result<(), ConfigError> {
+        let limiter = self.rate_limiter_config.unwrap_or_default();
+        limiter.check(&format!("{path}.rate_limiter_config"))?;
+        match self.vhost_user {
+            true => self.check_vhost_user(path),
+            false if self.vhost_socket.is_some() => Err(error(
+                format!("{path}.vhost_user"),
+                "vhost_socket is a back end's: it goes with vhost_user",
+            )),
+            false if self.path.is_none() => Err(error(
+                format!("{path}.path"),
+                "a disk needs its image: a file, or a block device",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// What a back end has itself is not said here.
+    fn check_vhost_user(&self, path: &str) -> Result<(), ConfigError> {
+        let of_back_end = [
+            ("path", self.path.is_some()),
+            ("readonly", self.readonly),
+            ("rate_limiter_config", self.rate_limiter_config.is_some()),
+        ];
+        if let Some((field, _)) = of_back_end.iter().find(|(_, given)| *given) {
+            return Err(error(
+                format!("{path}.{field}"),
+                "the vhost-user back end has the image, and says what may be done with it",
+            ));
+        }
+        match self.vhost_socket {
+            Some(_) => Ok(()),
+            None => Err(error(
+                format!("{path}.vhost_socket"),
+                "a vhost-user disk needs the Unix socket of its back end",
+            )),
         }
     }
 }
@@ -369,7 +417,24 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_by_path() {
         for (devices, path) in [
-            (r#""disks":[{"readonly":true}]"#, "disks[0]"),
+            (r#""disks":[{"readonly":true}]"#, "disks[0].path"),
+            (r#""disks":[{"vhost_user":true}]"#, "disks[0].vhost_socket"),
+            (
+                r#""disks":[{"path":"/a","vhost_socket":"/s"}]"#,
+                "disks[0].vhost_user",
+            ),
+            (
+                r#""disks":[{"vhost_user":true,"vhost_socket":"/s","path":"/a"}]"#,
+                "disks[0].path",
+            ),
+            (
+                r#""disks":[{"vhost_user":true,"vhost_socket":"/s","readonly":true}]"#,
+                "disks[0].readonly",
+            ),
+            (
+                r#""disks":[{"vhost_user":true,"vhost_socket":"/s","rate_limiter_config":{}}]"#,
+                "disks[0].rate_limiter_config",
+            ),
             (
                 r#""disks":[{"path":"/a","direct":true}]"#,
                 "disks[0].direct",

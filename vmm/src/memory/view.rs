@@ -59,9 +59,13 @@ fn second_region(
         Gpa(start.raw_value()),
         Source::Device,
     );
-    let builder = MmapRegionBuilder::new_with_bitmap(region.size(), bitmap)
+    let mut builder = MmapRegionBuilder::new_with_bitmap(region.size(), bitmap)
         .with_mmap_prot(region.prot())
         .with_mmap_flags(region.flags());
+    // By which another process can map it, too.
+    if let Some(file) = region.file_offset() {
+        builder = builder.with_file_offset(file.clone());
+    }
     // SAFETY: the mapping is `region`'s, of that size, and belongs to a `GuestRam` that `View` keeps. Regions of a
     // raw pointer do not unmap it.
     let builder = unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) };

@@ -1,6 +1,6 @@
-//! How fast a guest dirties memory: an epoch of its own and KVM's dirty log, for a while.
+//! How fast a guest dirties memory: an epoch of its own and the machine's dirty logs, for a while.
 //!
-//! The log is the machine's only one, so a measurement and a migration exclude each other. The migration is what a
+//! Those logs are the machine's only ones, so a measurement and a migration exclude each other. The migration is what a
 //! user waits for: it, and whatever takes the machine away, ends a measurement before it begins, while a measurement
 //! during a migration is refused.
 
@@ -13,8 +13,6 @@ use ept::{Epoch, EpochError, GpaRange, HarvestError, PAGE_SIZE, Source, Start};
 use serde::{Deserialize, Serialize};
 
 use super::{Monitor, MonitorError, source_name};
-use crate::kvm::logging::{DirtyLog, LogError};
-use crate::kvm::slots::Slots;
 use crate::machine::{Machine, MachineError};
 
 /// How long a measurement may take, in milliseconds.
@@ -101,30 +99,28 @@ fn measure(
     turn: &Turn<'_>,
 ) -> Result<DirtyRate, DirtyRateError> {
     let measured = machine
-        .with_log(|log, slots, notifier| {
-            log.start(slots, notifier)?;
-            forget_what_was_before(log, slots)
-        })
+        .start_log()
+        .and_then(|()| forget_what_was_before(machine))
         .map_err(DirtyRateError::from)
         .and_then(|()| watch(machine, interval, turn));
     // Whatever came of it: no log stays on that nobody reads.
-    machine.with_log(|log, slots, _| log.stop(slots))?;
+    machine.stop_log()?;
     measured
 }
 
 /// A log that begins all dirty says nothing of a page until it is cleared.
-fn forget_what_was_before(log: &mut DirtyLog, slots: &Slots) -> Result<(), LogError> {
-    if !log.mode().starts_all_dirty() {
+fn forget_what_was_before(machine: &Machine) -> Result<(), MachineError> {
+    if !machine.log_mode().starts_all_dirty() {
         return Ok(());
     }
-    for slot in slots.slots() {
-        let mut rest = Some(slot.range);
+    for memory in machine.ram().ranges() {
+        let mut rest = Some(memory);
         while let Some(range) = rest {
             let pages = range.pages().min(CLEAR_PAGES);
             let Ok(chunk) = GpaRange::from_pages(range.first_page(), pages) else {
                 break;
             };
-            log.clear(slots, chunk, &ones(pages))?;
+            machine.clear_log(chunk, &ones(pages))?;
             rest = GpaRange::from_pages(chunk.end_page(), range.pages() - pages).ok();
         }
     }
@@ -150,7 +146,7 @@ fn watch(
     let epoch = Epoch::begin(tracker, "dirty-rate", Start::Clean)?;
     let (before, began) = (tracker.counters(), Instant::now());
     turn.wait(interval)?;
-    machine.with_log(|log, slots, _| log.sync(slots))?;
+    machine.sync_log()?;
     let (newly, took) = (tracker.counters().since(&before), began.elapsed());
     let harvest = epoch.harvest(GpaRange::ALL)?;
     let pages = harvest.pages();

@@ -71,7 +71,8 @@ impl Monitor {
     /// read, and the migration cancelled, from other threads meanwhile.
     ///
     /// # Errors
-    /// No guest, values out of range, another migration; and why this one failed.
+    /// No guest, values out of range, another migration, a device whose writes to memory cannot be logged; and why
+    /// this one failed.
     pub fn send_migration(&self, wish: &SendMigrationData) -> Result<Snapshot, MonitorError> {
         let url: Url = wish.destination_url.parse()?;
         let options = options(wish)?;
@@ -140,7 +141,7 @@ impl Monitor {
                 let machine = guest.machine("migration-resolve")?;
                 // A guest that runs there has them: then it stays unconfirmed.
                 machine.take_disks()?;
-                machine.with_log(|log, slots, _| log.stop(slots))?;
+                machine.stop_log()?;
                 self.resolved(Phase::Failed, "resolved: the guest runs here")?;
                 if guest.ran {
                     machine.resume()?;
@@ -166,6 +167,7 @@ impl Monitor {
         let mut guest = self.guest();
         let guest = guest.as_mut().ok_or(MonitorError::NoGuest)?;
         let machine = Arc::clone(guest.machine("send-migration")?);
+        machine.can_log()?;
         self.progress
             .begin(Phase::Connecting, url.to_string())
             .map_err(|phase| migrating("send-migration", phase))?;

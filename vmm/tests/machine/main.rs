@@ -44,6 +44,7 @@ fn wiring() -> (Wiring, Console, Receiver<GuestEnd>) {
         Wiring {
             serial_output: output,
             on_end,
+            on_loss: Arc::new(|device, why| panic!("{device}: {why}")),
         },
         console,
         ends,

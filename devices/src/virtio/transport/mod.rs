@@ -3,19 +3,19 @@
 mod registers;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Device, DeviceStateError, Identity};
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, QueueSnapshot};
+use super::serve::Serve;
 use super::spec::{COMMON_FEATURES, status};
 use super::state::{TransportSnapshot, VirtioSnapshot};
-use super::turn::Shared;
-use super::worker::{SharedDevice, Worker, lock};
+use super::vhost_user::VhostUser;
+use super::worker::Worker;
 use registers::KNOWN_STATUS;
 
 /// Why a device could not be made or restored.
@@ -64,65 +64,107 @@ struct Registers {
     queue_select: u32,
 }
 
-/// A virtio device on the MMIO bus, with its worker thread.
-pub struct VirtioMmio<M: GuestAddressSpace> {
+/// A virtio device on the MMIO bus, with what serves its queues.
+pub struct VirtioMmio {
     name: String,
     identity: Identity,
     registers: Registers,
-    /// As the driver set them up. While they are in use, the worker's know more.
+    /// As the driver set them up. While they are in use, whoever serves them knows more.
     queues: Vec<QueueSnapshot>,
     refused: AtomicU64,
-    device: SharedDevice<M>,
-    shared: Arc<Shared<M>>,
-    /// Ends first.
-    _worker: Worker<M>,
+    interrupt: Interrupt,
+    server: Box<dyn Serve>,
 }
 
-impl<M: GuestAddressSpace + Send + Sync + 'static> VirtioMmio<M> {
+impl VirtioMmio {
     /// Starts `device` on a thread of this `name` (at most 15 bytes of it are seen), for a guest that has
     /// `memory`.
     ///
     /// # Errors
     /// Threads and descriptors that cannot be had.
-    pub fn new(
+    pub fn new<M: GuestAddressSpace + Send + Sync + 'static>(
         name: &str,
         device: Box<dyn Device<M>>,
         memory: M,
         interrupt: Interrupt,
     ) -> Result<Self, VirtioError> {
-        Self::spawn(name, device, memory, interrupt, |_| {}).map_err(|source| VirtioError::Thread {
-            name: name.into(),
-            source,
-        })
+        let identity = identity(&*device);
+        let worker = spawn(name, device, &identity, memory, &interrupt)?;
+        Ok(Self::before(name, identity, interrupt, worker))
+    }
+
+    /// A device whose queues `back_end` serves, a process of its own. `interrupt` is the one that it was connected
+    /// with.
+    pub fn vhost_user<M: GuestAddressSpace + Send + Sync + 'static>(
+        name: &str,
+        back_end: &VhostUser<M>,
+        interrupt: Interrupt,
+    ) -> Self {
+        let identity = back_end.identity();
+        Self::before(name, identity, interrupt, Box::new(back_end.clone()))
     }
 
     /// As [`Self::new`], with the state of a device that was saved; it is paused.
     ///
     /// # Errors
     /// Also a state that does not fit the device, or that no device can have been in.
-    pub fn restore(
+    pub fn restore<M: GuestAddressSpace + Send + Sync + 'static>(
         name: &str,
         mut device: Box<dyn Device<M>>,
         memory: M,
         interrupt: Interrupt,
         saved: &VirtioSnapshot,
     ) -> Result<Self, VirtioError> {
-        let identity = device.identity();
-        check(&identity, &saved.transport).map_err(|what| VirtioError::Transport {
+        let identity = identity(&*device);
+        check(name, &identity, &saved.transport)?;
+        device.restore(&saved.device).map_err(state_error(name))?;
+        let worker = spawn(name, device, &identity, memory, &interrupt)?;
+        Self::restored(name, identity, interrupt, worker, saved)
+    }
+
+    /// As [`Self::vhost_user`], with the state of a device that was saved; it is paused, and its back end has not been
+    /// told of the guest's queues.
+    ///
+    /// # Errors
+    /// A state that does not fit the device, or that no device can have been in.
+    pub fn restore_vhost_user<M: GuestAddressSpace + Send + Sync + 'static>(
+        name: &str,
+        back_end: &VhostUser<M>,
+        interrupt: Interrupt,
+        saved: &VirtioSnapshot,
+    ) -> Result<Self, VirtioError> {
+        let identity = back_end.identity();
+        check(name, &identity, &saved.transport)?;
+        back_end.restore(&saved.device).map_err(state_error(name))?;
+        Self::restored(name, identity, interrupt, Box::new(back_end.clone()), saved)
+    }
+
+    fn before(
+        name: &str,
+        identity: Identity,
+        interrupt: Interrupt,
+        server: Box<dyn Serve>,
+    ) -> Self {
+        Self {
             name: name.into(),
-            what,
-        })?;
-        device
-            .restore(&saved.device)
-            .map_err(|source| VirtioError::Device {
-                name: name.into(),
-                source,
-            })?;
-        let mut restored = Self::spawn(name, device, memory, interrupt, Shared::start_paused)
-            .map_err(|source| VirtioError::Thread {
-                name: name.into(),
-                source,
-            })?;
+            queues: fresh_queues(&identity),
+            identity,
+            registers: Registers::default(),
+            refused: AtomicU64::new(0),
+            interrupt,
+            server,
+        }
+    }
+
+    fn restored(
+        name: &str,
+        identity: Identity,
+        interrupt: Interrupt,
+        server: Box<dyn Serve>,
+        saved: &VirtioSnapshot,
+    ) -> Result<Self, VirtioError> {
+        server.pause();
+        let mut restored = Self::before(name, identity, interrupt, server);
         restored
             .load(&saved.transport)
             .map_err(|source| VirtioError::Queue {
@@ -130,36 +172,6 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VirtioMmio<M> {
                 source,
             })?;
         Ok(restored)
-    }
-
-    fn spawn(
-        name: &str,
-        device: Box<dyn Device<M>>,
-        memory: M,
-        interrupt: Interrupt,
-        prepare: impl FnOnce(&Shared<M>),
-    ) -> io::Result<Self> {
-        let identity = device.identity();
-        let notifiers = identity
-            .queue_sizes
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
-            .collect::<io::Result<_>>()?;
-        let wake = EventFd::new(EFD_NONBLOCK)?;
-        let shared = Arc::new(Shared::new(interrupt, notifiers, wake, memory));
-        prepare(&shared);
-        let device = Arc::new(std::sync::Mutex::new(device));
-        let worker = Worker::spawn(name, Arc::clone(&device), Arc::clone(&shared))?;
-        Ok(Self {
-            name: name.into(),
-            queues: fresh_queues(&identity),
-            identity,
-            registers: Registers::default(),
-            refused: AtomicU64::new(0),
-            device,
-            shared,
-            _worker: worker,
-        })
     }
 
     fn load(&mut self, saved: &TransportSnapshot) -> Result<(), QueueError> {
@@ -171,22 +183,20 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VirtioMmio<M> {
             queue_select: saved.queue_select,
         };
         self.queues.clone_from(&saved.queues);
-        self.shared.interrupt.restore(
+        self.interrupt.restore(
             saved.interrupt_status,
             saved.config_generation,
             saved.needs_reset,
         );
         if self.has(status::DRIVER_OK) {
-            self.shared.interrupt.driver_is_ready();
+            self.interrupt.driver_is_ready();
             if !saved.needs_reset {
                 self.activate()?;
             }
         }
         Ok(())
     }
-}
 
-impl<M: GuestAddressSpace> VirtioMmio<M> {
     /// The name of the device and its thread.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -197,7 +207,7 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
     /// writes of the index to [`QUEUE_NOTIFY`](super::QUEUE_NOTIFY), 32 bits wide (with KVM: ioeventfds).
     #[must_use]
     pub fn notifiers(&self) -> &[EventFd] {
-        &self.shared.notifiers
+        self.server.notifiers()
     }
 
     /// What the device has done since it was made.
@@ -209,38 +219,38 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
     /// Its interrupt.
     #[must_use]
     pub fn interrupt(&self) -> &Interrupt {
-        &self.shared.interrupt
+        &self.interrupt
     }
 
-    /// Stops the worker between two requests; returns when it stands. Idempotent. The guest's vCPUs are
+    /// Has the queues served no longer; returns when nobody touches them. Idempotent. The guest's vCPUs are
     /// stopped before, so that nothing is asked of the device meanwhile.
     pub fn pause(&self) {
-        self.shared.pause();
+        self.server.pause();
     }
 
-    /// Lets the worker go on. Idempotent.
+    /// Has the queues served again. Idempotent.
     pub fn resume(&self) {
-        self.shared.resume();
+        self.server.resume();
     }
 
     /// The state of the device, which is paused; none if it is not.
     #[must_use]
     pub fn save(&self) -> Option<VirtioSnapshot> {
-        if !self.shared.is_paused() {
+        if !self.server.is_paused() {
             return None;
         }
-        let in_use = self.shared.save_queues();
+        let in_use = self.server.queues();
         let queues = if in_use.is_empty() {
             self.queues.clone()
         } else {
             in_use
         };
-        let interrupt = &self.shared.interrupt;
+        let interrupt = &self.interrupt;
         let transport = TransportSnapshot {
             device_type: self.identity.device_type,
             status: self.registers.status,
             needs_reset: interrupt.is_reset_needed(),
-            device_features: offered(&self.identity),
+            device_features: self.identity.features,
             device_features_select: self.registers.device_features_select,
             driver_features: self.registers.driver_features,
             driver_features_select: self.registers.driver_features_select,
@@ -249,14 +259,14 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
             config_generation: interrupt.generation(),
             queues,
         };
-        let device = lock(&self.device).save();
+        let device = self.server.save();
         Some(VirtioSnapshot { transport, device })
     }
 
     /// Why the device needs a reset, if it does and is not a restored one.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
-        self.shared.failure()
+        self.server.failure()
     }
 
     /// Register accesses so far that did nothing, because of their width, place or time.
@@ -266,8 +276,33 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
     }
 }
 
-fn offered(identity: &Identity) -> u64 {
-    identity.features | COMMON_FEATURES
+/// What the registers say of a device whose queues are served here.
+fn identity<M: GuestAddressSpace>(device: &dyn Device<M>) -> Identity {
+    let mut identity = device.identity();
+    identity.features |= COMMON_FEATURES;
+    identity
+}
+
+fn spawn<M: GuestAddressSpace + Send + Sync + 'static>(
+    name: &str,
+    device: Box<dyn Device<M>>,
+    identity: &Identity,
+    memory: M,
+    interrupt: &Interrupt,
+) -> Result<Box<dyn Serve>, VirtioError> {
+    let queues = identity.queue_sizes.len();
+    let worker = Worker::spawn(name, device, queues, memory, interrupt.clone());
+    Ok(Box::new(worker.map_err(|source| VirtioError::Thread {
+        name: name.into(),
+        source,
+    })?))
+}
+
+fn state_error(name: &str) -> impl Fn(DeviceStateError) -> VirtioError {
+    move |source| VirtioError::Device {
+        name: name.into(),
+        source,
+    }
 }
 
 fn fresh_queues(identity: &Identity) -> Vec<QueueSnapshot> {
@@ -278,7 +313,14 @@ fn fresh_queues(identity: &Identity) -> Vec<QueueSnapshot> {
         .collect()
 }
 
-fn check(identity: &Identity, saved: &TransportSnapshot) -> Result<(), String> {
+fn check(name: &str, identity: &Identity, saved: &TransportSnapshot) -> Result<(), VirtioError> {
+    fits(identity, saved).map_err(|what| VirtioError::Transport {
+        name: name.into(),
+        what,
+    })
+}
+
+fn fits(identity: &Identity, saved: &TransportSnapshot) -> Result<(), String> {
     if saved.device_type != identity.device_type {
         return Err(format!(
             "it is of a device of type {}, this one is {}",
@@ -291,7 +333,7 @@ fn check(identity: &Identity, saved: &TransportSnapshot) -> Result<(), String> {
     }
     // Before FEATURES_OK the driver may have chosen anything.
     let agreed = saved.status & status::FEATURES_OK != 0;
-    let missing = saved.driver_features & !offered(identity);
+    let missing = saved.driver_features & !identity.features;
     if agreed && missing != 0 {
         return Err(format!(
             "the guest uses features {missing:#x}, which this device does not have"

@@ -13,13 +13,11 @@
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::GuestAddressSpace;
 
 use super::super::queue::{QueueError, QueueSnapshot};
 use super::super::spec::{MAGIC, VENDOR, VERSION, register, status};
 use super::super::turn::notify;
-use super::{Registers, VirtioMmio, fresh_queues, offered};
+use super::{Registers, VirtioMmio, fresh_queues};
 use crate::MmioDevice;
 
 /// The steps of a driver's start (3.1.1).
@@ -33,20 +31,20 @@ const STATUS_ORDER: [u32; 4] = [
 pub(super) const KNOWN_STATUS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
-impl<M: GuestAddressSpace> VirtioMmio<M> {
+impl VirtioMmio {
     pub(super) fn has(&self, bits: u32) -> bool {
         self.registers.status & bits == bits
     }
 
     fn read_register(&self, offset: u64) -> u32 {
-        let interrupt = &self.shared.interrupt;
+        let interrupt = &self.interrupt;
         match offset {
             register::MAGIC_VALUE => MAGIC,
             register::VERSION => VERSION,
             register::DEVICE_ID => self.identity.device_type,
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => half(
-                offered(&self.identity),
+                self.identity.features,
                 self.registers.device_features_select,
             ),
             register::QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
@@ -78,14 +76,14 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
             | register::QUEUE_DEVICE_LOW
             | register::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
             register::QUEUE_NOTIFY => self.notify(value),
-            register::INTERRUPT_ACK => self.shared.interrupt.acknowledge(value),
+            register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             register::STATUS => self.write_status(value),
             _ => self.refuse(),
         }
     }
 
     fn status(&self) -> u32 {
-        let needs_reset = if self.shared.interrupt.is_reset_needed() {
+        let needs_reset = if self.interrupt.is_reset_needed() {
             status::DEVICE_NEEDS_RESET
         } else {
             0
@@ -115,28 +113,27 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
         }
         self.registers.status = value;
         if new & status::DRIVER_OK != 0 {
-            self.shared.interrupt.driver_is_ready();
+            self.interrupt.driver_is_ready();
             if let Err(error) = self.activate() {
-                self.shared.fail(&error);
+                self.server.fail(&error);
             }
         }
     }
 
     fn features_fit(&self) -> bool {
         let chosen = self.registers.driver_features;
-        chosen & !offered(&self.identity) == 0
+        chosen & !self.identity.features == 0
             && chosen & (1 << VIRTIO_F_VERSION_1) != 0
             && self.identity.config.accepts(chosen)
     }
 
     pub(super) fn activate(&self) -> Result<(), QueueError> {
-        let features = self.registers.driver_features;
-        let event_index = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        self.shared.activate(&self.queues, features, event_index)
+        self.server
+            .activate(&self.queues, self.registers.driver_features)
     }
 
     fn reset(&mut self) {
-        self.shared.reset();
+        self.server.reset();
         self.identity.config.reset();
         self.registers = Registers::default();
         self.queues = fresh_queues(&self.identity);
@@ -193,7 +190,7 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
             // A driver may take a queue back at any time; it comes into use again only by a reset.
             0 => {
                 queue.ready = false;
-                self.shared.stop_queue(index);
+                self.server.stop_queue(index);
             }
             1 if can_set_up => queue.ready = true,
             _ => self.refuse(),
@@ -204,7 +201,7 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
     fn notify(&self, value: u32) {
         let queue = usize::try_from(value)
             .ok()
-            .and_then(|index| self.shared.notifiers.get(index));
+            .and_then(|index| self.server.notifiers().get(index));
         match queue {
             Some(notifier) if self.has(status::DRIVER_OK) => notify(notifier),
             _ => self.refuse(),
@@ -229,7 +226,7 @@ impl<M: GuestAddressSpace> VirtioMmio<M> {
     }
 }
 
-impl<M: GuestAddressSpace + Send + Sync> MmioDevice for VirtioMmio<M> {
+impl MmioDevice for VirtioMmio {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         match offset.checked_sub(register::CONFIG) {
             Some(offset) => self.identity.config.read(offset, data),

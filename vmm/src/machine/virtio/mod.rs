@@ -14,10 +14,11 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::{
-    BalloonControl, Device, Interrupt, MMIO_BYTES, QUEUE_NOTIFY, VirtioError,
-    VirtioMmio as Transport, VirtioSnapshot, VsockError,
+    BalloonControl, Device, Interrupt, MMIO_BYTES, QUEUE_NOTIFY, VhostUser, VhostUserError,
+    VirtioError, VirtioMmio as Transport, VirtioSnapshot, VsockError,
 };
 use devices::{MmioBus, MmioError, MmioRange};
+use ept::{Gpa, Source, Tracker};
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use super::{MachineError, sections};
@@ -37,6 +38,17 @@ pub enum DevicesError {
     /// A disk's image.
     #[error("--disk {0}")]
     Disk(#[from] DiskError),
+    /// A vhost-user back end.
+    #[error("--disk vhost_user=on,socket={0}")]
+    VhostUser(#[from] VhostUserError),
+    /// A vhost-user back end of a guest.
+    #[error("{name}: {source}")]
+    BackEnd {
+        /// The device.
+        name: String,
+        /// What is wrong with it.
+        source: VhostUserError,
+    },
     /// A tap.
     #[error("--net: {0}")]
     Tap(#[from] TapError),
@@ -77,12 +89,51 @@ pub enum DevicesError {
     Bus(#[from] MmioError),
 }
 
+/// Who serves the queues of a device.
+pub(super) enum Server {
+    /// A thread of this process.
+    Worker(Box<dyn Device<DeviceMemory>>),
+    /// A process of its own.
+    VhostUser(VhostUser<DeviceMemory>),
+}
+
+impl Server {
+    /// Puts registers before it.
+    fn attach(
+        self,
+        name: &str,
+        memory: DeviceMemory,
+        interrupt: Interrupt,
+        saved: Option<&VirtioSnapshot>,
+    ) -> Result<Transport, VirtioError> {
+        match (self, saved) {
+            (Self::Worker(device), None) => Transport::new(name, device, memory, interrupt),
+            (Self::Worker(device), Some(saved)) => {
+                Transport::restore(name, device, memory, interrupt, saved)
+            }
+            (Self::VhostUser(back_end), None) => {
+                Ok(Transport::vhost_user(name, &back_end, interrupt))
+            }
+            (Self::VhostUser(back_end), Some(saved)) => {
+                Transport::restore_vhost_user(name, &back_end, interrupt, saved)
+            }
+        }
+    }
+
+    fn back_end(&self) -> Option<VhostUser<DeviceMemory>> {
+        match self {
+            Self::Worker(_) => None,
+            Self::VhostUser(back_end) => Some(back_end.clone()),
+        }
+    }
+}
+
 /// A device whose host's side is open; there is no guest yet.
 pub(super) struct Opened {
     name: String,
     place: Place,
     interrupt: Interrupt,
-    device: Box<dyn Device<DeviceMemory>>,
+    server: Server,
     /// What the other side of a migration must have, too, in words.
     shape: String,
     image: Option<DiskImage>,
@@ -105,19 +156,26 @@ impl Opened {
         vm: &VmFd,
         memory: &DeviceMemory,
         saved: Option<&[Section]>,
+        on_loss: &OnLoss,
     ) -> Result<Attached, MachineError> {
-        let (name, memory) = (self.name.as_str(), memory.clone());
+        let name = self.name.as_str();
+        let back_end = self.server.back_end();
+        if let Some(back_end) = &back_end {
+            let (name, tell) = (self.name.clone(), Arc::clone(on_loss));
+            back_end.on_loss(move |why| tell(&name, why));
+            // It was there when it was connected, which may be a migration ago.
+            back_end.is_there().map_err(back_end_error(&self.name))?;
+        }
         if let Some(image) = &self.image {
             image.lock().map_err(DevicesError::from)?;
         }
-        let device = match saved {
-            None => Transport::new(name, self.device, memory, self.interrupt),
-            Some(saved) => {
-                let state: VirtioSnapshot = sections::decode(saved, name)?;
-                Transport::restore(name, self.device, memory, self.interrupt, &state)
-            }
-        }
-        .map_err(DevicesError::from)?;
+        let state: Option<VirtioSnapshot> = saved
+            .map(|saved| sections::decode(saved, name))
+            .transpose()?;
+        let device = self
+            .server
+            .attach(name, memory.clone(), self.interrupt, state.as_ref())
+            .map_err(DevicesError::from)?;
         device.pause();
         notify(vm, self.place, &device)?;
         Ok(Attached {
@@ -127,7 +185,15 @@ impl Opened {
             shape: self.shape,
             image: self.image,
             balloon: self.balloon,
+            back_end,
         })
+    }
+}
+
+fn back_end_error(name: &str) -> impl Fn(VhostUserError) -> DevicesError {
+    move |source| DevicesError::BackEnd {
+        name: name.into(),
+        source,
     }
 }
 
@@ -139,7 +205,7 @@ fn host_side(name: &str, shape: &str) -> HostSide {
 }
 
 /// A notification of the guest goes to the device's thread, and no vCPU exits to this process for it.
-fn notify(vm: &VmFd, place: Place, device: &Transport<DeviceMemory>) -> Result<(), DevicesError> {
+fn notify(vm: &VmFd, place: Place, device: &Transport) -> Result<(), DevicesError> {
     let register = IoEventAddress::Mmio(u64::from(place.base) + QUEUE_NOTIFY);
     for (queue, event) in (0_u32..).zip(device.notifiers()) {
         vm.register_ioevent(event, &register, queue)
@@ -155,18 +221,22 @@ fn notify(vm: &VmFd, place: Place, device: &Transport<DeviceMemory>) -> Result<(
 struct Attached {
     name: String,
     place: Place,
-    device: Arc<Mutex<Transport<DeviceMemory>>>,
+    device: Arc<Mutex<Transport>>,
     shape: String,
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
+    back_end: Option<VhostUser<DeviceMemory>>,
 }
 
 impl Attached {
-    fn device(&self) -> MutexGuard<'_, Transport<DeviceMemory>> {
+    fn device(&self) -> MutexGuard<'_, Transport> {
         // Its registers are plain values, each valid by itself.
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Told by which device, and why, a process that served it was lost.
+pub type OnLoss = Arc<dyn Fn(&str, &str) + Send + Sync>;
 
 /// What the devices of a machine have done, each by its name.
 pub type DeviceCounters = Vec<(String, Vec<(&'static str, u64)>)>;
@@ -183,10 +253,11 @@ impl Devices {
         vm: &VmFd,
         memory: &DeviceMemory,
         saved: Option<&[Section]>,
+        on_loss: &OnLoss,
     ) -> Result<Self, MachineError> {
         let list = opened
             .into_iter()
-            .map(|device| device.attach(vm, memory, saved))
+            .map(|device| device.attach(vm, memory, saved, on_loss))
             .collect::<Result<_, _>>()?;
         Ok(Self { list })
     }
@@ -240,7 +311,10 @@ impl Devices {
     }
 
     /// Their state; they are paused.
+    ///
+    /// A back end that was lost may still have been writing to memory, and has requests that nobody will end.
     pub(super) fn save(&self) -> Result<Vec<Section>, MachineError> {
+        self.each_back_end(VhostUser::is_there)?;
         let saved = self.list.iter().map(|attached| {
             let state = attached.device().save();
             let state = state.ok_or_else(|| MachineError::Section {
@@ -250,6 +324,48 @@ impl Devices {
             sections::encode(&attached.name, &state)
         });
         saved.collect()
+    }
+
+    /// Asks all back ends, until one fails.
+    fn each_back_end(
+        &self,
+        ask: impl Fn(&VhostUser<DeviceMemory>) -> Result<(), VhostUserError>,
+    ) -> Result<(), DevicesError> {
+        self.back_ends()
+            .try_for_each(|(name, back_end)| ask(back_end).map_err(back_end_error(name)))
+    }
+
+    fn back_ends(&self) -> impl Iterator<Item = (&str, &VhostUser<DeviceMemory>)> {
+        let each = self.list.iter();
+        each.filter_map(|d| Some((d.name.as_str(), d.back_end.as_ref()?)))
+    }
+
+    /// Whether every process that writes to guest memory can log that.
+    pub(super) fn can_log(&self) -> Result<(), DevicesError> {
+        self.each_back_end(VhostUser::can_log)
+    }
+
+    /// Has all of them log what they write.
+    pub(super) fn start_log(&self) -> Result<(), DevicesError> {
+        self.each_back_end(VhostUser::start_log)
+    }
+
+    /// Brings what they logged into `tracker`.
+    pub(super) fn sync_log(&self, tracker: &Tracker) {
+        for (_, back_end) in self.back_ends() {
+            back_end.take_log(|first, words| {
+                tracker.mark_words(Gpa(first), words, Source::VhostUser);
+            });
+        }
+    }
+
+    /// Ends their logs, of all of them whatever comes of one.
+    pub(super) fn stop_log(&self) -> Result<(), DevicesError> {
+        let stopped: Vec<_> = self
+            .back_ends()
+            .map(|(name, back_end)| back_end.stop_log().map_err(back_end_error(name)))
+            .collect();
+        stopped.into_iter().collect()
     }
 
     /// The balloon, if there is one.

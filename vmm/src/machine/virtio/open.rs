@@ -3,18 +3,19 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use devices::virtio::{
     self, Access, Balloon, BalloonControl, Block, BlockConfig, Console, ConsoleOutput, Device,
-    Interrupt, Net, Rng, Vsock,
+    Interrupt, Net, Rng, VhostUser, Vsock,
 };
 use ept::Notifier;
 use kvm_ioctls::VmFd;
 
 use super::disk::{DiskError, DiskImage};
 use super::tap::HostTap;
-use super::{DevicesError, Opened};
+use super::{DevicesError, Opened, Server};
 use crate::boot::VirtioMmio as Place;
 use crate::config::{
     BalloonConfig, DevicesConfig, DiskConfig, NetConfig, SerialConfig, SerialMode, VsockConfig,
@@ -34,7 +35,7 @@ pub(in crate::machine) struct Opening<'a> {
 
 /// One device: what it is, and what only its kind has.
 struct Part {
-    device: Box<dyn Device<DeviceMemory>>,
+    server: Server,
     shape: String,
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
@@ -43,7 +44,7 @@ struct Part {
 impl Part {
     fn new(device: impl Device<DeviceMemory> + 'static, shape: impl Into<String>) -> Self {
         Self {
-            device: Box::new(device),
+            server: Server::Worker(Box::new(device)),
             shape: shape.into(),
             image: None,
             balloon: None,
@@ -57,7 +58,11 @@ pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Re
     let mut opened = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let name = format!("_disk{index}");
-        opened.push(places.put(name.clone(), |_| open_disk(&name, disk))?);
+        let open = |interrupt: &Interrupt| match &disk.vhost_socket {
+            Some(socket) => open_vhost_user(socket, disk, with, interrupt),
+            None => open_disk(&name, disk),
+        };
+        opened.push(places.put(name.clone(), open)?);
     }
     for (index, net) in config.net.iter().enumerate() {
         let name = format!("_net{index}");
@@ -103,7 +108,7 @@ impl Places<'_> {
             name,
             place,
             interrupt,
-            device: part.device,
+            server: part.server,
             shape: part.shape,
             image: part.image,
             balloon: part.balloon,
@@ -126,7 +131,8 @@ fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
         true => Access::ReadOnly,
         false => Access::ReadWrite,
     };
-    let (image, file) = DiskImage::open(&config.path, access).map_err(DevicesError::from)?;
+    let path = config.path.as_deref().unwrap_or(Path::new(""));
+    let (image, file) = DiskImage::open(path, access).map_err(DevicesError::from)?;
     let block = Block::new(BlockConfig {
         file,
         access,
@@ -145,6 +151,35 @@ fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
     let mut part = Part::new(block, format!("a {kind} of {sectors} sectors of 512 bytes"));
     part.image = Some(image);
     Ok(part)
+}
+
+/// The other side of a migration has to have the same disk, and offer the same to the guest.
+fn open_vhost_user(
+    socket: &Path,
+    config: &DiskConfig,
+    with: &Opening<'_>,
+    interrupt: &Interrupt,
+) -> Result<Part> {
+    let memory = DeviceMemory::new(with.ram).map_err(MachineError::DeviceMemory)?;
+    let back_end = VhostUser::connect(virtio::VhostUserConfig {
+        socket: socket.into(),
+        memory,
+        interrupt: interrupt.clone(),
+    })
+    .map_err(DevicesError::from)?;
+    let id = config.id.as_ref().map(|id| format!(" {id}"));
+    let shape = format!(
+        "a vhost-user disk{} of {} sectors of 512 bytes with the features {:#x}",
+        id.unwrap_or_default(),
+        back_end.sectors(),
+        back_end.features()
+    );
+    Ok(Part {
+        server: Server::VhostUser(back_end),
+        shape,
+        image: None,
+        balloon: None,
+    })
 }
 
 fn open_net(name: &str, config: &NetConfig) -> Result<Part> {

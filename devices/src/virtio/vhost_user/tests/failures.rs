@@ -1,0 +1,341 @@
+//! Back ends that are not there, do not behave, or go away.
+
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+use super::*;
+
+/// Has the reasons for which back ends are lost sent here.
+fn losses(disk: &VhostUser<Memory>) -> Receiver<String> {
+    let (tell, losses) = channel();
+    disk.on_loss(move |why| tell.send(why.to_owned()).unwrap());
+    losses
+}
+
+fn refusal(manner: Manner) -> String {
+    let back_end = BackEnd::start(manner);
+    let (interrupt, _line) = interrupt();
+    let refused = try_connect(&back_end, &shared_memory(), &interrupt);
+    let error = refused.err().expect("it was taken").to_string();
+    assert!(
+        error.starts_with(&back_end.socket().display().to_string()),
+        "{error}"
+    );
+    error
+}
+
+#[test]
+fn a_back_end_that_is_not_there_or_is_none_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let error = |memory: Memory| {
+        let (interrupt, _line) = interrupt();
+        let socket = socket.clone();
+        let connected = VhostUser::connect(VhostUserConfig {
+            socket,
+            memory,
+            interrupt,
+        });
+        connected.err().unwrap().to_string()
+    };
+    let absent = error(shared_memory());
+    assert!(
+        absent.contains("start the vhost-user back end first"),
+        "{absent}"
+    );
+    let listener = UnixListener::bind(&socket).unwrap();
+    assert!(error(memory()).contains("leave it shared"));
+    drop(listener);
+    let nobody = error(shared_memory());
+    assert!(
+        nobody.contains("start the vhost-user back end first"),
+        "{nobody}"
+    );
+}
+
+#[test]
+fn a_back_end_that_lacks_what_a_disk_needs_is_refused() {
+    for (features, protocol, lacks) in [
+        (FEATURES & !(1 << 32), PROTOCOL, "VIRTIO_F_VERSION_1"),
+        (
+            FEATURES & !(1 << 30),
+            PROTOCOL,
+            "VHOST_USER_F_PROTOCOL_FEATURES",
+        ),
+        (
+            FEATURES,
+            PROTOCOL & !(1 << 9),
+            "VHOST_USER_PROTOCOL_F_CONFIG",
+        ),
+    ] {
+        let error = refusal(Manner {
+            features,
+            protocol,
+            ..Manner::default()
+        });
+        assert!(error.contains("lacks") && error.contains(lacks), "{error}");
+    }
+}
+
+#[test]
+fn a_back_end_that_answers_nonsense_is_refused() {
+    let text = b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec();
+    for (request, act, why) in [
+        (GET_FEATURES, Act::Bytes(text.clone()), "makes no sense"),
+        (GET_PROTOCOL_FEATURES, Act::Bytes(text), "makes no sense"),
+        (GET_FEATURES, Act::Close, "closed the connection"),
+        (SET_PROTOCOL_FEATURES, Act::Close, "closed the connection"),
+        (GET_CONFIG, Act::Close, "closed the connection"),
+        // The answer of libvhost-user when it has no such space: a head alone.
+        (
+            GET_CONFIG,
+            Act::Bytes(
+                [24_u32, 5, 0]
+                    .iter()
+                    .flat_map(|w| w.to_ne_bytes())
+                    .collect(),
+            ),
+            "no answer within 5 s",
+        ),
+        (GET_FEATURES, Act::Silent, "no answer within 5 s"),
+    ] {
+        let error = refusal(Manner::with(request, act.clone()));
+        assert!(error.contains(why), "{request} {act:?}: {error}");
+    }
+}
+
+#[test]
+fn a_failed_start_has_the_driver_told() {
+    for (request, act, why) in [
+        (SET_FEATURES, Act::Answer(1), "refused (choosing features)"),
+        (
+            SET_MEM_TABLE,
+            Act::Close,
+            "closed the connection (sharing guest memory)",
+        ),
+        (
+            SET_VRING_NUM,
+            Act::Answer(1),
+            "refused (setting up a queue)",
+        ),
+        (
+            SET_VRING_KICK,
+            Act::Bytes(vec![7; 20]),
+            "makes no sense (starting a queue)",
+        ),
+        (
+            SET_VRING_ENABLE,
+            Act::Silent,
+            "no answer within 5 s (starting a queue)",
+        ),
+        (
+            SET_VRING_CALL,
+            Act::Close,
+            "closed the connection (starting a queue)",
+        ),
+    ] {
+        let back_end = BackEnd::start(Manner::with(request, act));
+        let (mut driver, disk) = guest(&back_end);
+        let losses = losses(&disk);
+        driver.negotiate(VERSION_1);
+        driver.set_up_queue(0, 16);
+        driver.set(0x70, RUNNING);
+        driver.wait_needs_reset();
+        let error = losses.recv().unwrap();
+        assert!(error.contains(why), "{request}: {error}");
+        assert_eq!(
+            disk.is_there().unwrap_err().to_string(),
+            format!("the back end is gone: {error}")
+        );
+        // A reset, and a back end that does better.
+        back_end.manner.lock().unwrap().acts.clear();
+        driver.start(0);
+        write_sector(&mut driver, 5, 5);
+        assert_eq!(back_end.seen().connections, 2);
+    }
+}
+
+#[test]
+fn rings_outside_of_memory_never_reach_the_back_end() {
+    for (register, address) in [
+        (0x80, LOW_END),
+        (0x90, HIGH - 2),
+        (0xa0, LOW_END - 64),
+        (0xa4, 1),
+    ] {
+        let back_end = BackEnd::start(Manner::default());
+        let (mut driver, disk) = guest(&back_end);
+        driver.negotiate(VERSION_1);
+        driver.set_up_queue(0, 16);
+        driver.set(0x44, 0);
+        driver.set(register, u32::try_from(address).unwrap());
+        driver.set(0x44, 1);
+        driver.set(0x70, RUNNING);
+        driver.wait_needs_reset();
+        assert!(back_end.bodies(SET_VRING_ADDR).is_empty());
+        // That was the driver's fault: the back end is there for the next one.
+        disk.is_there().unwrap();
+        driver.start(0);
+        write_sector(&mut driver, 5, 5);
+    }
+}
+
+#[test]
+fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
+    let mut back_end = BackEnd::start(Manner::default());
+    let (mut driver, disk) = guest(&back_end);
+    let losses = losses(&disk);
+    driver.start(EVENT_INDEX);
+    disk.start_log().unwrap();
+    write_sector(&mut driver, 1, 1);
+    back_end.kill();
+    driver.wait_needs_reset();
+    let error = losses.recv().unwrap();
+    assert!(
+        error.contains("the back end closed the connection"),
+        "{error}"
+    );
+    let began = Instant::now();
+    driver.device.pause();
+    disk.stop_log().unwrap();
+    disk.can_log().unwrap_err();
+    disk.start_log().unwrap_err();
+    driver.device.resume();
+    driver.notify(0);
+    driver.set(0x70, 0);
+    assert!(began.elapsed() < spec::REPLY_LIMIT);
+    // Nobody is there for the next driver either.
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 16);
+    driver.set(0x70, RUNNING);
+    driver.wait_needs_reset();
+    assert!(losses.try_recv().is_err(), "it was lost once");
+}
+
+#[test]
+fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
+    let back_end = BackEnd::start(Manner::default());
+    let (mut driver, disk) = guest(&back_end);
+    let losses = losses(&disk);
+    // Any message that it does not like.
+    back_end
+        .manner
+        .lock()
+        .unwrap()
+        .acts
+        .insert(SET_FEATURES, Act::Close);
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 16);
+    driver.set(0x70, RUNNING);
+    losses.recv().unwrap();
+    *back_end.manner.lock().unwrap() = Manner {
+        features: FEATURES & !FLUSH,
+        ..Manner::default()
+    };
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 16);
+    driver.set(0x70, RUNNING);
+    driver.wait_needs_reset();
+    let why = driver.device.failure().unwrap();
+    assert!(why.contains("another one by now"), "{why}");
+    *back_end.manner.lock().unwrap() = Manner::default();
+    driver.start(0);
+    write_sector(&mut driver, 5, 5);
+    assert!(losses.try_recv().is_err());
+}
+
+#[test]
+fn requests_that_do_not_end_hold_a_pause_up_for_a_while() {
+    let back_end = BackEnd::start(Manner {
+        keeps_requests: true,
+        ..Manner::default()
+    });
+    let (mut driver, disk) = guest(&back_end);
+    let losses = losses(&disk);
+    driver.start(0);
+    header(&driver, 1, 1);
+    driver.add(
+        0,
+        &[
+            Part::Out(HEADER, 16),
+            Part::Out(DATA, 512),
+            Part::In(STATUS, 1),
+        ],
+    );
+    driver.notify(0);
+    driver.device.pause();
+    let error = losses.recv().unwrap();
+    assert!(
+        error.contains("requests are still in flight after 10 s"),
+        "{error}"
+    );
+    assert!(driver.device.save().unwrap().transport.needs_reset);
+    disk.is_there().unwrap_err();
+}
+
+#[test]
+fn a_stop_that_is_answered_with_nonsense_loses_the_back_end() {
+    for (answer, why) in [
+        (0x0001_0000_0000_0000, "no index of a split queue"),
+        (1000 << 32, "1000 entries from the last one"),
+    ] {
+        let back_end = BackEnd::start(Manner::with(GET_VRING_BASE, Act::Answer(answer)));
+        let (mut driver, disk) = guest(&back_end);
+        let losses = losses(&disk);
+        driver.start(0);
+        driver.device.pause();
+        let error = losses.recv().unwrap();
+        assert!(error.contains(why), "{error}");
+        disk.is_there().unwrap_err();
+    }
+}
+
+#[test]
+fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
+    for (features, protocol, lacks) in [
+        (FEATURES & !LOG_ALL, PROTOCOL, "VHOST_F_LOG_ALL"),
+        (
+            FEATURES,
+            PROTOCOL & !(1 << 1),
+            "VHOST_USER_PROTOCOL_F_LOG_SHMFD",
+        ),
+    ] {
+        let back_end = BackEnd::start(Manner {
+            features,
+            protocol,
+            ..Manner::default()
+        });
+        let (mut driver, disk) = guest(&back_end);
+        driver.start(0);
+        for refused in [disk.can_log(), disk.start_log()] {
+            let error = refused.unwrap_err().to_string();
+            assert!(error.contains(lacks), "{error}");
+        }
+        assert!(back_end.bodies(SET_LOG_BASE).is_empty());
+        write_sector(&mut driver, 5, 5);
+    }
+}
+
+#[test]
+fn a_log_that_is_answered_with_nonsense_loses_the_back_end() {
+    let other_request = [7_u32, 5, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let too_long = [6_u32, 5, 1 << 30]
+        .iter()
+        .flat_map(|w| w.to_ne_bytes())
+        .collect();
+    for (act, why) in [
+        (Act::Bytes(other_request), "request 7"),
+        (Act::Bytes(too_long), "1073741824 bytes"),
+        (Act::Close, "closed the connection (handing over the log)"),
+        (Act::Silent, "no answer within 5 s (handing over the log)"),
+    ] {
+        let back_end = BackEnd::start(Manner::with(SET_LOG_BASE, act));
+        let (mut driver, disk) = guest(&back_end);
+        driver.start(0);
+        let error = disk.start_log().unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+        driver.wait_needs_reset();
+        disk.stop_log().unwrap();
+    }
+}
