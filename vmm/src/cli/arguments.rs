@@ -38,8 +38,19 @@ pub(super) enum Verb {
     /// Watch a running guest: who dirties its memory, how long it stands, where its migration is
     Top(TopArguments),
     /// Measure Ferry beside its peers, in turns
+    Bench(BenchArguments),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry bench start
+  ferry bench devices --kernel vmlinux --initramfs load.cpio
+
+ferry help bench VERB says how each measures. The status is 3 where a limit is missed, 1 where nothing was measured.")]
+pub(super) struct BenchArguments {
     #[command(subcommand)]
-    Bench(Bench),
+    pub(super) bench: Bench,
 }
 
 #[derive(Debug, Subcommand)]

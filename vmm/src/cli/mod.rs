@@ -41,7 +41,7 @@ pub fn main() -> ExitCode {
         Verb::Receive(arguments) => receive::receive(&arguments),
         Verb::Ctl(arguments) => ctl::ctl(&arguments),
         Verb::Top(arguments) => top::top(&arguments),
-        Verb::Bench(bench) => bench::bench(&bench),
+        Verb::Bench(arguments) => bench::bench(&arguments.bench),
     };
     match done {
         Ok(status) => ExitCode::from(status),
