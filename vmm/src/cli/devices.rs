@@ -6,8 +6,8 @@ use clap::Args;
 
 use super::arguments::{on_off, parse_serial};
 use crate::config::{
-    BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RngConfig, SerialConfig,
-    VsockConfig, parse_size,
+    BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RateLimiterConfig, RngConfig,
+    SerialConfig, TokenBucket, VsockConfig, parse_size,
 };
 
 /// The guest's address where none is given: the first that a guest can have.
@@ -16,15 +16,21 @@ const GUEST_CID: u64 = 3;
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Devices")]
 pub(super) struct DeviceArguments {
-    /// A disk over a raw image, or over a vhost-user back end that listens on a Unix socket; once for each disk
+    /// A disk over a raw image, or over a vhost-user back end that listens on a Unix socket; once for each disk.
+    /// LIMITS of an image are [,bw_size=BYTES][,ops_size=N]: so much in a second, or in bw_refill_time=MS, ops_refill_time=MS
     #[arg(
         long,
-        value_name = "path=FILE[,readonly=on|off][,id=TEXT]|vhost_user=on,socket=PATH[,id=TEXT]",
+        value_name = "path=FILE[,readonly=on|off][,id=TEXT][,LIMITS]|vhost_user=on,socket=PATH[,id=TEXT]",
         value_parser = parse_disk
     )]
     pub(super) disk: Vec<DiskConfig>,
-    /// A network interface over a tap that is there, or over a passed descriptor of one; once for each
-    #[arg(long, value_name = "tap=NAME|fd=N[,mac=ADDRESS][,mtu=N]", value_parser = parse_net)]
+    /// A network interface over a tap that is there, or over a passed descriptor of one; once for each.
+    /// LIMITS are those of a disk, for each direction
+    #[arg(
+        long,
+        value_name = "tap=NAME|fd=N[,mac=ADDRESS][,mtu=N][,LIMITS]",
+        value_parser = parse_net
+    )]
     pub(super) net: Vec<NetConfig>,
     /// Sockets between guest and host, as Unix sockets here [default cid: 3]
     #[arg(long, value_name = "socket=PATH[,cid=N]", value_parser = parse_vsock)]
@@ -88,18 +94,57 @@ fn unknown(name: &str, known: &str) -> String {
     format!("there is no {name:?} here: {known}")
 }
 
+/// What limits are said with: how much, and in which time it may be used again.
+const LIMITS: &str = "bw_size, bw_refill_time, ops_size, ops_refill_time";
+
+/// Takes a part that is about limits; false for another one. A bucket that nothing more is said of fills in a second.
+fn parse_limit(
+    limits: &mut Option<RateLimiterConfig>,
+    (name, value): (&str, &str),
+) -> Result<bool, String> {
+    let buckets = limits.unwrap_or_default();
+    let (bucket, field) = match name.split_once('_') {
+        Some(("bw", field)) => (buckets.bandwidth, field),
+        Some(("ops", field)) => (buckets.ops, field),
+        _ => return Ok(false),
+    };
+    let mut bucket = bucket.unwrap_or(TokenBucket {
+        size: 0,
+        refill_time: 1000,
+    });
+    match field {
+        "size" => bucket.size = parse_size(value)?,
+        "refill_time" => {
+            bucket.refill_time = value
+                .parse()
+                .map_err(|_| format!("{name}={value} is no number of milliseconds"))?;
+        }
+        _ => return Ok(false),
+    }
+    let limits = limits.insert(buckets);
+    match name.starts_with("bw") {
+        true => limits.bandwidth = Some(bucket),
+        false => limits.ops = Some(bucket),
+    }
+    Ok(true)
+}
+
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     let mut disk = DiskConfig::default();
     for part in parts(text) {
-        match part? {
+        let part = part?;
+        if parse_limit(&mut disk.rate_limiter_config, part)? {
+            continue;
+        }
+        match part {
             ("path", value) => disk.path = Some(value.into()),
             ("readonly", value) => disk.readonly = on_off(text, value)?,
             ("id", value) => disk.id = Some(value.into()),
             ("vhost_user", value) => disk.vhost_user = on_off(text, value)?,
             ("socket", value) => disk.vhost_socket = Some(value.into()),
             (name, _) => {
-                let known = "path, readonly, id, vhost_user, socket";
-                return Err(unknown(name, known));
+                let known = format!("path, readonly, id, vhost_user, socket, {LIMITS}");
+                return Err(unknown(name, &known));
             }
         }
     }
@@ -128,13 +173,16 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
     };
     for part in parts(text) {
         let part = part?;
+        if parse_limit(&mut net.rate_limiter_config, part)? {
+            continue;
+        }
         let number = |_| format!("{}={} is no number that can be", part.0, part.1);
         match part {
             ("tap", value) => net.tap = Some(value.into()),
             ("fd", value) => net.fds = Some(vec![value.parse().map_err(number)?]),
             ("mac", value) => net.mac = value.parse()?,
             ("mtu", value) => net.mtu = Some(value.parse().map_err(number)?),
-            (name, _) => return Err(unknown(name, "tap, fd, mac, mtu")),
+            (name, _) => return Err(unknown(name, &format!("tap, fd, mac, mtu, {LIMITS}"))),
         }
     }
     match (&net.tap, &net.fds) {
@@ -196,6 +244,14 @@ mod tests {
         assert_eq!(net.mac.to_string(), "52:54:00:12:34:56");
         assert_eq!(parse_net("fd=5").unwrap().fds, Some(vec![5]));
         assert_eq!(parse_vsock("socket=/s").unwrap().cid, GUEST_CID);
+        let bucket = |size, refill_time| Some(TokenBucket { size, refill_time });
+        let disk = parse_disk("path=/d,bw_refill_time=500,bw_size=2M,ops_size=100").unwrap();
+        let limits = disk.rate_limiter_config.unwrap();
+        assert_eq!(limits.bandwidth, bucket(2 << 20, 500));
+        assert_eq!(limits.ops, bucket(100, 1000));
+        let net = parse_net("ops_refill_time=10,tap=t").unwrap();
+        // What lacks a size is refused with the configuration.
+        assert_eq!(net.rate_limiter_config.unwrap().ops, bucket(0, 10));
         let balloon = parse_balloon("size=256M,free_page_reporting=on").unwrap();
         assert_eq!(
             (balloon.size, balloon.free_page_reporting),
@@ -219,6 +275,12 @@ mod tests {
             ),
             (parse_disk("/d.img").unwrap_err(), "not NAME=VALUE"),
             (parse_disk("path=/d,direct=on").unwrap_err(), "direct"),
+            (parse_disk("path=/d,bw_burst=1").unwrap_err(), "bw_burst"),
+            (
+                parse_disk("path=/d,bw_refill_time=1s").unwrap_err(),
+                "milliseconds",
+            ),
+            (parse_net("tap=t,ops_size=many").unwrap_err(), "no size"),
             (parse_disk("path=/d,readonly=yes").unwrap_err(), "on or off"),
             (parse_net("mac=52:54:00:12:34:56").unwrap_err(), "one tap"),
             (parse_net("tap=t,fd=3").unwrap_err(), "one tap"),
