@@ -323,7 +323,7 @@ impl DestinationGuest for Incoming {
 
     fn resume(&mut self) -> Result<(), GuestError> {
         let machine = self.machine().ok_or("there is no guest to resume")?;
-        Ok(machine.resume()?)
+        Ok(machine.resume_arrived()?)
     }
 }
 

@@ -477,11 +477,34 @@ impl Machine {
         if !*running {
             self.devices.lock_images()?;
             self.devices.resume();
-            self.gates().for_each(|gate| excuse_pause(gate));
-            self.gates().for_each(|gate| gate.release());
+            self.release_vcpus();
             *running = true;
         }
         Ok(())
+    }
+
+    /// As [`Self::resume`], for a guest that has just arrived: it goes on if everything of it does. Otherwise nothing
+    /// does, and it may go on where it came from.
+    ///
+    /// # Errors
+    /// As there, and a vhost-user back end that was lost.
+    pub fn resume_arrived(&self) -> Result<()> {
+        let mut running = self.running_state();
+        if !*running {
+            self.devices.lock_images()?;
+            if let Err(error) = self.devices.resume_arrived() {
+                self.devices.unlock_images()?;
+                return Err(error.into());
+            }
+            self.release_vcpus();
+            *running = true;
+        }
+        Ok(())
+    }
+
+    fn release_vcpus(&self) {
+        self.gates().for_each(|gate| excuse_pause(gate));
+        self.gates().for_each(|gate| gate.release());
     }
 
     /// Takes back what [`Self::give_up_disks`] gave away. Idempotent.

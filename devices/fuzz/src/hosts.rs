@@ -28,7 +28,7 @@ fn fast() -> RateLimit {
 struct Checked;
 
 impl virtio::Discard for Checked {
-    fn discard(&mut self, ranges: &[Range<u64>]) -> io::Result<()> {
+    fn discard(&mut self, ranges: &[Range<u64>], _: &dyn Fn() -> bool) -> io::Result<()> {
         let mut end = None;
         for range in ranges {
             assert!(

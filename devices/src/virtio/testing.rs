@@ -346,6 +346,11 @@ impl Driver {
         }
     }
 
+    /// Says that `index` entries were made available, whatever there are.
+    pub(crate) fn set_available_index(&self, queue: usize, index: u16) {
+        self.write_memory(self.rings[queue].available() + 2, &index.to_le_bytes());
+    }
+
     /// Adds a chain, notifies, and waits until it is used; returns the bytes written.
     pub(crate) fn request(&mut self, queue: usize, parts: &[Part]) -> u32 {
         let head = self.add(queue, parts);

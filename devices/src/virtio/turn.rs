@@ -438,15 +438,19 @@ impl<'a, M: GuestAddressSpace> Turn<'a, M> {
         buffer.each_slice(&*self.shared.memory.memory(), access, each)
     }
 
-    /// Does something that may have to wait for a vCPU, which in turn may be about to reset this device.
+    /// Does something that may have to wait for a vCPU, which in turn may be about to reset this device. `work` gets a
+    /// way to ask whether that has come about.
     ///
     /// # Errors
-    /// [`DeviceError::Reset`] when that came about: chains that were taken belong to nobody now.
-    pub fn unlocked<T>(self, work: impl FnOnce() -> T) -> Result<(Self, T), DeviceError> {
+    /// [`DeviceError::Reset`] when it did: chains that were taken belong to nobody now.
+    pub fn unlocked<T>(
+        self,
+        work: impl FnOnce(&dyn Fn() -> bool) -> T,
+    ) -> Result<(Self, T), DeviceError> {
         let Self { shared, queues } = self;
         let generation = queues.generation;
         drop(queues);
-        let result = work();
+        let result = work(&|| shared.lock().generation != generation);
         let queues = shared.lock();
         if queues.generation != generation || !queues.active {
             return Err(DeviceError::Reset);

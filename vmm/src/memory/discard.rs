@@ -60,7 +60,7 @@ pub(crate) struct NotifiedDiscard {
 
 impl Discard for NotifiedDiscard {
     /// One range is opened round all of them: vCPUs are stopped once.
-    fn discard(&mut self, ranges: &[Range<u64>]) -> io::Result<()> {
+    fn discard(&mut self, ranges: &[Range<u64>], taken_back: &dyn Fn() -> bool) -> io::Result<()> {
         let ranges = ranges
             .iter()
             .map(|range| GpaRange::with_len(Gpa(range.start), range.end - range.start))
@@ -70,6 +70,9 @@ impl Discard for NotifiedDiscard {
             return Ok(());
         };
         let open = self.notifier.open(hull).map_err(io::Error::other)?;
+        if taken_back() {
+            return Ok(());
+        }
         let done = ranges
             .iter()
             .try_for_each(|range| self.ram.discard(*range, Source::Device));
@@ -98,7 +101,10 @@ mod tests {
                 ram: Arc::clone(&ram),
                 notifier: Notifier::new(),
             };
-            discard.discard(&[0x4000..0x5000, 0x6000..0x7000]).unwrap();
+            let ranges = [0x4000..0x5000, 0x6000..0x7000];
+            discard.discard(&ranges, &|| true).unwrap();
+            assert_eq!(epoch.harvest(GpaRange::ALL).unwrap().pages(), 0);
+            discard.discard(&ranges, &|| false).unwrap();
             let read = |address| -> u8 { ram.memory().read_obj(GuestAddress(address)).unwrap() };
             let found = [
                 0x3fff, 0x4000, 0x4fff, 0x5000, 0x5fff, 0x6000, 0x6fff, 0x7000,

@@ -40,9 +40,12 @@ pub trait Discard: Send {
     /// now on. That is a change of memory like any other, so it is made known to whoever tracks changes.
     /// The ranges are whole pages of 4 KiB in guest memory, ascending, and do not touch each other.
     ///
+    /// The guest may take its pages back by a reset meanwhile: `taken_back` is asked when no vCPU can do that any more
+    /// before the memory is gone. Then all of it stays as it is.
+    ///
     /// # Errors
     /// The kernel's. Memory that could not be given back stays as it is.
-    fn discard(&mut self, ranges: &[Range<u64>]) -> io::Result<()>;
+    fn discard(&mut self, ranges: &[Range<u64>], taken_back: &dyn Fn() -> bool) -> io::Result<()>;
 }
 
 /// A balloon.
@@ -192,7 +195,8 @@ impl Balloon {
                 INFLATE => inflated(&turn, chain)?,
                 _ => reported(chain)?,
             };
-            let (back, result) = turn.unlocked(|| self.discard.discard(&request.ranges))?;
+            let (back, result) =
+                turn.unlocked(|taken_back| self.discard.discard(&request.ranges, taken_back))?;
             turn = back;
             self.count(queue, &request, &result);
             turn.complete(queue, request.head, 0)?;

@@ -18,7 +18,7 @@ struct Recorder {
 }
 
 impl Discard for Recorder {
-    fn discard(&mut self, ranges: &[Range<u64>]) -> io::Result<()> {
+    fn discard(&mut self, ranges: &[Range<u64>], _: &dyn Fn() -> bool) -> io::Result<()> {
         self.discarded
             .send(ranges.to_vec())
             .map_err(io::Error::other)?;

@@ -32,6 +32,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
             }
         });
         state.link = Some(link);
+        state.lost = None;
     }
 
     /// The other end of a connection went away while nobody waited for it.
@@ -52,6 +53,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         let why = error.to_string();
         state.started = false;
         state.failure = Some(why.clone());
+        state.lost = Some(why.clone());
         if state.driver.is_some() {
             self.interrupt.needs_reset();
         }
@@ -68,6 +70,26 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         match self.begin(state) {
             Ok(()) => state.started = true,
             Err(error) => self.lose(state, &error),
+        }
+    }
+
+    /// Does what can fail of a start while nothing is served yet: for a guest that arrives.
+    pub(super) fn prepare(&self, state: &mut State) {
+        let State {
+            link: Some(link),
+            driver: Some(driver),
+            log,
+            ..
+        } = state
+        else {
+            return;
+        };
+        let prepared = link
+            .tell_memory(&self.table)
+            .and_then(|()| self.agree(link, driver, log.as_ref()))
+            .and_then(|()| link.settle());
+        if let Err(error) = prepared {
+            self.lose(state, &error);
         }
     }
 
@@ -159,8 +181,11 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
             return Ok(());
         };
         self.agree(link, driver, log.as_ref())?;
-        self.vrings(driver)
-            .try_for_each(|vring| link.set_rings(&vring, &self.table, used_log(log.as_ref())))
+        for vring in self.vrings(driver) {
+            link.set_rings(&vring, &self.table, used_log(log.as_ref()))?;
+        }
+        // From here on all that it writes is in the log.
+        link.settle()
     }
 
     /// Has the back end serve the driver no longer, when it has done what it was asked for.
@@ -187,9 +212,9 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         };
         let began = Instant::now();
         for (index, queue) in ready(&mut driver.queues) {
-            self.wait_for_used(link, began, queue, |inner| {
-                inner.ring_index(queue.available_ring)
-            })?;
+            // A vCPU may stand between making a request available and notifying of it.
+            self.kicks.get(index).into_iter().for_each(notify);
+            self.wait_for_used(link, began, queue, |inner| inner.last_request(queue))?;
             let left = DRAIN_LIMIT.saturating_sub(began.elapsed());
             let base = link.stop(index, left.max(spec::REPLY_LIMIT))?;
             let in_flight = base.wrapping_sub(self.ring_index(queue.used_ring));
@@ -234,6 +259,17 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
             thread::sleep(LOOK_AGAIN);
         }
         Ok(())
+    }
+
+    /// Where the used ring comes to with the last request. An index that is further ahead than the queue is long is no
+    /// request: there is nothing to wait for.
+    fn last_request(&self, queue: &QueueSnapshot) -> u16 {
+        let used = self.ring_index(queue.used_ring);
+        let available = self.ring_index(queue.available_ring);
+        match available.wrapping_sub(used) > queue.size {
+            true => used,
+            false => available,
+        }
     }
 
     /// The index of an available or used ring, which was found to be in guest memory.

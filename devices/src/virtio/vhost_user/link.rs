@@ -159,6 +159,15 @@ impl Link {
         })
     }
 
+    /// Returns when the back end has done all that it was told before. One without acknowledgements answers nothing but
+    /// questions, in their turn.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        self.exchange("asking whether it has done what it was told", |frontend| {
+            frontend.get_features()
+        })?;
+        Ok(())
+    }
+
     pub(super) fn set_write_back(&mut self, write_back: u8) -> Result<()> {
         self.exchange("switching its write cache", |frontend| {
             let offset = u32::try_from(WRITE_BACK).unwrap_or(u32::MAX);

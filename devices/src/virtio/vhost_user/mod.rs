@@ -7,8 +7,8 @@
 //! guest memory ─ memory files ────────────────────────────────────┘
 //! ```
 //!
-//! The back end gets guest memory, the queues' places and both events when the driver is ready, and works by itself
-//! from then on: no thread of this process stands between it and the guest. It is stopped before anybody but the guest
+//! The back end gets guest memory, the queues' places and both events when the driver is ready (memory and features
+//! already when a guest with such a driver arrives: they may be refused), and works by itself from then on: no thread of this process stands between it and the guest. It is stopped before anybody but the guest
 //! looks at the queues: at a reset, at a pause, and with it before a guest leaves.
 //!
 //! ```text
@@ -104,7 +104,10 @@ struct State {
     paused: bool,
     write_back: u8,
     log: Option<WriteLog>,
+    /// Why the device needs a reset, if it does.
     failure: Option<String>,
+    /// Why there is no link.
+    lost: Option<String>,
 }
 
 struct Driver {
@@ -147,6 +150,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
                 write_back: offer.config[WRITE_BACK],
                 log: None,
                 failure: None,
+                lost: None,
             }),
         });
         inner.adopt(&mut inner.state(), link);
@@ -176,7 +180,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
     /// Why it was lost.
     pub fn is_there(&self) -> Result<()> {
         let state = self.0.state();
-        match (&state.link, &state.failure) {
+        match (&state.link, &state.lost) {
             (Some(_), _) => Ok(()),
             (None, why) => Err(VhostUserError::Gone(why.clone().unwrap_or_default())),
         }

@@ -33,7 +33,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
             features,
             queues: queues.to_vec(),
         });
-        inner.start(&mut state);
+        match state.paused {
+            true => inner.prepare(&mut state),
+            false => inner.start(&mut state),
+        }
         Ok(())
     }
 

@@ -285,6 +285,22 @@ impl Devices {
         self.list.iter().for_each(|d| d.device().resume());
     }
 
+    /// Lets all of them go on for a guest that has just arrived, if those that other processes serve can; otherwise
+    /// none of them does.
+    ///
+    /// # Errors
+    /// The first back end that was lost.
+    pub(super) fn resume_arrived(&self) -> Result<(), DevicesError> {
+        let served_elsewhere = || self.list.iter().filter(|d| d.back_end.is_some());
+        served_elsewhere().for_each(|d| d.device().resume());
+        if let Err(error) = self.each_back_end(VhostUser::is_there) {
+            served_elsewhere().for_each(|d| d.device().pause());
+            return Err(error);
+        }
+        self.resume();
+        Ok(())
+    }
+
     /// Makes sure that nobody else writes to the disks. Idempotent.
     pub(super) fn lock_images(&self) -> Result<(), DevicesError> {
         Ok(self.images().try_for_each(DiskImage::lock)?)

@@ -317,6 +317,85 @@ fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
     }
 }
 
+/// A back end without acknowledgements may still be switching when it has been told.
+#[test]
+fn whatever_is_written_once_the_log_has_begun_is_in_it() {
+    for protocol in [PROTOCOL, PROTOCOL & !REPLY_ACK] {
+        let back_end = BackEnd::start(Manner {
+            protocol,
+            logs_late: true,
+            ..Manner::default()
+        });
+        let (mut driver, disk) = guest(&back_end);
+        driver.start(EVENT_INDEX);
+        disk.start_log().unwrap();
+        read_sector(&mut driver, 1, DATA);
+        driver.device.pause();
+        assert!(taken(&disk).contains(&(DATA / 4096)), "{protocol:#x}");
+    }
+}
+
+/// A vCPU is stopped between making a request available and notifying of it.
+#[test]
+fn a_pause_ends_requests_that_nobody_was_notified_of() {
+    let back_end = BackEnd::start(Manner::default());
+    let (mut driver, disk) = guest(&back_end);
+    driver.start(EVENT_INDEX);
+    // It has heard of all that it was notified of at its start.
+    write_sector(&mut driver, 1, 1);
+    header(&driver, 1, 1);
+    let parts = [
+        Part::Out(HEADER, 16),
+        Part::Out(DATA, 512),
+        Part::In(STATUS, 1),
+    ];
+    let head = driver.add(0, &parts);
+    driver.device.pause();
+    disk.is_there().unwrap();
+    assert_eq!(driver.used(0), Some((head, 1)));
+}
+
+/// What is no request is not waited for.
+#[test]
+fn an_index_far_ahead_holds_up_no_pause() {
+    let back_end = BackEnd::start(Manner {
+        keeps_requests: true,
+        ..Manner::default()
+    });
+    let (mut driver, disk) = guest(&back_end);
+    driver.start(0);
+    driver.set_available_index(0, 1000);
+    driver.device.pause();
+    disk.is_there().unwrap();
+}
+
+#[test]
+fn a_guest_is_not_taken_by_a_back_end_that_cannot_have_its_memory() {
+    for refused in [SET_MEM_TABLE, SET_FEATURES] {
+        let back_end = BackEnd::start(Manner::default());
+        let (mut driver, _disk) = guest(&back_end);
+        driver.start(EVENT_INDEX);
+        write_sector(&mut driver, 1, 1);
+        driver.device.pause();
+        let other = BackEnd::start(Manner::with(refused, Act::Close));
+        let (_driver, disk) = moved(driver, &other);
+        disk.is_there().unwrap_err();
+    }
+}
+
+#[test]
+fn why_a_back_end_was_lost_is_known_after_a_reset() {
+    let back_end = BackEnd::start(Manner::with(SET_FEATURES, Act::Close));
+    let (mut driver, disk) = guest(&back_end);
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 16);
+    driver.set(0x70, RUNNING);
+    driver.wait_needs_reset();
+    driver.set(0x70, 0);
+    let error = disk.is_there().unwrap_err().to_string();
+    assert!(error.contains("closed the connection"), "{error}");
+}
+
 #[test]
 fn a_log_that_is_answered_with_nonsense_loses_the_back_end() {
     let other_request = [7_u32, 5, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();

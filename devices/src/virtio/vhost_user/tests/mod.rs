@@ -324,8 +324,9 @@ fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
     let head = driver.add(0, &parts);
     let other = BackEnd::start(Manner::default());
     let (mut driver, _disk) = moved(driver, &other);
-    // Until the guest goes on, the new back end does not know of it.
-    assert!(other.bodies(SET_MEM_TABLE).is_empty() && other.bodies(SET_VRING_KICK).is_empty());
+    // Until the guest goes on, the new back end has its memory and no queue.
+    assert_eq!(other.bodies(SET_MEM_TABLE).len(), 1);
+    assert!(other.bodies(SET_VRING_BASE).is_empty() && other.bodies(SET_VRING_KICK).is_empty());
     driver.device.resume();
     assert_eq!(driver.wait_used(0).0, head);
     assert_eq!(other.seen().disk[99 * 512], 1);
