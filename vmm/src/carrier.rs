@@ -10,6 +10,7 @@ use ept::{Gpa, GpaRange, Tracker};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use crate::boot;
+use crate::complain::complain;
 use crate::config::DevicesConfig;
 use crate::kvm::host::Host;
 use crate::machine::{EmptyMachine, Machine, MachineError, Shape, Wiring};
@@ -306,10 +307,10 @@ impl DestinationGuest for Incoming {
         let (machine, left_out) =
             empty.restore(sections, std::mem::take(&mut self.cpuid), wiring)?;
         if !left_out.is_empty() {
-            eprintln!(
-                "ferry: not restored, because this host refuses: {}",
+            complain(format_args!(
+                "not restored, because this host refuses: {}",
                 left_out.join(", ")
-            );
+            ));
         }
         self.state = Arrival::Guest(Arc::new(machine));
         Ok(())

@@ -7,6 +7,7 @@ pub mod api;
 pub mod boot;
 pub mod carrier;
 pub mod cli;
+mod complain;
 pub mod config;
 pub mod events;
 pub mod kvm;

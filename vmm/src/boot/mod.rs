@@ -20,6 +20,7 @@ mod reset_vector;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use kvm_ioctls::VcpuFd;
@@ -216,7 +217,12 @@ pub fn start_registers(
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
-    let file = File::open(path).map_err(|source| file_error(what, path, source))?;
+    // A pipe must not have the monitor wait for its writer before it is seen to be none.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|source| file_error(what, path, source))?;
     let kind = file
         .metadata()
         .map_err(|source| file_error(what, path, source))?;

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::complain::complain;
 use arguments::{Arguments, Verb};
 
 /// Any failure of a verb; its message is what the user reads.
@@ -46,7 +47,7 @@ pub fn main() -> ExitCode {
     match done {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("ferry: {error}");
+            complain(error);
             ExitCode::FAILURE
         }
     }

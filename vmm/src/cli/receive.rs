@@ -10,6 +10,7 @@ use super::arguments::ReceiveArguments;
 use super::console;
 use super::service::{InputLine, Outside, Service, Terminal, end_with_parent};
 use crate::carrier::{Admission, Incoming};
+use crate::complain::complain;
 use crate::config::{
     CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
 };
@@ -92,7 +93,7 @@ impl Reception {
             match self.receive(&connection) {
                 Ok(()) => return,
                 Err(error) => {
-                    eprintln!("ferry: no guest was received: {error}");
+                    complain(format_args!("no guest was received: {error}"));
                     // The source was told so and runs it: whatever had come this far must not be resumed here.
                     self.monitor.release();
                     self.monitor
@@ -136,13 +137,15 @@ impl Reception {
             .unconfirmed
             .map(|error| format!("the guest runs here, but the source could not be told: {error}"));
         if let Some(message) = &message {
-            eprintln!("ferry: {message}");
+            complain(message);
         }
         progress.end(Phase::Completed, message);
         self.listener.close();
         // The guest is here now, whatever becomes of its input.
         if let Err(error) = self.connect(machine) {
-            eprintln!("ferry: the guest's input cannot be connected: {error}");
+            complain(format_args!(
+                "the guest's input cannot be connected: {error}"
+            ));
         }
         Ok(())
     }

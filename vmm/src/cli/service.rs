@@ -22,6 +22,7 @@ use super::arguments::Place;
 use super::console::{self, Input, RawTerminal};
 use super::inherited;
 use crate::api::ApiServer;
+use crate::complain::complain;
 use crate::config::{SerialConfig, SerialMode};
 use crate::events::{EventSource, Events};
 use crate::machine::{Machine, OnLoss};
@@ -147,9 +148,9 @@ impl Service {
     pub(super) fn on_loss(&self) -> OnLoss {
         let events = self.monitor.events().clone();
         Arc::new(move |device, why| {
-            eprintln!(
-                "ferry: {device}: {why}; the guest goes on without it until it resets it, or is rebooted"
-            );
+            complain(format_args!(
+                "{device}: {why}; the guest goes on without it until it resets it, or is rebooted"
+            ));
             let properties = serde_json::json!({ "id": device, "reason": why });
             events.tell(EventSource::Vm, "device-failed", properties);
         })
@@ -274,7 +275,7 @@ impl EventLoop {
                 loop {
                     if let Err(error) = manager.run() {
                         // Epoll itself failed: there will be no more events, and the guest runs on without.
-                        eprintln!("ferry: device events: {error}");
+                        complain(format_args!("device events: {error}"));
                         return;
                     }
                 }

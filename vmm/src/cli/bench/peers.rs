@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cli::Failure;
+use crate::complain::complain;
 
 /// Whether `program` can be started at all; says on standard error where it cannot.
 pub(super) fn is_there(program: &Path) -> Result<bool, Failure> {
@@ -17,7 +18,9 @@ pub(super) fn is_there(program: &Path) -> Result<bool, Failure> {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let program = program.display();
-            eprintln!("ferry: {program} is not installed: it is left out; --qemu names another");
+            complain(format_args!(
+                "{program} is not installed: it is left out; --qemu names another"
+            ));
             Ok(false)
         }
         Err(error) => Err(format!("{}: {error}", program.display()).into()),
