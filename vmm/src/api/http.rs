@@ -179,18 +179,51 @@ pub(super) trait Source {
     /// The system's; `TimedOut` when the client took too long.
     fn read(&mut self, bytes: &mut [u8], begun: Begun) -> io::Result<usize>;
 
-    /// Takes the descriptors that came with what was read.
-    ///
-    /// # Errors
-    /// More came than a request may have.
-    fn take_descriptors(&mut self) -> Result<Vec<OwnedFd>, TooManyDescriptors> {
-        Ok(Vec::new())
+    /// Takes the descriptors that came with the last of the bytes that were read.
+    fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        Vec::new()
     }
 }
 
-/// More descriptors came with a request than any call takes.
-#[derive(Debug)]
-pub(super) struct TooManyDescriptors;
+/// What a client sent ahead of the request that is looked at.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    bytes: Vec<u8>,
+    /// Each with the place in `bytes` behind those that it came with. A socket never joins the bytes that descriptors
+    /// come with and those behind them (unix(7)).
+    descriptors: Vec<(usize, OwnedFd)>,
+}
+
+impl Ahead {
+    #[cfg(test)]
+    pub(super) fn append(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Takes the first `count` bytes, and what came with them.
+    ///
+    /// # Errors
+    /// More descriptors than a request may have.
+    fn take(&mut self, count: usize) -> Result<(Vec<u8>, Vec<OwnedFd>), RequestError> {
+        let rest = self.bytes.split_off(count);
+        let bytes = std::mem::replace(&mut self.bytes, rest);
+        let (with, later): (Vec<_>, Vec<_>) = std::mem::take(&mut self.descriptors)
+            .into_iter()
+            .partition(|(end, _)| *end <= count);
+        self.descriptors = later
+            .into_iter()
+            .map(|(end, descriptor)| (end - count, descriptor))
+            .collect();
+        if with.len() > DESCRIPTORS_LIMIT {
+            let why = format!("at most {DESCRIPTORS_LIMIT} descriptors come with a request");
+            return Err(bad(400, why));
+        }
+        Ok((
+            bytes,
+            with.into_iter().map(|(_, descriptor)| descriptor).collect(),
+        ))
+    }
+}
 
 /// Whether the first byte of a request has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,41 +238,34 @@ impl Source for &[u8] {
     }
 }
 
-/// Reads the next request. `buffer` keeps what a client sends ahead.
+/// Reads the next request. `ahead` keeps what a client sends ahead.
 pub(super) fn read_request(
     stream: &mut impl Source,
-    buffer: &mut Vec<u8>,
+    ahead: &mut Ahead,
 ) -> Result<Request, RequestError> {
     loop {
-        if let Some((mut request, head, length)) = parse(buffer)? {
-            while buffer.len() < head + length {
-                fill(stream, buffer)?;
+        if let Some((mut request, head, length)) = parse(&ahead.bytes)? {
+            while ahead.bytes.len() < head + length {
+                fill(stream, ahead)?;
             }
-            request.body = buffer[head..head + length].to_vec();
-            buffer.drain(..head + length);
-            let descriptors = stream.take_descriptors();
-            request.descriptors = descriptors
-                .map_err(|TooManyDescriptors| {
-                    let why =
-                        format!("at most {DESCRIPTORS_LIMIT} descriptors come with a request");
-                    bad(400, why)
-                })?
-                .into();
+            let (bytes, descriptors) = ahead.take(head + length)?;
+            request.body = bytes[head..].to_vec();
+            request.descriptors = descriptors.into();
             return Ok(request);
         }
-        if buffer.len() > HEAD_LIMIT {
+        if ahead.bytes.len() > HEAD_LIMIT {
             return Err(bad(
                 413,
                 format!("the request's head has more than {HEAD_LIMIT} bytes"),
             ));
         }
-        fill(stream, buffer)?;
+        fill(stream, ahead)?;
     }
 }
 
-fn fill(stream: &mut impl Source, buffer: &mut Vec<u8>) -> Result<(), RequestError> {
+fn fill(stream: &mut impl Source, ahead: &mut Ahead) -> Result<(), RequestError> {
     let mut bytes = [0; 4096];
-    let begun = if buffer.is_empty() {
+    let begun = if ahead.bytes.is_empty() {
         Begun::No
     } else {
         Begun::Yes
@@ -250,7 +276,14 @@ fn fill(stream: &mut impl Source, buffer: &mut Vec<u8>) -> Result<(), RequestErr
         }
         Ok(0) | Err(_) => Err(RequestError::Closed),
         Ok(count) => {
-            buffer.extend(&bytes[..count]);
+            ahead.bytes.extend(&bytes[..count]);
+            let end = ahead.bytes.len();
+            // One more than a request may have says that there were too many.
+            let room = (DESCRIPTORS_LIMIT + 1).saturating_sub(ahead.descriptors.len());
+            let came = stream.take_descriptors().into_iter().take(room);
+            ahead
+                .descriptors
+                .extend(came.map(|descriptor| (end, descriptor)));
             Ok(())
         }
     }
@@ -329,7 +362,7 @@ mod tests {
     fn requests_follow_each_other_on_one_connection() {
         let text = b"PUT /a HTTP/1.1\r\ncontent-length: 3\r\n\r\nxyzGET /b HTTP/1.1\r\nConnection: close\r\n\r\n";
         for step in [1, 7, 4096] {
-            let (mut stream, mut buffer) = (Drip(text, step), Vec::new());
+            let (mut stream, mut buffer) = (Drip(text, step), Ahead::default());
             let first = read_request(&mut stream, &mut buffer).unwrap();
             assert_eq!((first.method.as_str(), first.path.as_str()), ("PUT", "/a"));
             assert_eq!(
@@ -356,7 +389,7 @@ mod tests {
             ("PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
             ("\u{1}\u{2}\r\n\r\n", 400),
         ] {
-            match read_request(&mut Drip(text.as_bytes(), 4096), &mut Vec::new()) {
+            match read_request(&mut Drip(text.as_bytes(), 4096), &mut Ahead::default()) {
                 Err(RequestError::Bad(response)) => assert_eq!(response.status, status),
                 other => panic!("{text:.40}: {other:?}"),
             }
@@ -366,7 +399,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _answer = read_request(&mut Drip(&bytes, 16), &mut Vec::new());
+            let _answer = read_request(&mut Drip(&bytes, 16), &mut Ahead::default());
         }
     }
 }

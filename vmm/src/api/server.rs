@@ -17,8 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::http::{
-    Begun, DESCRIPTORS_LIMIT, KeepAlive, RequestError, Response, Source, TooManyDescriptors,
-    read_request,
+    Ahead, Begun, DESCRIPTORS_LIMIT, KeepAlive, RequestError, Response, Source, read_request,
 };
 use super::routes::answer;
 use crate::migration::transport::{SocketFile, TransportError, listen_unix};
@@ -106,9 +105,9 @@ impl Drop for ApiServer {
 /// clients than a socket. Returns the answers' bytes.
 #[must_use]
 pub fn answer_bytes(monitor: &Arc<Monitor>, mut bytes: &[u8]) -> Vec<u8> {
-    let (mut buffer, mut answers) = (Vec::new(), Vec::new());
+    let (mut ahead, mut answers) = (Ahead::default(), Vec::new());
     loop {
-        let (response, keep_alive) = match read_request(&mut bytes, &mut buffer) {
+        let (response, keep_alive) = match read_request(&mut bytes, &mut ahead) {
             Ok(request) => (answer(monitor, &request), request.keep_alive),
             Err(RequestError::Bad(response)) => (response, KeepAlive::No),
             Err(RequestError::Closed) => return answers,
@@ -241,15 +240,15 @@ impl Drop for Place {
 
 /// Answers the requests of one connection, one after the other.
 fn serve(mut stream: UnixStream, monitor: &Arc<Monitor>, place: &Place) {
-    let mut buffer = Vec::new();
-    while let Ok(KeepAlive::Yes) = serve_one(&mut stream, &mut buffer, monitor, place) {}
+    let mut ahead = Ahead::default();
+    while let Ok(KeepAlive::Yes) = serve_one(&mut stream, &mut ahead, monitor, place) {}
 }
 
 /// # Errors
 /// The client is done or gone, or the connection had to make room for another one.
 fn serve_one(
     stream: &mut UnixStream,
-    buffer: &mut Vec<u8>,
+    ahead: &mut Ahead,
     monitor: &Arc<Monitor>,
     place: &Place,
 ) -> io::Result<KeepAlive> {
@@ -259,7 +258,7 @@ fn serve_one(
         deadline: None,
         descriptors: Vec::new(),
     };
-    let request = read_request(&mut client, buffer);
+    let request = read_request(&mut client, ahead);
     // From here on it is not closed to make room.
     place.note(State::Answering)?;
     let (response, keep_alive) = match request {
@@ -277,7 +276,7 @@ struct Client<'a> {
     stream: &'a UnixStream,
     /// For the rest of the request that it began.
     deadline: Option<Instant>,
-    /// What came with the bytes that were read. One more than a request may have says that there were too many.
+    /// What came with the bytes that were read last.
     descriptors: Vec<OwnedFd>,
 }
 
@@ -292,8 +291,7 @@ impl Client<'_> {
         let count = recvmsg(self.stream, &mut parts, &mut ancillary, flags)?.bytes;
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(came) = message {
-                let room = (DESCRIPTORS_LIMIT + 1).saturating_sub(self.descriptors.len());
-                self.descriptors.extend(came.take(room));
+                self.descriptors.extend(came);
             }
         }
         Ok(count)
@@ -319,12 +317,8 @@ impl Source for Client<'_> {
         })
     }
 
-    fn take_descriptors(&mut self) -> Result<Vec<OwnedFd>, TooManyDescriptors> {
-        let descriptors = std::mem::take(&mut self.descriptors);
-        match descriptors.len() {
-            0..=DESCRIPTORS_LIMIT => Ok(descriptors),
-            _ => Err(TooManyDescriptors),
-        }
+    fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.descriptors)
     }
 }
 
@@ -388,7 +382,9 @@ mod tests {
             deadline: Some(Instant::now()),
             descriptors: Vec::new(),
         };
-        match read_request(&mut client, &mut b"G".to_vec()) {
+        let mut ahead = Ahead::default();
+        ahead.append(b"G");
+        match read_request(&mut client, &mut ahead) {
             Err(RequestError::Bad(response)) => assert_eq!(response.status, 408),
             other => panic!("{other:?}"),
         }
@@ -413,7 +409,7 @@ mod tests {
             deadline: None,
             descriptors: Vec::new(),
         };
-        let request = read_request(&mut client, &mut Vec::new())?;
+        let request = read_request(&mut client, &mut Ahead::default())?;
         assert_eq!(request.body, b"{}");
         Ok(request.take_descriptors())
     }
@@ -431,6 +427,33 @@ mod tests {
                 Err(RequestError::Bad(response)) => assert_eq!(response.status, 400),
                 other => panic!("{count}: {other:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn descriptors_belong_to_the_request_that_they_came_with() {
+        let (near, far) = UnixStream::pair().unwrap();
+        (&far).write_all(b"PUT /first HTTP/1.1\r\n\r\n").unwrap();
+        let file = File::open("/dev/null").unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let files = [file.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
+        let head = IoSlice::new(b"PUT /second HTTP/1.1\r\n\r\n");
+        sendmsg(&far, &[head], &mut ancillary, SendFlags::empty()).unwrap();
+        (&far).write_all(b"PUT /third HTTP/1.1\r\n\r\n").unwrap();
+        let mut ahead = Ahead::default();
+        for (path, count) in [("/first", 0), ("/second", 1), ("/third", 0)] {
+            let mut client = Client {
+                stream: &near,
+                deadline: None,
+                descriptors: Vec::new(),
+            };
+            let request = read_request(&mut client, &mut ahead).unwrap();
+            assert_eq!(
+                (request.path.as_str(), request.take_descriptors().len()),
+                (path, count)
+            );
         }
     }
 
