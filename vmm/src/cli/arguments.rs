@@ -81,9 +81,9 @@ pub(super) struct BenchStartArguments {
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
     pub(super) memory: u64,
-    /// The QEMU to compare with
-    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
-    pub(super) qemu: PathBuf,
+    /// The QEMU to compare with [default: qemu-system-x86_64, if it is installed]
+    #[arg(long, value_name = "FILE")]
+    pub(super) qemu: Option<PathBuf>,
     /// Print JSON, one object a line, instead of the table
     #[arg(long)]
     pub(super) json: bool,
@@ -132,9 +132,9 @@ pub(super) struct BenchDevicesArguments {
     /// Seconds for each load
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub(super) seconds: u32,
-    /// The QEMU to compare with
-    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
-    pub(super) qemu: PathBuf,
+    /// The QEMU to compare with [default: qemu-system-x86_64, if it is installed]
+    #[arg(long, value_name = "FILE")]
+    pub(super) qemu: Option<PathBuf>,
     /// Print JSON, one object a line, instead of the table
     #[arg(long)]
     pub(super) json: bool,

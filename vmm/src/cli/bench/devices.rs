@@ -35,6 +35,7 @@ struct Contestant {
 /// The guest that all run.
 struct Guest {
     this: PathBuf,
+    /// Nothing, where there is none.
     qemu: PathBuf,
     kernel: PathBuf,
     initramfs: PathBuf,
@@ -68,9 +69,11 @@ pub(super) fn devices(arguments: &BenchDevicesArguments) -> Result<u8, Failure> 
     let directory = tempfile::Builder::new().prefix("ferry-bench-").tempdir()?;
     let disk = directory.path().join("disk.raw");
     fill(&disk, arguments.disk_size).map_err(|error| format!("{}: {error}", disk.display()))?;
-    let guest = Guest::new(arguments, disk)?;
+    let program = peers::find_qemu(arguments.qemu.as_deref())?;
+    let has_qemu = program.is_some();
+    let guest = Guest::new(arguments, disk, program)?;
     let mut contestants = vec![Contestant::new(FERRY, ferry)];
-    if peers::is_there(&guest.qemu)? {
+    if has_qemu {
         contestants.push(Contestant::new("qemu", qemu));
     }
     let limit = PATIENCE + Duration::from_secs(arguments.seconds.into());
@@ -101,7 +104,11 @@ fn fill(disk: &Path, bytes: u64) -> std::io::Result<()> {
 }
 
 impl Guest {
-    fn new(arguments: &BenchDevicesArguments, disk: PathBuf) -> Result<Self, Failure> {
+    fn new(
+        arguments: &BenchDevicesArguments,
+        disk: PathBuf,
+        qemu: Option<PathBuf>,
+    ) -> Result<Self, Failure> {
         let seconds = arguments.seconds;
         let mut command_line =
             format!("console=ttyS0 quiet panic=-1 ferry.disk=/dev/vda ferry.seconds={seconds}");
@@ -112,7 +119,7 @@ impl Guest {
         }
         Ok(Self {
             this: env::current_exe()?,
-            qemu: arguments.qemu.clone(),
+            qemu: qemu.unwrap_or_default(),
             kernel: arguments.kernel.clone(),
             initramfs: arguments.initramfs.clone(),
             command_line,

@@ -1,29 +1,36 @@
 //! The programs that Ferry is measured beside.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::cli::Failure;
 use crate::complain::complain;
 
-/// Whether `program` can be started at all; says on standard error where it cannot.
-pub(super) fn is_there(program: &Path) -> Result<bool, Failure> {
+/// What is looked for where none is named.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// The QEMU to compare with: the one that is named, or the usual one where it is installed. Says on standard error that
+/// there is none.
+///
+/// # Errors
+/// The one that is named cannot be started.
+pub(super) fn find_qemu(named: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
+    let program = named.unwrap_or(Path::new(QEMU));
     let mut command = Command::new(program);
     command
         .arg("--version")
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     match command.status() {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            let program = program.display();
+        Ok(_) => Ok(Some(program.into())),
+        Err(error) if named.is_none() && error.kind() == ErrorKind::NotFound => {
             complain(format_args!(
-                "{program} is not installed: it is left out; --qemu names another"
+                "{QEMU} is not installed: it is left out; --qemu names another"
             ));
-            Ok(false)
+            Ok(None)
         }
-        Err(error) => Err(format!("{}: {error}", program.display()).into()),
+        Err(error) => Err(format!("--qemu {}: {error}", program.display()).into()),
     }
 }
 

@@ -58,8 +58,8 @@ fn contestants(arguments: &BenchStartArguments, kernel: &Path) -> Result<Vec<Con
         Contestant::new("bare ioctls", bare(this.clone(), kernel.into(), memory)),
         Contestant::new("ferry", ferry(this, kernel.into(), memory)),
     ];
-    if peers::is_there(&arguments.qemu)? {
-        let qemu = qemu(arguments.qemu.clone(), kernel.into(), memory);
+    if let Some(program) = peers::find_qemu(arguments.qemu.as_deref())? {
+        let qemu = qemu(program, kernel.into(), memory);
         all.push(Contestant::new("qemu microvm", qemu));
     }
     Ok(all)
