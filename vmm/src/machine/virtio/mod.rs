@@ -12,6 +12,7 @@ mod tap;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use devices::virtio::{
     BalloonControl, Device, Interrupt, MMIO_BYTES, QUEUE_NOTIFY, VhostUser, VhostUserError,
@@ -277,12 +278,33 @@ impl Devices {
 
     /// Stops all of them; the vCPUs stand already.
     pub(super) fn pause(&self) {
-        self.list.iter().for_each(|d| d.device().pause());
+        self.each_here(Transport::pause);
+        self.each_elsewhere(Transport::pause);
     }
 
     /// Lets all of them go on, before the vCPUs do.
     pub(super) fn resume(&self) {
-        self.list.iter().for_each(|d| d.device().resume());
+        self.each_elsewhere(Transport::resume);
+        self.each_here(Transport::resume);
+    }
+
+    /// Does something to those that are served here.
+    fn each_here(&self, act: fn(&Transport)) {
+        let here = self.list.iter().filter(|d| d.back_end.is_none());
+        here.for_each(|device| act(&device.device()));
+    }
+
+    /// Does something to those that other processes serve, which may take their time, all at once.
+    fn each_elsewhere(&self, act: fn(&Transport)) {
+        thread::scope(|scope| {
+            for device in self.list.iter().filter(|d| d.back_end.is_some()) {
+                let named = thread::Builder::new().name(device.name.clone());
+                // Without a thread they wait for each other.
+                if named.spawn_scoped(scope, || act(&device.device())).is_err() {
+                    act(&device.device());
+                }
+            }
+        });
     }
 
     /// Lets all of them go on for a guest that has just arrived, if those that other processes serve can; otherwise
@@ -291,13 +313,12 @@ impl Devices {
     /// # Errors
     /// The first back end that was lost.
     pub(super) fn resume_arrived(&self) -> Result<(), DevicesError> {
-        let served_elsewhere = || self.list.iter().filter(|d| d.back_end.is_some());
-        served_elsewhere().for_each(|d| d.device().resume());
+        self.each_elsewhere(Transport::resume);
         if let Err(error) = self.each_back_end(VhostUser::is_there) {
-            served_elsewhere().for_each(|d| d.device().pause());
+            self.each_elsewhere(Transport::pause);
             return Err(error);
         }
-        self.resume();
+        self.each_here(Transport::resume);
         Ok(())
     }
 
