@@ -1,8 +1,9 @@
 //! Bad input: each refusal names the thing, nothing panics, and nothing is left over.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 
 use ferry_tests::api::{self, Answer};
 use ferry_tests::dirtier::{self, LIMIT, assert_ends, assert_runs, audit};
@@ -221,6 +222,37 @@ fn a_configuration_is_refused_with_the_fields_path() {
     fs::write(&file, r#"{"payload":{}}"#).unwrap();
     assert_refused(&invoke(&["run", "--config", &path]), "payload.kernel");
     assert_refused(&invoke(&["run", "--config", "/no/such"]), "/no/such");
+}
+
+/// Nobody writes to it: a monitor that waited for that would wait for ever.
+#[test]
+fn a_pipe_is_no_kernel_and_no_initramfs() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe").display().to_string();
+    assert!(
+        Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let refused = "pipe: not a regular file";
+    assert_refused(&invoke(&["run", "--kernel", &pipe]), refused);
+    assert_refused(&run(&["--initramfs", &pipe]), refused);
+}
+
+#[test]
+fn a_failure_that_nobody_can_be_told_of_is_a_failure_and_no_panic() {
+    let ferry = paths::ferry().unwrap();
+    for arguments in [
+        &["run", "--kernel", "/no/such/kernel"][..],
+        &["demo", "--cpus", "1"],
+    ] {
+        let full = || File::options().write(true).open("/dev/full").unwrap();
+        let mut command = Command::new(&ferry);
+        command.args(arguments).stdout(full()).stderr(full());
+        assert_eq!(command.status().unwrap().code(), Some(1), "{arguments:?}");
+    }
 }
 
 #[test]
