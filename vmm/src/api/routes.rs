@@ -207,6 +207,7 @@ fn status(error: &MonitorError) -> u16 {
         | MonitorError::Migrating { .. }
         | MonitorError::NoMigration { .. }
         | MonitorError::NoLauncher
+        | MonitorError::HadGuest
         | MonitorError::NoRelaunch(_)
         | MonitorError::DirtyRate(DirtyRateError::AtWork | DirtyRateError::Interrupted) => 409,
         MonitorError::Machine(_)
