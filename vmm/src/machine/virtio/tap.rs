@@ -80,7 +80,7 @@ fn device_hint(error: &io::Error) -> &'static str {
 
 fn attach_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EBUSY) => "; another process uses it",
+        Some(libc::EBUSY) => "; another process uses it, or it is given twice here",
         Some(libc::EPERM) => {
             "; it is another user's: `ip tuntap add NAME mode tap user USER` makes one of yours"
         }
