@@ -330,26 +330,6 @@ pub fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, Confi
     Ok(value)
 }
 
-/// Reads a size: bytes, or with one of the suffixes K, M, G, T (powers of 1024).
-///
-/// # Errors
-/// In words.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is no size: write a number, with K, M, G or T behind it"))?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| format!("{text:?} is too large"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -449,15 +429,5 @@ mod tests {
         config.shape(None).unwrap();
         config.payload.kernel = None;
         assert_eq!(config.boot_payload().unwrap_err().path, "payload.kernel");
-    }
-
-    #[test]
-    fn sizes_are_read_with_their_suffix() {
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("2g"), Ok(2 << 30));
-        for text in ["", "M", "-1", "1.5G", "12 M", "99999999T", "64MiB"] {
-            parse_size(text).unwrap_err();
-        }
     }
 }

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::devices::DeviceArguments;
-use crate::config::{SerialConfig, SerialMode, parse_size};
+use crate::config::{SerialConfig, SerialMode};
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::memory::Backing;
 use crate::migration::decide::TimeoutStrategy;
-use crate::migration::transport::Url;
+use crate::migration::transport::{Url, check_socket_path};
+use crate::size::parse_size;
 
 /// A small KVM monitor that carries running guests to another process without losing a byte.
 #[derive(Debug, Parser)]
@@ -228,27 +229,22 @@ pages that the guest reports as free. When it uses them again and the host has n
 stands until there are some in /proc/sys/vm/nr_hugepages.")]
 pub(super) struct RunArguments {
     /// The kernel to boot
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "api_socket"])]
+    #[arg(long, value_name = "FILE")]
     pub(super) kernel: Option<PathBuf>,
     /// An initramfs for the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE")]
     pub(super) initramfs: Option<PathBuf>,
     /// The kernel's command line
-    #[arg(
-        long,
-        value_name = "TEXT",
-        allow_hyphen_values = true,
-        requires = "kernel"
-    )]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(super) cmdline: Option<String>,
     /// vCPUs, 1 to 64 [default: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), requires = "kernel")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(super) cpus: Option<u32>,
     /// Memory, such as 4G or 1G,hugepages=on or 1G,shared=off [default: 512M]
-    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory, requires = "kernel")]
+    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory)]
     pub(super) memory: Option<MemoryArgument>,
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
-    #[arg(long, value_name = "WHERE", value_parser = parse_serial, requires = "kernel")]
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
     #[command(flatten)]
     pub(super) devices: DeviceArguments,
@@ -272,6 +268,21 @@ pub(super) struct RunArguments {
     /// End when this process, which started this one, ends
     #[arg(long, value_name = "PID", hide = true)]
     pub(super) end_with_parent: Option<u32>,
+}
+
+impl RunArguments {
+    /// The first option that says something of a guest besides its kernel.
+    pub(super) fn of_a_guest(&self) -> Option<&'static str> {
+        let given = [
+            (self.initramfs.is_some(), "--initramfs"),
+            (self.cmdline.is_some(), "--cmdline"),
+            (self.cpus.is_some(), "--cpus"),
+            (self.memory.is_some(), "--memory"),
+            (self.serial.is_some(), "--serial"),
+            (self.devices.are_given(), "a device"),
+        ];
+        given.iter().find(|(is, _)| *is).map(|(_, name)| *name)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -567,7 +578,9 @@ fn parse_place(text: &str) -> Result<Place, String> {
 fn parse_socket(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("path=").unwrap_or(text) {
         "" => Err("a socket needs a path".into()),
-        path => Ok(path.into()),
+        path => check_socket_path(path.as_ref())
+            .map(|()| path.into())
+            .map_err(|error| error.to_string()),
     }
 }
 

@@ -9,6 +9,7 @@ use devices::{Rate, RateLimit};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{ConfigError, SerialConfig, SerialMode, bytes};
+use crate::migration::transport::check_socket_path;
 
 /// The virtio devices of a guest. Their order is the order in which the guest finds them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -336,8 +337,9 @@ impl DiskConfig {
                 "the vhost-user back end has the image, and says what may be done with it",
             ));
         }
-        match self.vhost_socket {
-            Some(_) => Ok(()),
+        match &self.vhost_socket {
+            Some(socket) => check_socket_path(socket)
+                .map_err(|why| error(format!("{path}.vhost_socket"), why.to_string())),
             None => Err(error(
                 format!("{path}.vhost_socket"),
                 "a vhost-user disk needs the Unix socket of its back end",

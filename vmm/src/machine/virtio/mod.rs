@@ -29,6 +29,7 @@ use crate::migration::header::{HostSide, SectionKind};
 
 pub use disk::DiskError;
 use disk::DiskImage;
+pub use open::look;
 pub(super) use open::{Opening, open};
 pub use tap::TapError;
 
