@@ -76,7 +76,7 @@ pub enum BootError {
     Empty(PathBuf),
     /// The kernel file is an ELF image of something else.
     #[error(
-        "kernel {}: an ELF image, but no kernel: its entry is below 1 MiB, as a program's may be; an ELF image with a \
+        "kernel {}: an ELF image, but no kernel: it is a program, or begins below 1 MiB; an ELF image with a \
          PVH note, a vmlinux or a bzImage is wanted",
         .0.display()
     )]
@@ -268,6 +268,9 @@ fn load_kernel(
             path: path.to_owned(),
             begins,
         });
+    }
+    if elf && elf_note::is_program(file).map_err(|source| file_error("kernel", path, source))? {
+        return Err(BootError::NoKernel(path.to_owned()));
     }
     let loaded = if elf {
         Elf::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
