@@ -41,7 +41,7 @@ pub enum ClientError {
 
 fn connect_hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::PermissionDenied => "you may not use this socket: it is another user's",
+        io::ErrorKind::PermissionDenied => "you may not use this socket",
         _ => "is it running with this --api-socket?",
     }
 }
