@@ -351,7 +351,8 @@ fn a_configuration_is_refused_with_the_fields_path_and_nothing_is_created() {
             "cpus.max_vcpus",
         ),
         (r#","serial":{"mode":"Pty"}"#, "serial.mode"),
-        (",", ".: trailing comma"),
+        (",", "trailing comma"),
+        (r#","serial":{"mode":"File"}"#, "serial.file"),
     ] {
         let answer = call(&ferry, "PUT", "vm.create", &format!("{{{payload}{rest}}}"));
         assert_eq!(answer.status, 400, "{rest}: {answer:?}");

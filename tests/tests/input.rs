@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use ferry_tests::api::{self, Answer};
-use ferry_tests::dirtier::{self, LIMIT, assert_ends, assert_runs, audit};
+use ferry_tests::dirtier::{self, LIMIT, PATIENT, assert_ends, assert_runs, audit};
 use ferry_tests::endpoint::Endpoint;
 use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::frames::Tag;
@@ -59,13 +59,21 @@ fn flags_of_run_out_of_range_are_named() {
         (&["--api-socket", "/no/such/folder/x"], "/no/such/folder/x"),
         (&["--dirty-log", "ring-of-fire"], "--dirty-log"),
         (&["--initramfs", "/no/such/initramfs"], "/no/such/initramfs"),
-        (&["--disk", "/x"], "--disk"),
+        (&["--disk", "/x"], "path=/x"),
+        (&["--net", "tap0"], "tap=tap0"),
     ] {
         assert_refused(&run(options), named);
     }
     let long = "x".repeat(1 << 16);
     assert_refused(&run(&["--cmdline", &long]), "command line");
     assert_refused(&invoke(&["run"]), "--kernel");
+    for options in [&[][..], &["--serial", "stdio"], &["--memory", "1G"]] {
+        let ended = invoke(&[&["run"][..], options].concat());
+        assert_refused(&ended, "--config FILE");
+        assert_refused(&ended, "--api-socket");
+    }
+    let long = format!("/{}", "x".repeat(107));
+    assert_refused(&run(&["--api-socket", &long]), "at most 107 bytes");
     assert_refused(&invoke(&["fly"]), "fly");
 }
 
@@ -75,10 +83,24 @@ fn devices_that_the_host_has_not_are_named() {
     let empty = folder.path().join("empty");
     fs::write(&empty, [0; 511]).unwrap();
     let empty = format!("path={}", empty.display());
+    let qcow2 = folder.path().join("qcow2");
+    fs::write(&qcow2, [&b"QFI\xfb\0\0\0\x03"[..], &[0; 1016]].concat()).unwrap();
+    let qcow2 = format!("path={}", qcow2.display());
+    let part = folder.path().join("part");
+    fs::write(&part, [0; 1000]).unwrap();
+    let part = format!("path={}", part.display());
+    let other = format!("socket={}", folder.path().display());
+    let long = format!("socket=/{}", "x".repeat(107));
+    let back_end = format!("vhost_user=on,{long}");
     for (arguments, named) in [
         (["--disk", "path=/no/such/image"], "/no/such/image"),
         (["--disk", "path=/dev/null"], "a disk is a raw image"),
         (["--disk", &empty], "less than 512 bytes"),
+        (["--disk", &qcow2], "qemu-img convert -O raw"),
+        (["--disk", &part], "truncate -s %512"),
+        (["--disk", &back_end], "at most 107 bytes"),
+        (["--vsock", &other], "something else"),
+        (["--vsock", &long], "at most 107 bytes"),
         (["--net", "tap=ferry-absent"], "ip tuntap add ferry-absent"),
         (["--net", "tap=lo"], "no tap"),
         (["--net", "fd=1000000"], "descriptor 1000000"),
@@ -86,7 +108,7 @@ fn devices_that_the_host_has_not_are_named() {
         (["--vsock", "socket=/x,cid=2"], "vsock address 2"),
         (["--balloon", "size=64G"], "balloon.size"),
         (["--console", "file:/no/such/folder/x"], "/no/such/folder/x"),
-        (["--console", "stdio"], "console.mode"),
+        (["--console", "stdio"], "--console"),
     ] {
         assert_refused(&run(&arguments), named);
     }
@@ -110,7 +132,24 @@ fn flags_of_receive_and_demo_out_of_range_are_named() {
         ),
         (
             &["receive", "tcp:127.0.0.1:0", "--console", "stdio"],
-            "console.mode",
+            "--console",
+        ),
+        (
+            &[
+                "receive",
+                "tcp:127.0.0.1:0",
+                "--disk",
+                "path=/no/such/image",
+            ],
+            "/no/such/image",
+        ),
+        (
+            &["receive", "tcp:127.0.0.1:0", "--disk", "path=/"],
+            "Is a directory",
+        ),
+        (
+            &["receive", "tcp:127.0.0.1:0", "--net", "tap=ferry-absent"],
+            "ip tuntap add ferry-absent",
         ),
         (
             &["receive", "tcp:127.0.0.1:0", "--net", "tap=t,mtu=1"],
@@ -181,12 +220,19 @@ fn a_kernel_that_is_not_there_or_no_kernel_is_named() {
     for kernel in [
         "/no/such/kernel".to_owned(),
         whole,
-        no_kernel("empty", b""),
         no_kernel("poem", &b"no kernel, but as long as a header\n".repeat(100)),
         no_kernel("damaged", &damaged),
     ] {
         let ended = invoke(&["run", "--memory", "64M", "--kernel", &kernel]);
         assert_refused(&ended, &kernel);
+    }
+    let program = paths::ferry().unwrap().display().to_string();
+    for (kernel, why) in [
+        (no_kernel("empty", b""), "is empty"),
+        (program, "an ELF image, but no kernel"),
+    ] {
+        let ended = invoke(&["run", "--memory", "64M", "--kernel", &kernel]);
+        assert_refused(&ended, why);
     }
 }
 
@@ -213,7 +259,7 @@ fn a_configuration_is_refused_with_the_fields_path() {
         (r#","cpus":{"boot_vcpus":0,"max_vcpus":0}"#, "vCPU"),
         (r#","cpus":{"boot_vcpus":4096,"max_vcpus":4096}"#, "4096"),
         (r#","serial":{"mode":"Pigeon"}"#, "serial.mode"),
-        (r#","serial":{"mode":"File"}"#, "serial"),
+        (r#","serial":{"mode":"File"}"#, "serial.file"),
         (",", "guest.json"),
     ] {
         fs::write(&file, format!("{{{payload}{rest}}}")).unwrap();
@@ -378,15 +424,31 @@ fn calls_that_cannot_be_are_answered_with_the_reason_and_the_guest_runs_on() {
     }
     let send = |url: &str| format!(r#"{{"destination_url":"{url}"}}"#);
     for (body, named) in [
-        (String::new(), ""),
-        ("{".to_owned(), ""),
-        ("[]".to_owned(), ""),
+        (String::new(), "needs a JSON body"),
+        ("{".to_owned(), "EOF"),
+        ("[]".to_owned(), "expected an object"),
         ("{}".to_owned(), "destination_url"),
         (send("pigeon:x"), "pigeon:x"),
         (send("tcp:192.0.2.1:1"), "loopback"),
+        (send(&format!("unix:/{}", "x".repeat(107))), "107 bytes"),
     ] {
         assert_answers(&ferry, &[("PUT", "vm.send-migration", &body, 400, named)]);
     }
+    let nobody = send("unix:/no/such/socket");
+    assert_answers(
+        &ferry,
+        &[
+            ("PUT", "vm.send-migration", &nobody, 500, "`ferry receive`"),
+            ("PUT", "vm.dirty-rate", "", 200, "pages_per_s"),
+            (
+                "PUT",
+                "vm.resize",
+                r#"{"desired_balloon":"1G"}"#,
+                400,
+                "bytes",
+            ),
+        ],
+    );
     let resolve = "vm.migration-resolve";
     assert_answers(
         &ferry,
@@ -438,6 +500,28 @@ fn a_destination_without_a_guest_says_so() {
     ferry.ctl(&["shutdown-vmm"]).unwrap();
     assert_ends(&mut ferry);
     assert_gone(&folder.path().join("migration"));
+}
+
+#[test]
+fn a_destination_that_had_its_guest_says_so() {
+    let mut source = dirtier::start(1);
+    let endpoint = Endpoint::free_tcp().unwrap();
+    let mut destination = Ferry::receive(&endpoint).unwrap();
+    source.send_migration(&endpoint, &PATIENT).unwrap();
+    assert_ends(&mut source);
+    let create = ("PUT", "vm.create", r#"{"payload":{}}"#, 409, "has had it");
+    assert_answers(
+        &destination,
+        &[
+            create,
+            ("PUT", "vm.shutdown", "", 204, ""),
+            create,
+            ("PUT", "vm.delete", "", 204, ""),
+            create,
+        ],
+    );
+    destination.ctl(&["shutdown-vmm"]).unwrap();
+    assert_ends(&mut destination);
 }
 
 fn assert_gone(path: &Path) {

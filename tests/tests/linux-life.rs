@@ -123,7 +123,7 @@ fn a_move_without_the_rng_is_refused(guest: &LinuxShell, images: &Images, net: &
     let _without = Ferry::receive_with(&endpoint, without).unwrap();
     let refused = guest.ferry.send_migration(&endpoint, &PATIENT);
     let refused = refused.unwrap_err().to_string();
-    let why = "the guest has _rng0 (an entropy device), for which nothing was given here";
+    let why = "the guest has _rng0 (an entropy device), the destination has no such device (--rng)";
     assert!(refused.contains(why), "{refused}");
 }
 

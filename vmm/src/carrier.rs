@@ -17,6 +17,7 @@ use crate::machine::{EmptyMachine, Machine, MachineError, Shape, Wiring};
 use crate::memory::{self, Backing, GuestMemory, byte_len};
 use crate::migration::guest::{DestinationGuest, GuestError, Section, SourceGuest};
 use crate::migration::header::{Description, MemoryRange};
+use crate::size::size_text;
 use crate::vcpu::Throttle;
 
 /// How long a guest that stays waits for its disks, which the destination had already.
@@ -231,7 +232,9 @@ impl Incoming {
         }
         if let Some(limit) = self.admission.memory_limit.filter(|limit| bytes > *limit) {
             return Err(format!(
-                "its {bytes} bytes of memory are more than the {limit} allowed here"
+                "its {} of memory are more than --memory-limit {} of the destination",
+                size_text(bytes),
+                size_text(limit)
             ));
         }
         if self.admission.backing == Backing::Hugetlb {

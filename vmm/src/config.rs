@@ -5,10 +5,12 @@
 
 mod devices;
 
+use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::boot::Payload;
 use crate::kvm::dirty_log::DirtyLogMode;
@@ -22,7 +24,7 @@ pub use devices::{
 
 /// A guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VmConfig {
     /// Its processors.
     #[serde(default)]
@@ -57,7 +59,7 @@ pub struct VmConfig {
 
 /// Processors of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct CpusConfig {
     /// vCPUs that it starts with.
     pub boot_vcpus: u32,
@@ -84,9 +86,10 @@ impl Default for CpusConfig {
 
 /// Memory of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct MemoryConfig {
     /// Bytes.
+    #[serde(deserialize_with = "bytes")]
     pub size: u64,
     /// Backed by a memory file that another process could map.
     #[serde(default = "yes")]
@@ -94,6 +97,23 @@ pub struct MemoryConfig {
     /// Backed by huge pages of 2 MiB.
     #[serde(default)]
     pub hugepages: bool,
+}
+
+/// Reads a number of bytes: its errors say that one is expected.
+pub(crate) fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    struct Bytes;
+    impl Visitor<'_> for Bytes {
+        type Value = u64;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number of bytes")
+        }
+
+        fn visit_u64<E>(self, value: u64) -> Result<u64, E> {
+            Ok(value)
+        }
+    }
+    deserializer.deserialize_u64(Bytes)
 }
 
 fn yes() -> bool {
@@ -112,7 +132,7 @@ impl Default for MemoryConfig {
 
 /// What a guest boots.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct PayloadConfig {
     /// An ELF image with a PVH note, a vmlinux or a bzImage.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -127,7 +147,7 @@ pub struct PayloadConfig {
 
 /// Where a serial port's output goes and its input comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct SerialConfig {
     /// The other end.
     pub mode: SerialMode,
@@ -150,12 +170,19 @@ pub enum SerialMode {
 
 /// A configuration that cannot be.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{path}: {why}")]
+#[error("{}{why}", prefix(.path))]
 pub struct ConfigError {
-    /// The field's path in the JSON, such as `memory.size`.
+    /// The field's path in the JSON, such as `memory.size`; `.` for the whole.
     pub path: String,
     /// What is wrong with it.
     pub why: String,
+}
+
+fn prefix(path: &str) -> String {
+    match path {
+        "." => String::new(),
+        path => format!("{path}: "),
+    }
 }
 
 impl VmConfig {
@@ -220,6 +247,16 @@ impl VmConfig {
         })
     }
 
+    fn check_serial(&self) -> Result<(), ConfigError> {
+        match (self.serial.mode, &self.serial.file) {
+            (SerialMode::File, None) => Err(ConfigError {
+                path: "serial.file".into(),
+                why: "the mode File needs the file's path".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// A back end in another process maps guest memory.
     fn check_shared(&self) -> Result<(), ConfigError> {
         match self.disks.iter().any(|disk| disk.vhost_user) && !self.memory.shared {
@@ -247,6 +284,7 @@ impl VmConfig {
         }
         self.devices().check(self.memory.size)?;
         self.check_shared()?;
+        self.check_serial()?;
         Ok(Shape {
             cpus: self.cpus.boot_vcpus,
             memory_bytes: self.memory.size,
@@ -290,26 +328,6 @@ pub fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, Confi
         why: error.to_string(),
     })?;
     Ok(value)
-}
-
-/// Reads a size: bytes, or with one of the suffixes K, M, G, T (powers of 1024).
-///
-/// # Errors
-/// In words.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is no size: write a number, with K, M, G or T behind it"))?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| format!("{text:?} is too large"))
 }
 
 #[cfg(test)]
@@ -369,6 +387,23 @@ mod tests {
     }
 
     #[test]
+    fn wrong_json_is_refused_in_words_of_json() {
+        for (json, said) in [
+            ("[]", "expected an object"),
+            ("7", "expected an object"),
+            (
+                r#"{"payload":{},"memory":{"size":"1G"}}"#,
+                "memory.size: invalid type: string \"1G\", expected a number of bytes",
+            ),
+            ("{}", "missing field `payload`"),
+        ] {
+            let error = VmConfig::from_json(json.as_bytes()).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(said) && !text.starts_with('.'), "{text}");
+        }
+    }
+
+    #[test]
     fn contradictions_are_named() {
         let mut config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
         config.cpus.max_vcpus = 4;
@@ -388,18 +423,11 @@ mod tests {
         });
         assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
         config.memory.shared = true;
+        config.serial.mode = SerialMode::File;
+        assert_eq!(config.shape(None).unwrap_err().path, "serial.file");
+        config.serial.file = Some("/s".into());
         config.shape(None).unwrap();
         config.payload.kernel = None;
         assert_eq!(config.boot_payload().unwrap_err().path, "payload.kernel");
-    }
-
-    #[test]
-    fn sizes_are_read_with_their_suffix() {
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("2g"), Ok(2 << 30));
-        for text in ["", "M", "-1", "1.5G", "12 M", "99999999T", "64MiB"] {
-            parse_size(text).unwrap_err();
-        }
     }
 }

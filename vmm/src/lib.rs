@@ -16,4 +16,5 @@ pub mod memory;
 pub mod metrics;
 pub mod migration;
 pub mod monitor;
+pub mod size;
 pub mod vcpu;

@@ -34,7 +34,7 @@ use crate::migration::header::{Description, HostSide, SectionKind};
 use crate::vcpu::{Gate, GuestEnd, KickError, Vcpu, VcpuContext};
 
 use platform::{OnEnd, Platform};
-pub use virtio::{DeviceCounters, DevicesError, DiskError, OnLoss, TapError};
+pub use virtio::{DeviceCounters, DevicesError, DiskError, OnLoss, TapError, look};
 use virtio::{Devices, Opened, Opening};
 
 /// The most vCPUs of a guest.

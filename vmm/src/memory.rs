@@ -24,6 +24,8 @@ use serde::{Deserialize, Serialize};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
 
+use crate::size::size_text;
+
 pub(crate) use discard::NotifiedDiscard;
 pub use view::DeviceMemory;
 
@@ -61,8 +63,8 @@ pub enum Backing {
 pub enum MemoryError {
     /// Too little, too much, or not whole pages.
     #[error(
-        "{bytes} bytes of guest memory cannot be: from {MEMORY_MIN} to {MEMORY_MAX} bytes, in steps \
-         of {step} bytes"
+        "guest memory of {} cannot be: from {} to {}, in steps of {} (--memory, or memory.size)",
+        size_text(*bytes), size_text(MEMORY_MIN), size_text(MEMORY_MAX), size_text(*step)
     )]
     Size {
         /// What was asked for.
@@ -71,7 +73,7 @@ pub enum MemoryError {
         step: u64,
     },
     /// The kernel would not give it.
-    #[error("{bytes} bytes of {backing:?} guest memory cannot be had: {source}{}", hint(*backing))]
+    #[error("{} of {backing:?} guest memory cannot be had: {source}{}", size_text(*bytes), hint(*backing))]
     Unavailable {
         /// What was asked for.
         bytes: u64,
@@ -479,15 +481,17 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_named() {
-        for bytes in [
-            0,
-            MEMORY_MIN - PAGE_SIZE,
-            MEMORY_MIN + 1,
-            MEMORY_MAX + PAGE_SIZE,
+        for (bytes, size) in [
+            (0, "0 bytes"),
+            (MEMORY_MIN - PAGE_SIZE, "2044K"),
+            (MEMORY_MIN + 1, "2097153 bytes"),
+            (MEMORY_MAX + PAGE_SIZE, "4294967300K"),
         ] {
             let error = layout(bytes, Backing::Memfd).unwrap_err();
             assert!(
-                error.to_string().starts_with(&format!("{bytes} bytes")),
+                error
+                    .to_string()
+                    .starts_with(&format!("guest memory of {size} cannot be")),
                 "{error}"
             );
         }

@@ -11,6 +11,7 @@ mod resize;
 mod restart;
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -79,6 +80,12 @@ pub enum MonitorError {
         "create: this monitor waits for a guest that another one sends; `ferry run --api-socket PATH` makes them"
     )]
     NoLauncher,
+    /// This monitor has had the guest that it waited for.
+    #[error(
+        "create: this monitor only takes a guest that another one sends, and has had it; end it with `ferry ctl \
+         shutdown-vmm`, and start another with `ferry run --api-socket PATH`"
+    )]
+    HadGuest,
     /// A configuration that cannot be.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -133,6 +140,8 @@ pub struct Monitor {
     /// machine apart, which takes a while, is not the business of the call that sent it away.
     departed: Mutex<Option<Guest>>,
     launching: OnceLock<Launching>,
+    /// A guest came from another monitor. Written while `guest` is held.
+    has_adopted: AtomicBool,
     measurement: Measurement,
     progress: Arc<Progress>,
     events: Events,
@@ -178,6 +187,7 @@ impl Monitor {
             guest: Mutex::new(None),
             departed: Mutex::new(None),
             launching: OnceLock::new(),
+            has_adopted: AtomicBool::new(false),
             measurement: Measurement::default(),
             progress,
             events,
@@ -187,7 +197,9 @@ impl Monitor {
 
     /// Takes in a guest that arrived. It is over when it resets itself.
     pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig) {
-        *self.guest() = Some(Guest {
+        let mut guest = self.guest();
+        self.has_adopted.store(true, Ordering::Relaxed);
+        *guest = Some(Guest {
             config,
             _passed: Vec::new(),
             power: Power::On(machine),
@@ -196,10 +208,13 @@ impl Monitor {
         });
     }
 
-    /// Lets the guest go: its vCPUs end, its memory is freed once nobody uses it any more.
+    /// Lets the guest go: its vCPUs end, its memory is freed once nobody uses it any more. Another one may be adopted.
     pub fn release(&self) {
         self.measurement.interrupt();
-        let guests = (self.guest().take(), self.departed().take());
+        let mut guest = self.guest();
+        self.has_adopted.store(false, Ordering::Relaxed);
+        let guests = (guest.take(), self.departed().take());
+        drop(guest);
         drop(guests);
     }
 

@@ -14,7 +14,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens there.
-    #[error("no monitor answers at {}: {source}; is it running with this --api-socket?", path.display())]
+    #[error("no monitor answers at {}: {source}; {}", path.display(), connect_hint(.source))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -37,6 +37,13 @@ pub enum ClientError {
         /// The reason in words.
         message: String,
     },
+}
+
+fn connect_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "you may not use this socket",
+        _ => "is it running with this --api-socket?",
+    }
 }
 
 /// Waits for an answer however long it takes: the other side's death is noticed all the same.

@@ -8,6 +8,7 @@ use super::http::{Method, Request, Response};
 use crate::config::{ConfigError, VmConfig, from_json};
 use crate::machine::MachineError;
 use crate::metrics;
+use crate::migration::transport::TransportError;
 use crate::monitor::{
     DirtyRateData, DirtyRateError, Monitor, MonitorError, ResizeData, Resolution, SendMigrationData,
 };
@@ -61,9 +62,12 @@ const ROUTES: [(Method, &str, Answer); 19] = [
         told(monitor.counters().map(|counters| counters.by_component()))
     }),
     (Method::Put, "/api/v1/vm.dirty-rate", |monitor, request| {
-        with_body(request, |wish: DirtyRateData| {
-            told(monitor.dirty_rate(&wish))
-        })
+        let measure = |wish: DirtyRateData| told(monitor.dirty_rate(&wish));
+        // All its fields have defaults.
+        match request.body.is_empty() {
+            true => measure(DirtyRateData::default()),
+            false => with_body(request, measure),
+        }
     }),
     (
         Method::Put,
@@ -121,7 +125,7 @@ const NOT_IMPLEMENTED: [&str; 19] = [
 
 /// The body of `vm.migration-resolve`.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 struct ResolveData {
     action: Resolution,
 }
@@ -170,6 +174,12 @@ fn with_body<T: serde::de::DeserializeOwned>(
     request: &Request,
     act: impl FnOnce(T) -> Response,
 ) -> Response {
+    if request.body.is_empty() {
+        return Response::error(
+            400,
+            format!("{}: this call needs a JSON body", request.path),
+        );
+    }
     from_json(&request.body).map_or_else(|error: ConfigError| Response::error(400, error), act)
 }
 
@@ -197,8 +207,12 @@ fn status(error: &MonitorError) -> u16 {
     match error {
         MonitorError::Invalid(_)
         | MonitorError::Config(_)
-        | MonitorError::Transport(_)
-        | MonitorError::DirtyRate(DirtyRateError::Interval(_)) => 400,
+        | MonitorError::DirtyRate(DirtyRateError::Interval(_))
+        | MonitorError::Transport(
+            TransportError::Url(_)
+            | TransportError::NotLoopback(_)
+            | TransportError::PathTooLong(_),
+        ) => 400,
         MonitorError::NoGuest => 404,
         MonitorError::NotBooted(_)
         | MonitorError::Booted
@@ -207,11 +221,13 @@ fn status(error: &MonitorError) -> u16 {
         | MonitorError::Migrating { .. }
         | MonitorError::NoMigration { .. }
         | MonitorError::NoLauncher
+        | MonitorError::HadGuest
         | MonitorError::NoRelaunch(_)
         | MonitorError::DirtyRate(DirtyRateError::AtWork | DirtyRateError::Interrupted) => 409,
         MonitorError::Machine(_)
         | MonitorError::Launch(_)
         | MonitorError::DirtyRate(_)
+        | MonitorError::Transport(TransportError::Taken { .. } | TransportError::Io { .. })
         | MonitorError::Send(_) => 500,
     }
 }

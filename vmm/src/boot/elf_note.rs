@@ -14,6 +14,7 @@ use vm_memory::GuestAddress;
 
 const OWNER: &[u8] = b"Ferry\0";
 const DIRECT_START: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const PROGRAM_HEADER_BYTES: u64 = 56;
 /// No sensible image has more bytes of notes than this.
@@ -21,9 +22,28 @@ const NOTES_LIMIT: u64 = 64 * 1024;
 
 /// The address in the image's direct-start note, if it is an ELF image and has one.
 pub(super) fn direct_start(file: &mut File) -> io::Result<Option<GuestAddress>> {
+    for program in program_headers(file)? {
+        if u32::from_le_bytes(field(&program, 0)) == PT_NOTE
+            && let Some(found) = search(file, &program)?
+        {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the image is a program that wants to be loaded by another one, as those for an operating system do.
+pub(super) fn is_program(file: &File) -> io::Result<bool> {
+    let kind = |program: &[u8; 56]| u32::from_le_bytes(field(program, 0));
+    Ok(program_headers(file)?.iter().any(|p| kind(p) == PT_INTERP))
+}
+
+/// The program headers that are in the file; none if it is no ELF image.
+fn program_headers(file: &File) -> io::Result<Vec<[u8; 56]>> {
+    let mut found = Vec::new();
     let mut header = [0; 64];
     if !read_fully(file, &mut header, 0)? || !header.starts_with(b"\x7fELF") {
-        return Ok(None);
+        return Ok(found);
     }
     let first = u64::from_le_bytes(field(&header, 32));
     let count = u16::from_le_bytes(field(&header, 56));
@@ -35,13 +55,9 @@ pub(super) fn direct_start(file: &mut File) -> io::Result<Option<GuestAddress>> 
         if !read_fully(file, &mut program, at)? {
             break;
         }
-        if u32::from_le_bytes(field(&program, 0)) == PT_NOTE
-            && let Some(found) = search(file, &program)?
-        {
-            return Ok(Some(found));
-        }
+        found.push(program);
     }
-    Ok(None)
+    Ok(found)
 }
 
 /// Looks through the notes of one program header.

@@ -26,7 +26,9 @@ use std::path::{Path, PathBuf};
 use kvm_ioctls::VcpuFd;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{
-    BzImage, Elf, KernelLoader, KernelLoaderResult, elf::PvhBootCapability, load_cmdline,
+    self, BzImage, Elf, KernelLoader, KernelLoaderResult,
+    elf::{self, PvhBootCapability},
+    load_cmdline,
 };
 use rustix::rand::GetRandomFlags;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
@@ -70,6 +72,16 @@ pub enum BootError {
         /// Its first bytes.
         begins: [u8; 4],
     },
+    /// The kernel file has no bytes.
+    #[error("kernel {} is empty", .0.display())]
+    Empty(PathBuf),
+    /// The kernel file is an ELF image of something else.
+    #[error(
+        "kernel {}: an ELF image, but no kernel: it is a program, or begins below 1 MiB; an ELF image with a \
+         PVH note, a vmlinux or a bzImage is wanted",
+        .0.display()
+    )]
+    NoKernel(PathBuf),
     /// The kernel file is broken or does not fit.
     #[error("kernel {}: {why}", path.display())]
     Kernel {
@@ -253,6 +265,9 @@ fn load_kernel(
     let read = file
         .read(&mut begins)
         .map_err(|source| file_error("kernel", path, source))?;
+    if read == 0 {
+        return Err(BootError::Empty(path.to_owned()));
+    }
     let elf = read == 4 && &begins == b"\x7fELF";
     if !elf && !is_bzimage(file).map_err(|source| file_error("kernel", path, source))? {
         return Err(BootError::Format {
@@ -260,14 +275,20 @@ fn load_kernel(
             begins,
         });
     }
+    if elf && elf_note::is_program(file).map_err(|source| file_error("kernel", path, source))? {
+        return Err(BootError::NoKernel(path.to_owned()));
+    }
     let loaded = if elf {
         Elf::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
     } else {
         BzImage::load(memory, None, file, Some(GuestAddress(KERNEL_MIN)))
     };
-    let mut loaded = loaded.map_err(|error| BootError::Kernel {
-        path: path.to_owned(),
-        why: error.to_string(),
+    let mut loaded = loaded.map_err(|error| match error {
+        loader::Error::Elf(elf::Error::InvalidEntryAddress) => BootError::NoKernel(path.to_owned()),
+        error => BootError::Kernel {
+            path: path.to_owned(),
+            why: error.to_string(),
+        },
     })?;
     loaded.kernel_end = loaded.kernel_end.max(unpacked_end(&loaded));
     if loaded.kernel_end > low_ram_end(memory) {

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::devices::DeviceArguments;
-use crate::config::{SerialConfig, SerialMode, parse_size};
+use crate::config::{SerialConfig, SerialMode};
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::memory::Backing;
 use crate::migration::decide::TimeoutStrategy;
-use crate::migration::transport::Url;
+use crate::migration::transport::{Url, check_socket_path};
+use crate::size::parse_size;
 
 /// A small KVM monitor that carries running guests to another process without losing a byte.
 #[derive(Debug, Parser)]
@@ -47,7 +48,8 @@ Examples:
   ferry bench start
   ferry bench devices --kernel vmlinux --initramfs load.cpio
 
-ferry help bench VERB says how each measures. The status is 3 where a limit is missed, 1 where nothing was measured.")]
+ferry help bench VERB says how each measures. The status is 3 where a limit is missed, 1 where
+nothing was measured.")]
 pub(super) struct BenchArguments {
     #[command(subcommand)]
     pub(super) bench: Bench,
@@ -70,10 +72,11 @@ Examples:
   ferry bench start
   ferry bench start --runs 31 --json
 
-Starts the same PVH guest again and again: by a bare program of ioctls, by ferry run, and by QEMU's microvm where
-QEMU is installed, in turns. The time is from the start of the process to the guest's first byte on its serial
-port; the memory is what is resident then beyond the guest's. Status 0 if ferry takes at most 1.5 times the bare
-program's time, at most a quarter of QEMU's, and at most 5 MiB; 3 if not. It wants an idle machine.")]
+Starts the same PVH guest again and again: by a bare program of ioctls, by ferry run, and by
+QEMU's microvm where QEMU is installed, in turns. The time is from the start of the process to the
+guest's first byte on its serial port; the memory is what is resident then beyond the guest's.
+Status 0 if ferry takes at most 1.5 times the bare program's time, at most a quarter of QEMU's,
+and at most 5 MiB; 3 if not. It wants an idle machine.")]
 pub(super) struct BenchStartArguments {
     /// Starts of each
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -93,17 +96,21 @@ pub(super) struct BenchStartArguments {
 #[command(after_help = "\
 Examples:
   ferry bench devices --kernel vmlinux --initramfs load.cpio
-  ferry bench devices --kernel vmlinux --initramfs load.cpio --tap tap0 --host-address 10.0.0.1 \
+  ferry bench devices --kernel vmlinux --initramfs load.cpio --tap tap0 --host-address 10.0.0.1 \\
       --guest-address 10.0.0.2/24
 
-Runs the same Linux guest in ferry run and in QEMU's microvm, where QEMU is installed, in turns; both have a raw image
-as /dev/vda and, with --tap, the tap as eth0, over virtio-mmio. The initramfs is told by the kernel's command line:
-ferry.disk=/dev/vda, ferry.host=ADDRESS:PORT, ferry.address=ADDRESS/BITS, ferry.seconds=N. It works the devices and
-prints a line a load on the serial port, `ferry-bench: NAME operations=N us=N` or `ferry-bench: NAME bytes=N us=N`,
-then `ferry-bench: end`. At
-ferry.host its connections are for what their first byte says: s, count what comes and answer with 8 bytes when all is
-there; r, send without end; t, echo. Ferry's own is written by write-device-load of the package ferry-tests, for
-Debian's cloud kernels. Status 0 if ferry is not slower in any load; 3 if it is. It wants an idle machine.")]
+Runs the same Linux guest in ferry run and in QEMU's microvm, where QEMU is installed, in turns;
+both have a raw image as /dev/vda and, with --tap, the tap as eth0, over virtio-mmio. The
+initramfs is told by the kernel's command line: ferry.disk=/dev/vda, ferry.host=ADDRESS:PORT,
+ferry.address=ADDRESS/BITS, ferry.seconds=N. It works the devices and prints a line a load on the
+serial port, `ferry-bench: NAME operations=N us=N` or `ferry-bench: NAME bytes=N us=N`, then
+`ferry-bench: end`.
+
+At ferry.host its connections are for what their first byte says: s, count what comes and answer
+with 8 bytes when all is there; r, send without end; t, echo.
+
+Ferry's own initramfs is written by write-device-load of the package ferry-tests, for Debian's
+cloud kernels. Status 0 if ferry is not slower in any load; 3 if it is. It wants an idle machine.")]
 pub(super) struct BenchDevicesArguments {
     /// The kernel to boot: an image that QEMU's microvm boots, too
     #[arg(long, value_name = "FILE")]
@@ -160,9 +167,10 @@ Examples:
   ferry demo --memory 2G --hot 256M --cpus 4 --transport unix
   ferry demo --json | tail -n 1
 
-The demo starts two processes of this program, lets a guest write to its memory as fast as it can in the
-first, migrates it live to the second, and lets the guest check every page that it ever wrote. Its exit
-status is 0 only if memory was equal at the switchover and the guest found no write lost.")]
+The demo starts two processes of this program, lets a guest write to its memory as fast as it can
+in the first, migrates it live to the second, and lets the guest check every page that it ever
+wrote. Its exit status is 0 only if memory was equal at the switchover and the guest found no
+write lost.")]
 pub(super) struct DemoArguments {
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
@@ -197,44 +205,46 @@ pub(super) enum Transport {
 #[command(after_help = "\
 Examples:
   ferry run --kernel vmlinuz --initramfs initrd.cpio --cmdline 'console=ttyS0' --serial stdio
-  ferry run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' --serial stdio \
-      --disk path=debian.raw --net tap=tap0 --rng
-  ferry run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' --serial stdio \
-      --disk vhost_user=on,socket=/run/disk.sock
+  ferry run --kernel vmlinuz --initramfs initrd.img --serial stdio \\
+      --cmdline 'console=ttyS0 root=/dev/vda1' --disk path=debian.raw --net tap=tap0 --rng
+  ferry run --kernel vmlinuz --initramfs initrd.img --serial stdio \\
+      --cmdline 'console=ttyS0 root=/dev/vda1' --disk vhost_user=on,socket=/run/disk.sock
   ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
   ferry run --config guest.json --api-socket /run/guest.sock
   ferry run --api-socket /run/guest.sock --event-monitor path=/run/guest.events
 
-Without a kernel the monitor waits for the API calls vm.create and vm.boot. Kernels: ELF images with a PVH
-note, vmlinux, bzImage. A guest ends when it switches the machine off, or writes a status to the debug-exit port 0xf4; that status is then ferry's own. When it resets the machine it starts
-again, from its files as they are then. On a terminal, Ctrl-A x ends the guest. After the guest was migrated
-away, ferry ends with status 0. The guest finds its devices in the order disks, interfaces, rng, vsock, balloon,
-console; an image is locked while a guest has it. With hugepages=on, a balloon's pages of 4 KiB become zeros and stay; what
-leaves are whole huge pages that the guest reports as free. When it uses them again and the host has none left, it stands
-until there are some in /proc/sys/vm/nr_hugepages.")]
+Kernels: ELF images with a PVH note, vmlinux, bzImage. Without a kernel the monitor waits for the
+API calls vm.create and vm.boot.
+
+A guest ends when it switches the machine off, or writes a status to the debug-exit port 0xf4;
+that status is then ferry's own. When it resets the machine it starts again, from its files as
+they are then. On a terminal, Ctrl-A x ends the guest. After the guest was migrated away, ferry
+ends with status 0.
+
+The guest finds its devices in the order disks, interfaces, rng, vsock, balloon, console. An image
+is locked while a guest has it.
+
+With hugepages=on, a balloon's pages of 4 KiB become zeros and stay; what leaves are whole huge
+pages that the guest reports as free. When it uses them again and the host has none left, it
+stands until there are some in /proc/sys/vm/nr_hugepages.")]
 pub(super) struct RunArguments {
     /// The kernel to boot
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "api_socket"])]
+    #[arg(long, value_name = "FILE")]
     pub(super) kernel: Option<PathBuf>,
     /// An initramfs for the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE")]
     pub(super) initramfs: Option<PathBuf>,
     /// The kernel's command line
-    #[arg(
-        long,
-        value_name = "TEXT",
-        allow_hyphen_values = true,
-        requires = "kernel"
-    )]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(super) cmdline: Option<String>,
     /// vCPUs, 1 to 64 [default: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), requires = "kernel")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(super) cpus: Option<u32>,
     /// Memory, such as 4G or 1G,hugepages=on or 1G,shared=off [default: 512M]
-    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory, requires = "kernel")]
+    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory)]
     pub(super) memory: Option<MemoryArgument>,
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
-    #[arg(long, value_name = "WHERE", value_parser = parse_serial, requires = "kernel")]
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
     #[command(flatten)]
     pub(super) devices: DeviceArguments,
@@ -260,6 +270,21 @@ pub(super) struct RunArguments {
     pub(super) end_with_parent: Option<u32>,
 }
 
+impl RunArguments {
+    /// The first option that says something of a guest besides its kernel.
+    pub(super) fn of_a_guest(&self) -> Option<&'static str> {
+        let given = [
+            (self.initramfs.is_some(), "--initramfs"),
+            (self.cmdline.is_some(), "--cmdline"),
+            (self.cpus.is_some(), "--cpus"),
+            (self.memory.is_some(), "--memory"),
+            (self.serial.is_some(), "--serial"),
+            (self.devices.are_given(), "a device"),
+        ];
+        given.iter().find(|(is, _)| *is).map(|(_, name)| *name)
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -267,11 +292,15 @@ Examples:
   ferry receive tcp:127.0.0.1:4444 --api-socket /run/guest.sock --memory-limit 4G
   ferry receive unix:/run/move.sock --disk path=debian.raw --net tap=tap1 --rng
 
-Waits until a guest has arrived, then is its monitor. An attempt that fails is reported, and the next one
-waited for. A guest that resets the machine here ends, because the files that it was launched from stayed
-where it came from. Plain TCP is for loopback only. A guest with devices is taken where the same are given here, in the
-same order: images of the same size and contents (the same file, or one on storage that both hosts see), vhost-user back
-ends of such disks, its taps, its socket. Addresses and serial numbers come with the guest.")]
+Waits until a guest has arrived, then is its monitor. An attempt that fails is reported, and the
+next one waited for. A guest that resets the machine here ends, because the files that it was
+launched from stayed where it came from. Plain TCP is for loopback only.
+
+A guest with devices is taken where the same are given here, in the same order: images of the same
+size and contents (the same file, or one on storage that both hosts see), vhost-user back ends of
+such disks, its taps, its socket. Addresses and serial numbers come with the guest.
+
+Images and taps are looked at when ferry starts, and taken when a guest comes.")]
 pub(super) struct ReceiveArguments {
     /// Where to wait: unix:PATH or tcp:HOST:PORT (port 0: one that is free, told by migration-progress)
     #[arg(value_name = "URL")]
@@ -399,8 +428,9 @@ Examples:
   ferry top --api-socket /run/guest.sock --interval-ms 250
   ferry top --api-socket /run/guest.sock --once
 
-q or Ctrl-C ends the view, the guest runs on. While it is watched its dirty pages are logged, which costs it a
-little time at each look: --no-dirty-rate leaves that out, and then who dirties what is seen in migrations only.")]
+q or Ctrl-C ends the view, the guest runs on. While it is watched its dirty pages are logged,
+which costs it a little time at each look: --no-dirty-rate leaves that out, and then who dirties
+what is seen in migrations only.")]
 pub(super) struct TopArguments {
     /// The API socket of the ferry to watch
     #[arg(long, value_name = "PATH", value_parser = parse_socket)]
@@ -548,7 +578,9 @@ fn parse_place(text: &str) -> Result<Place, String> {
 fn parse_socket(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("path=").unwrap_or(text) {
         "" => Err("a socket needs a path".into()),
-        path => Ok(path.into()),
+        path => check_socket_path(path.as_ref())
+            .map(|()| path.into())
+            .map_err(|error| error.to_string()),
     }
 }
 
@@ -572,6 +604,20 @@ mod tests {
                 .unwrap_or_default();
             assert!(help.contains("Example"), "{}", verb.get_name());
         }
+    }
+
+    #[test]
+    fn no_line_below_the_options_is_wrapped_again() {
+        // The help is wrapped at 100 columns; these lines are broken already.
+        fn look(command: &clap::Command) {
+            let help = command.get_after_help();
+            let help = help.map(ToString::to_string).unwrap_or_default();
+            for line in help.lines() {
+                assert!(line.chars().count() <= 98, "{}: {line}", command.get_name());
+            }
+            command.get_subcommands().for_each(look);
+        }
+        look(&Arguments::command());
     }
 
     #[test]

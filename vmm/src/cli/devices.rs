@@ -7,8 +7,10 @@ use clap::Args;
 use super::arguments::{on_off, parse_serial};
 use crate::config::{
     BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RateLimiterConfig, RngConfig,
-    SerialConfig, TokenBucket, VsockConfig, parse_size,
+    SerialConfig, SerialMode, TokenBucket, VsockConfig,
 };
+use crate::migration::transport::check_socket_path;
+use crate::size::parse_size;
 
 /// The guest's address where none is given: the first that a guest can have.
 const GUEST_CID: u64 = 3;
@@ -46,7 +48,7 @@ pub(super) struct DeviceArguments {
     )]
     pub(super) balloon: Option<BalloonConfig>,
     /// A virtio console (hvc0 in Linux) beside the serial port: null, or file:PATH
-    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     pub(super) console: Option<SerialConfig>,
 }
 
@@ -81,12 +83,18 @@ impl DeviceArguments {
     }
 }
 
-/// The parts of an option, each `NAME=VALUE`. Values have no comma.
-fn parts(text: &str) -> impl Iterator<Item = Result<(&str, &str), String>> {
-    text.split(',').map(move |part| {
-        part.split_once('=')
-            .filter(|(_, value)| !value.is_empty())
-            .ok_or_else(|| format!("{part:?} is not NAME=VALUE"))
+/// The parts of an option, each `NAME=VALUE`. Values have no comma. `first` is the name that is forgotten most easily.
+fn parts<'a>(
+    text: &'a str,
+    first: &'a str,
+) -> impl Iterator<Item = Result<(&'a str, &'a str), String>> {
+    text.split(',').map(move |part| match part.split_once('=') {
+        Some((name, "")) => Err(format!("the value of {name}= is empty")),
+        Some(pair) => Ok(pair),
+        None if part.is_empty() => Err(format!("{part:?} is not NAME=VALUE")),
+        None => Err(format!(
+            "{part:?} is not NAME=VALUE; is {first}={part} meant?"
+        )),
     })
 }
 
@@ -131,7 +139,7 @@ fn parse_limit(
 
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     let mut disk = DiskConfig::default();
-    for part in parts(text) {
+    for part in parts(text, "path") {
         let part = part?;
         if parse_limit(&mut disk.rate_limiter_config, part)? {
             continue;
@@ -141,7 +149,10 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
             ("readonly", value) => disk.readonly = on_off(text, value)?,
             ("id", value) => disk.id = Some(value.into()),
             ("vhost_user", value) => disk.vhost_user = on_off(text, value)?,
-            ("socket", value) => disk.vhost_socket = Some(value.into()),
+            ("socket", value) => {
+                check_socket_path(value.as_ref()).map_err(|error| error.to_string())?;
+                disk.vhost_socket = Some(value.into());
+            }
             (name, _) => {
                 let known = format!("path, readonly, id, vhost_user, socket, {LIMITS}");
                 return Err(unknown(name, &known));
@@ -171,7 +182,7 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
         mtu: None,
         rate_limiter_config: None,
     };
-    for part in parts(text) {
+    for part in parts(text, "tap") {
         let part = part?;
         if parse_limit(&mut net.rate_limiter_config, part)? {
             continue;
@@ -196,7 +207,7 @@ fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
         cid: GUEST_CID,
         socket: PathBuf::new(),
     };
-    for part in parts(text) {
+    for part in parts(text, "socket") {
         match part? {
             ("socket", value) => vsock.socket = value.into(),
             ("cid", value) => {
@@ -215,7 +226,7 @@ fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
 
 fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
     let mut balloon = BalloonConfig::default();
-    for part in parts(text) {
+    for part in parts(text, "size") {
         match part? {
             ("size", value) => balloon.size = parse_size(value)?,
             ("deflate_on_oom", value) => balloon.deflate_on_oom = on_off(text, value)?,
@@ -227,6 +238,16 @@ fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
         }
     }
     Ok(balloon)
+}
+
+/// Reads where a console leads. The terminal is the serial port's.
+fn parse_console(text: &str) -> Result<SerialConfig, String> {
+    match parse_serial(text) {
+        Ok(console) if console.mode != SerialMode::Tty => Ok(console),
+        _ => Err(format!(
+            "{text:?} cannot be: a console leads to null, or file:PATH"
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -273,7 +294,18 @@ mod tests {
                 parse_disk("vhost_user=on,socket=/s,readonly=on").unwrap_err(),
                 "has the image",
             ),
-            (parse_disk("/d.img").unwrap_err(), "not NAME=VALUE"),
+            (parse_disk("/d.img").unwrap_err(), "is path=/d.img meant?"),
+            (parse_disk("").unwrap_err(), "not NAME=VALUE"),
+            (parse_disk("path=").unwrap_err(), "path= is empty"),
+            (parse_net("tap0").unwrap_err(), "is tap=tap0 meant?"),
+            (parse_vsock("/s").unwrap_err(), "is socket=/s meant?"),
+            (parse_balloon("1G").unwrap_err(), "is size=1G meant?"),
+            (parse_console("stdio").unwrap_err(), "null, or file:PATH"),
+            (parse_console("pty").unwrap_err(), "null, or file:PATH"),
+            (
+                parse_disk(&format!("vhost_user=on,socket=/{}", "x".repeat(107))).unwrap_err(),
+                "107 bytes",
+            ),
             (parse_disk("path=/d,direct=on").unwrap_err(), "direct"),
             (parse_disk("path=/d,bw_burst=1").unwrap_err(), "bw_burst"),
             (

@@ -15,7 +15,7 @@ use crate::config::{
     CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
 };
 use crate::kvm::host::Host;
-use crate::machine::{Machine, OnLoss, Wiring};
+use crate::machine::{self, Machine, OnLoss, Wiring};
 use crate::memory::Backing;
 use crate::migration::destination;
 use crate::migration::progress::Phase;
@@ -40,6 +40,7 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
     let devices = arguments.devices.config();
     // What depends on the size of the guest's memory is checked when that is known.
     devices.check(u64::MAX)?;
+    machine::look(&devices)?;
     let listener = Arc::new(arguments.url.listen()?);
     let reception = Reception {
         host,

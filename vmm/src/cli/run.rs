@@ -143,10 +143,18 @@ fn configuration(arguments: &RunArguments) -> Result<Option<VmConfig>, Failure> 
         return Ok(Some(config));
     }
     if arguments.kernel.is_none() {
-        if arguments.devices.are_given() {
-            return Err("devices are given and no guest to have them: add --kernel, or name them in vm.create".into());
-        }
-        return Ok(None);
+        return match (arguments.of_a_guest(), &arguments.api_socket) {
+            (Some(given), _) => Err(format!(
+                "{given} describes a guest, and there is no kernel for it: add --kernel FILE, or describe the whole guest \
+                 in --config FILE or, with --api-socket alone, in vm.create"
+            )
+            .into()),
+            (None, None) => Err(
+                "there is no guest: give --kernel FILE, or --config FILE; or --api-socket PATH alone, to wait for vm.create"
+                    .into(),
+            ),
+            (None, Some(_)) => Ok(None),
+        };
     }
     let mut memory = MemoryConfig::default();
     if let Some(wanted) = arguments.memory {

@@ -8,7 +8,8 @@ use std::str::FromStr;
 use devices::{Rate, RateLimit};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{ConfigError, SerialConfig, SerialMode};
+use super::{ConfigError, SerialConfig, SerialMode, bytes};
+use crate::migration::transport::check_socket_path;
 
 /// The virtio devices of a guest. Their order is the order in which the guest finds them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub struct DevicesConfig {
 
 /// A disk: over a raw image, or over a vhost-user back end.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct DiskConfig {
     /// The raw image: a file, or a block device. None for a vhost-user back end, which has its own.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -54,7 +55,7 @@ pub struct DiskConfig {
 
 /// A network interface: over a tap by name, or over a passed descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct NetConfig {
     /// The tap's name; it is there already.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -75,7 +76,7 @@ pub struct NetConfig {
 
 /// An entropy device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct RngConfig {
     /// Where the bytes come from: the kernel's generator.
     #[serde(default = "RngConfig::kernel")]
@@ -100,7 +101,7 @@ impl Default for RngConfig {
 
 /// A socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VsockConfig {
     /// The guest's address: 3 or more.
     pub cid: u64,
@@ -110,9 +111,10 @@ pub struct VsockConfig {
 
 /// A memory balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct BalloonConfig {
     /// Bytes that the guest is asked to give at once.
+    #[serde(deserialize_with = "bytes")]
     pub size: u64,
     /// The guest may take pages back before it kills a process for want of memory.
     #[serde(default)]
@@ -143,7 +145,7 @@ impl BalloonConfig {
 
 /// Limits of a disk or an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct RateLimiterConfig {
     /// Of bytes.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -155,7 +157,7 @@ pub struct RateLimiterConfig {
 
 /// A bucket that is full at the beginning, and again after it rested for as long as it takes to fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct TokenBucket {
     /// How many tokens it holds, at least 1.
     pub size: u64,
@@ -335,8 +337,9 @@ impl DiskConfig {
                 "the vhost-user back end has the image, and says what may be done with it",
             ));
         }
-        match self.vhost_socket {
-            Some(_) => Ok(()),
+        match &self.vhost_socket {
+            Some(socket) => check_socket_path(socket)
+                .map_err(|why| error(format!("{path}.vhost_socket"), why.to_string())),
             None => Err(error(
                 format!("{path}.vhost_socket"),
                 "a vhost-user disk needs the Unix socket of its back end",

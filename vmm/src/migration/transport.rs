@@ -16,6 +16,11 @@ use std::time::Duration;
 /// After this long without a byte the other side counts as gone.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(8);
 
+const CONNECTING: &str = "connecting to";
+
+/// Bytes of `sun_path` without the zero at its end (unix(7)).
+pub const SOCKET_PATH_MAX: usize = 107;
+
 /// The address of a migration's other side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Url {
@@ -37,6 +42,12 @@ pub enum TransportError {
          not there yet; use a tunnel to a loopback port"
     )]
     NotLoopback(String),
+    /// No socket can have this path.
+    #[error(
+        "{}: a socket's path has at most {SOCKET_PATH_MAX} bytes, this one has {}",
+        .0.display(), .0.as_os_str().len()
+    )]
+    PathTooLong(PathBuf),
     /// The path of the socket to listen on is taken.
     #[error("{}: {why}", path.display())]
     Taken {
@@ -46,7 +57,7 @@ pub enum TransportError {
         why: &'static str,
     },
     /// What the system said.
-    #[error("{doing} {url}: {source}")]
+    #[error("{doing} {url}: {source}{}", hint(doing, .source))]
     Io {
         /// "connecting to" or "listening on".
         doing: &'static str,
@@ -55,6 +66,26 @@ pub enum TransportError {
         /// Why not.
         source: io::Error,
     },
+}
+
+fn hint(doing: &str, error: &io::Error) -> &'static str {
+    match (doing, error.kind()) {
+        (CONNECTING, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            "; is `ferry receive` waiting there?"
+        }
+        _ => "",
+    }
+}
+
+/// Finds a path that no socket can have.
+///
+/// # Errors
+/// It has more than [`SOCKET_PATH_MAX`] bytes.
+pub fn check_socket_path(path: &Path) -> Result<(), TransportError> {
+    match path.as_os_str().len() {
+        0..=SOCKET_PATH_MAX => Ok(()),
+        _ => Err(TransportError::PathTooLong(path.into())),
+    }
 }
 
 impl fmt::Display for Url {
@@ -71,7 +102,10 @@ impl FromStr for Url {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
-            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            Some(("unix", path)) if !path.is_empty() => {
+                check_socket_path(path.as_ref())?;
+                Ok(Self::Unix(path.into()))
+            }
             Some(("tcp", address)) if has_port(address) => Ok(Self::Tcp(address.into())),
             _ => Err(TransportError::Url(text.into())),
         }
@@ -94,10 +128,10 @@ impl Url {
             Self::Unix(path) => UnixStream::connect(path).map(Connection::Unix),
             Self::Tcp(address) => connect_tcp(&loopback(address)?).map(Connection::Tcp),
         };
-        let stream = stream.map_err(|source| self.failed("connecting to", source))?;
+        let stream = stream.map_err(|source| self.failed(CONNECTING, source))?;
         stream
             .prepare()
-            .map_err(|source| self.failed("connecting to", source))?;
+            .map_err(|source| self.failed(CONNECTING, source))?;
         Ok(stream)
     }
 
@@ -166,11 +200,12 @@ pub struct SocketFile {
 /// stays and is an error.
 ///
 /// # Errors
-/// The path is in use, or is no socket; what the system says, as `failed` makes it an error.
+/// The path is in use, too long, or no socket; what the system says, as `failed` makes it an error.
 pub fn listen_unix<E: From<TransportError>>(
     path: &Path,
     failed: impl Fn(io::Error) -> E,
 ) -> Result<(UnixListener, SocketFile), E> {
+    check_socket_path(path)?;
     remove_dead_socket(path)?;
     let listener = UnixListener::bind(path).map_err(failed)?;
     let file = SocketFile {
@@ -387,6 +422,22 @@ mod tests {
             let error = text.parse::<Url>().unwrap_err();
             assert!(error.to_string().contains("unix:PATH"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_for_a_socket_is_refused_with_its_length() {
+        let longest = "/".to_owned() + &"x".repeat(SOCKET_PATH_MAX - 1);
+        rustix::net::SocketAddrUnix::new(&longest).unwrap();
+        format!("unix:{longest}").parse::<Url>().unwrap();
+        let error = format!("unix:{longest}x").parse::<Url>().unwrap_err();
+        assert!(error.to_string().contains("this one has 108"), "{error}");
+    }
+
+    #[test]
+    fn where_nobody_waits_the_hint_says_who_should() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Url::Unix(directory.path().join("s")).connect().unwrap_err();
+        assert!(error.to_string().contains("ferry receive"), "{error}");
     }
 
     #[test]

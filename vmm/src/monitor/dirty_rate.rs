@@ -22,7 +22,7 @@ const CLEAR_PAGES: u64 = 16 * 1024;
 
 /// The body of `vm.dirty-rate`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct DirtyRateData {
     /// For how long to measure, within [`INTERVAL_MS`].
     #[serde(default = "default_interval_ms")]
@@ -31,6 +31,14 @@ pub struct DirtyRateData {
 
 fn default_interval_ms() -> u64 {
     1000
+}
+
+impl Default for DirtyRateData {
+    fn default() -> Self {
+        Self {
+            interval_ms: default_interval_ms(),
+        }
+    }
 }
 
 /// What was measured.

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::{Guest, Monitor, MonitorError, Power};
 use crate::config::{ConfigError, VmConfig};
@@ -44,7 +45,7 @@ impl Monitor {
     pub fn create(&self, mut config: VmConfig, passed: Vec<OwnedFd>) -> Result<(), MonitorError> {
         let mut guest = self.guest();
         self.unless_at_work("create")?;
-        let launching = self.launching.get().ok_or(MonitorError::NoLauncher)?;
+        let launching = self.launching.get().ok_or_else(|| self.no_launcher())?;
         if guest.is_some() {
             return Err(MonitorError::Exists);
         }
@@ -59,6 +60,14 @@ impl Monitor {
         });
         self.events.vm("created");
         Ok(())
+    }
+
+    /// Why a monitor that takes guests in creates none.
+    fn no_launcher(&self) -> MonitorError {
+        match self.has_adopted.load(Ordering::Relaxed) {
+            true => MonitorError::HadGuest,
+            false => MonitorError::NoLauncher,
+        }
     }
 
     /// Boots the guest that was created, or shut down.

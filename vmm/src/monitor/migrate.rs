@@ -18,7 +18,7 @@ use crate::vcpu::GuestEnd;
 
 /// A wish to send the guest away, in the JSON of the Cloud Hypervisor API.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct SendMigrationData {
     /// Where to: `unix:PATH` or `tcp:HOST:PORT`.
     pub destination_url: String,

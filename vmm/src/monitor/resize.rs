@@ -3,13 +3,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Guest, Monitor, MonitorError};
-use crate::config::BalloonConfig;
+use crate::config::{BalloonConfig, bytes};
 
 /// The body of `vm.resize`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub struct ResizeData {
     /// Bytes that the guest is asked to have in its balloon.
+    #[serde(deserialize_with = "bytes")]
     pub desired_balloon: u64,
 }
 

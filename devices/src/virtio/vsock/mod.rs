@@ -9,9 +9,11 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -34,6 +36,8 @@ use spec::{
 
 pub use state::VsockSnapshot;
 
+/// Bytes of `sun_path` without the zero at its end (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
 const LISTENER: Token = 0;
 /// Packets to the guest that one turn brings; then others get theirs.
 const PACKETS_A_TURN: u32 = 256;
@@ -55,7 +59,7 @@ pub enum VsockError {
     #[error("a guest cannot have the vsock address {0}: from {GUEST_CID_MIN} to 4294967294")]
     Cid(u64),
     /// The socket of the host's side.
-    #[error("{}: {source}{}", .path.display(), in_use(.source))]
+    #[error("{}: {source}{}", .path.display(), socket_hint(.path, .source))]
     Socket {
         /// Where it was to be.
         path: PathBuf,
@@ -64,12 +68,22 @@ pub enum VsockError {
     },
 }
 
-fn in_use(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::AddrInUse {
-        "; another guest has it, or one that was killed has left it: remove it then"
-    } else {
-        ""
+fn socket_hint(path: &Path, error: &io::Error) -> String {
+    let bytes = path.as_os_str().len();
+    if bytes > SOCKET_PATH_MAX {
+        return format!(
+            "; a socket's path has at most {SOCKET_PATH_MAX} bytes, this one has {bytes}"
+        );
     }
+    if error.kind() != io::ErrorKind::AddrInUse {
+        return String::new();
+    }
+    let is_socket = |metadata: Metadata| metadata.file_type().is_socket();
+    match std::fs::symlink_metadata(path).map(is_socket) {
+        Ok(false) => "; there is something else at this path: choose another, or remove it",
+        _ => "; another guest has it, or one that was killed has left it: remove it then",
+    }
+    .into()
 }
 
 /// The guest's address, which is all of the configuration space (5.10.4).

@@ -2,11 +2,14 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::Access;
+
+/// The unit of a virtio disk (virtio 1.3, 5.2.4).
+const SECTOR_BYTES: u64 = 512;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -24,16 +27,38 @@ pub enum DiskError {
     /// It is neither a file nor a block device.
     #[error("{}: a disk is a raw image: a file, or a block device", .0.display())]
     Kind(PathBuf),
+    /// It is an image in a format of its own.
+    #[error(
+        "{}: this is a {format} image; a disk here is raw: `qemu-img convert -O raw {} NEW`",
+        .path.display(), .path.display()
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// The format's name.
+        format: &'static str,
+    },
     /// It has no whole sector.
     #[error("{}: an image of less than 512 bytes is no disk", .0.display())]
     Empty(PathBuf),
+    /// Its last sector is not whole.
+    #[error(
+        "{}: its {bytes} bytes are no multiple of 512: `truncate -s %512 {}` fills the last sector with zeros",
+        .path.display(), .path.display()
+    )]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
     /// Somebody else has it.
     #[error(
         "{}: another process {}; two guests that write to one disk destroy it",
         .path.display(),
         match .access {
-            Access::ReadWrite => "has it open as a disk",
-            Access::ReadOnly => "writes to it",
+            Access::ReadWrite => "has it open as a disk, or it is given twice here",
+            Access::ReadOnly => "writes to it, or it is given twice here",
         }
     )]
     Locked {
@@ -61,6 +86,35 @@ fn open_hint(error: &io::Error, access: Access) -> &'static str {
     }
 }
 
+/// Where an image in a format of its own has which bytes: QEMU docs/interop (qcow2, qed); the specifications of VMDK 5.0
+/// and VHDX (MS-VHDX 2.2.1); VirtualBox' `VDI_IMAGE_SIGNATURE`.
+const FORMATS: [(&str, usize, &[u8]); 5] = [
+    ("qcow2", 0, b"QFI\xfb"),
+    ("QED", 0, b"QED\0"),
+    ("VMDK", 0, b"KDMV"),
+    ("VHDX", 0, b"vhdxfile"),
+    ("VDI", 64, &0xbeda_107f_u32.to_le_bytes()),
+];
+
+/// The format that the image's head is of, if it is not raw.
+fn format_of_its_own(file: &File) -> io::Result<Option<&'static str>> {
+    let mut head = [0; 68];
+    // A file that is shorter has zeros here, as if it went on.
+    let mut read = 0;
+    while read < head.len() {
+        match file.read_at(&mut head[read..], read as u64) {
+            Ok(0) => break,
+            Ok(count) => read += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let found = FORMATS
+        .iter()
+        .find(|(_, at, magic)| head[*at..].starts_with(magic));
+    Ok(found.map(|(name, _, _)| *name))
+}
+
 /// An image that is open. Its lock is taken when the guest is to run with it, and held until it ends or leaves.
 #[derive(Debug)]
 pub(super) struct DiskImage {
@@ -84,9 +138,23 @@ impl DiskImage {
             .write(access == Access::ReadWrite)
             .open(path)
             .map_err(failed)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
+        let metadata = file.metadata().map_err(failed)?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind(path.into()));
+        }
+        if let Some(format) = format_of_its_own(&file).map_err(failed)? {
+            return Err(DiskError::Format {
+                path: path.into(),
+                format,
+            });
+        }
+        let bytes = metadata.len();
+        if kind.is_file() && bytes > SECTOR_BYTES && !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::Size {
+                path: path.into(),
+                bytes,
+            });
         }
         let image = Self {
             path: path.into(),
@@ -183,6 +251,28 @@ mod tests {
         second.lock().unwrap_err();
         drop(device);
         second.lock().unwrap();
+    }
+
+    #[test]
+    fn an_image_that_is_not_raw_or_not_whole_is_refused_with_what_to_do() {
+        let head = |at: usize, magic: &[u8]| [&vec![0; at], magic, &[0; 1024]].concat();
+        for (content, named) in [
+            (head(0, b"QFI\xfb\0\0\0\x03"), "a qcow2 image"),
+            (head(0, b"QED\0"), "a QED image"),
+            (head(0, b"KDMV\x01"), "a VMDK image"),
+            (head(0, b"vhdxfile"), "a VHDX image"),
+            // As qemu-img writes it.
+            (head(64, &[0x7f, 0x10, 0xda, 0xbe]), "a VDI image"),
+            (b"QFI\xfb".to_vec(), "a qcow2 image"),
+            (vec![1; 513], "truncate -s %512"),
+        ] {
+            let file = image(0);
+            std::fs::write(file.path(), content).unwrap();
+            let error = DiskImage::open(file.path(), Access::ReadOnly).unwrap_err();
+            assert!(error.to_string().contains(named), "{error}");
+        }
+        let whole = image(1024);
+        DiskImage::open(whole.path(), Access::ReadOnly).unwrap();
     }
 
     #[test]

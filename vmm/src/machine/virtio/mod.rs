@@ -30,6 +30,7 @@ use crate::migration::header::{HostSide, SectionKind};
 
 pub use disk::DiskError;
 use disk::DiskImage;
+pub use open::look;
 pub(super) use open::{Opening, open};
 pub use tap::TapError;
 
@@ -426,11 +427,12 @@ pub(super) fn misfits(theirs: &[HostSide], here: &[HostSide]) -> Vec<String> {
     for device in theirs {
         match same(device, here) {
             None => found.push(format!(
-                "the guest has {} ({}), for which nothing was given here",
-                device.section, device.is
+                "the guest has {}, the destination has no such device ({})",
+                named(device),
+                option(&device.section)
             )),
             Some(own) if own.is != device.is => found.push(format!(
-                "{}: the guest's is {}, the one given here is {}",
+                "{}: the guest's is {}, the destination's is {}",
                 device.section, device.is, own.is
             )),
             Some(_) => {}
@@ -438,10 +440,20 @@ pub(super) fn misfits(theirs: &[HostSide], here: &[HostSide]) -> Vec<String> {
     }
     let unknown = here.iter().filter(|own| same(own, theirs).is_none());
     found.extend(unknown.map(|own| {
-        let (name, is) = (&own.section, &own.is);
-        format!("{name} ({is}) was given here, and the guest has none")
+        let (named, option) = (named(own), option(&own.section));
+        format!("the destination has {named}, the guest has no such device ({option})")
     }));
     found
+}
+
+fn named(device: &HostSide) -> String {
+    format!("{} ({})", device.section, device.is)
+}
+
+/// The option that gives a device of this name.
+fn option(name: &str) -> String {
+    let kind = name.trim_start_matches('_');
+    format!("--{}", kind.trim_end_matches(|c: char| c.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -458,14 +470,14 @@ mod tests {
         assert_eq!(
             found,
             [
-                "_disk0: the guest's is a disk of 8 sectors, the one given here is a disk of 9 sectors",
-                "the guest has _rng0 (an entropy device), for which nothing was given here",
+                "_disk0: the guest's is a disk of 8 sectors, the destination's is a disk of 9 sectors",
+                "the guest has _rng0 (an entropy device), the destination has no such device (--rng)",
             ]
         );
         let found = misfits(&[], &[rng]);
         assert_eq!(
             found,
-            ["_rng0 (an entropy device) was given here, and the guest has none"]
+            ["the destination has _rng0 (an entropy device), the guest has no such device (--rng)"]
         );
     }
 }

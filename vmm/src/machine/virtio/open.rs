@@ -85,6 +85,29 @@ pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Re
     Ok(opened)
 }
 
+/// Looks at images and taps that will be opened later, and takes none of them.
+///
+/// # Errors
+/// The first that is not there, or is something else.
+pub fn look(config: &DevicesConfig) -> std::result::Result<(), DevicesError> {
+    for disk in &config.disks {
+        if let Some(path) = &disk.path {
+            DiskImage::open(path, access(disk))?;
+        }
+    }
+    for tap in config.net.iter().filter_map(|net| net.tap.as_deref()) {
+        HostTap::is_there(tap)?;
+    }
+    Ok(())
+}
+
+fn access(disk: &DiskConfig) -> Access {
+    match disk.readonly {
+        true => Access::ReadOnly,
+        false => Access::ReadWrite,
+    }
+}
+
 /// Gives each device its registers and its interrupt line.
 struct Places<'a> {
     with: &'a Opening<'a>,
@@ -127,10 +150,7 @@ fn host(name: &str, what: &'static str) -> impl Fn(io::Error) -> DevicesError {
 }
 
 fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
-    let access = match config.readonly {
-        true => Access::ReadOnly,
-        false => Access::ReadWrite,
-    };
+    let access = access(config);
     let path = config.path.as_deref().unwrap_or(Path::new(""));
     let (image, file) = DiskImage::open(path, access).map_err(DevicesError::from)?;
     let block = Block::new(BlockConfig {

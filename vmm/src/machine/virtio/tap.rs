@@ -80,7 +80,7 @@ fn device_hint(error: &io::Error) -> &'static str {
 
 fn attach_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EBUSY) => "; another process uses it",
+        Some(libc::EBUSY) => "; another process uses it, or it is given twice here",
         Some(libc::EPERM) => {
             "; it is another user's: `ip tuntap add NAME mode tap user USER` makes one of yours"
         }
@@ -116,21 +116,8 @@ pub(super) struct HostTap(File);
 impl HostTap {
     /// The tap `name`, which is there already.
     pub(super) fn open(name: &str) -> Result<Self, TapError> {
+        Self::is_there(name)?;
         let mut request = InterfaceRequest::new();
-        let possible = (1..NAME_BYTES).contains(&name.len())
-            && !name.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0')
-            && !matches!(name, "." | "..");
-        if !possible {
-            return Err(TapError::Name(name.into()));
-        }
-        // The kernel would make an interface that is not there, for root.
-        let interface = Path::new("/sys/class/net").join(name);
-        if !interface.exists() {
-            return Err(TapError::Absent(name.into()));
-        }
-        if !interface.join("tun_flags").exists() {
-            return Err(TapError::Kind(name.into()));
-        }
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -146,6 +133,25 @@ impl HostTap {
             source,
         })?;
         Self::set_up(file)
+    }
+
+    /// Finds a name of which there is no tap, without taking the tap.
+    pub(super) fn is_there(name: &str) -> Result<(), TapError> {
+        let possible = (1..NAME_BYTES).contains(&name.len())
+            && !name.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0')
+            && !matches!(name, "." | "..");
+        if !possible {
+            return Err(TapError::Name(name.into()));
+        }
+        // The kernel would make an interface that is not there, for root.
+        let interface = Path::new("/sys/class/net").join(name);
+        if !interface.exists() {
+            return Err(TapError::Absent(name.into()));
+        }
+        if !interface.join("tun_flags").exists() {
+            return Err(TapError::Kind(name.into()));
+        }
+        Ok(())
     }
 
     /// The tap that the process got as descriptor `fd`, which stays open: a guest may be started again.

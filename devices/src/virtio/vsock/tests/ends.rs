@@ -206,6 +206,16 @@ fn a_device_that_cannot_be_says_why() {
     let error = Vsock::new(config.clone()).err().unwrap().to_string();
     assert!(error.contains("another guest has it"), "{error}");
     drop(first);
-    Vsock::new(config).unwrap();
+    Vsock::new(config.clone()).unwrap();
     assert!(!path.exists());
+    std::fs::write(&path, "no socket").unwrap();
+    let error = Vsock::new(config).err().unwrap().to_string();
+    assert!(error.contains("something else"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
+    let config = VsockConfig {
+        guest_cid: CID,
+        path: folder.path().join("x".repeat(108)),
+    };
+    let error = Vsock::new(config).err().unwrap().to_string();
+    assert!(error.contains("at most 107 bytes"), "{error}");
 }
