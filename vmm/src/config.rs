@@ -18,8 +18,8 @@ use crate::machine::Shape;
 use crate::memory::Backing;
 
 pub use devices::{
-    BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RateLimiterConfig, RngConfig,
-    TokenBucket, VsockConfig,
+    BalloonConfig, DevicesConfig, DiskConfig, ImageType, MacAddress, NetConfig, RateLimiterConfig,
+    RngConfig, TokenBucket, VsockConfig,
 };
 
 /// A guest.

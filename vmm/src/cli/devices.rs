@@ -6,8 +6,8 @@ use clap::Args;
 
 use super::arguments::{on_off, parse_serial};
 use crate::config::{
-    BalloonConfig, DevicesConfig, DiskConfig, MacAddress, NetConfig, RateLimiterConfig, RngConfig,
-    SerialConfig, SerialMode, TokenBucket, VsockConfig,
+    BalloonConfig, DevicesConfig, DiskConfig, ImageType, MacAddress, NetConfig, RateLimiterConfig,
+    RngConfig, SerialConfig, SerialMode, TokenBucket, VsockConfig,
 };
 use crate::migration::transport::check_socket_path;
 use crate::size::parse_size;
@@ -22,7 +22,7 @@ pub(super) struct DeviceArguments {
     /// LIMITS of an image are [,bw_size=BYTES][,ops_size=N]: so much in a second, or in bw_refill_time=MS, ops_refill_time=MS
     #[arg(
         long,
-        value_name = "path=FILE[,readonly=on|off][,id=TEXT][,LIMITS]|vhost_user=on,socket=PATH[,id=TEXT]",
+        value_name = "path=FILE[,image_type=raw][,readonly=on|off][,id=TEXT][,LIMITS]|vhost_user=on,socket=PATH[,id=TEXT]",
         value_parser = parse_disk
     )]
     pub(super) disk: Vec<DiskConfig>,
@@ -146,6 +146,7 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         }
         match part {
             ("path", value) => disk.path = Some(value.into()),
+            ("image_type", "raw") => disk.image_type = Some(ImageType::Raw),
             ("readonly", value) => disk.readonly = on_off(text, value)?,
             ("id", value) => disk.id = Some(value.into()),
             ("vhost_user", value) => disk.vhost_user = on_off(text, value)?,
@@ -154,7 +155,8 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
                 disk.vhost_socket = Some(value.into());
             }
             (name, _) => {
-                let known = format!("path, readonly, id, vhost_user, socket, {LIMITS}");
+                let known =
+                    format!("path, image_type=raw, readonly, id, vhost_user, socket, {LIMITS}");
                 return Err(unknown(name, &known));
             }
         }
@@ -265,6 +267,8 @@ mod tests {
         assert_eq!(net.mac.to_string(), "52:54:00:12:34:56");
         assert_eq!(parse_net("fd=5").unwrap().fds, Some(vec![5]));
         assert_eq!(parse_vsock("socket=/s").unwrap().cid, GUEST_CID);
+        let disk = parse_disk("path=/d.img,image_type=raw").unwrap();
+        assert_eq!(disk.image_type, Some(ImageType::Raw));
         let bucket = |size, refill_time| Some(TokenBucket { size, refill_time });
         let disk = parse_disk("path=/d,bw_refill_time=500,bw_size=2M,ops_size=100").unwrap();
         let limits = disk.rate_limiter_config.unwrap();

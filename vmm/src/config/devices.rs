@@ -28,6 +28,13 @@ pub struct DevicesConfig {
     pub console: Option<SerialConfig>,
 }
 
+/// What an image is said to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageType {
+    /// The disk itself, whatever it begins with: a guest may have written what looks like another image.
+    Raw,
+}
+
 /// A disk: over a raw image, or over a vhost-user back end.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
@@ -35,6 +42,9 @@ pub struct DiskConfig {
     /// The raw image: a file, or a block device. None for a vhost-user back end, which has its own.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub path: Option<PathBuf>,
+    /// What the image is; one that looks like another kind is refused where nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub image_type: Option<ImageType>,
     /// The guest may not write to it.
     #[serde(default)]
     pub readonly: bool,
@@ -328,6 +338,7 @@ impl DiskConfig {
     fn check_vhost_user(&self, path: &str) -> Result<(), ConfigError> {
         let of_back_end = [
             ("path", self.path.is_some()),
+            ("image_type", self.image_type.is_some()),
             ("readonly", self.readonly),
             ("rate_limiter_config", self.rate_limiter_config.is_some()),
         ];

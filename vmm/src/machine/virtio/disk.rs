@@ -2,11 +2,13 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::Access;
+
+use crate::config::ImageType;
 
 /// The unit of a virtio disk (virtio 1.3, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
@@ -29,7 +31,8 @@ pub enum DiskError {
     Kind(PathBuf),
     /// It is an image in a format of its own.
     #[error(
-        "{}: this is a {format} image; a disk here is raw: `qemu-img convert -O raw {} NEW`",
+        "{}: this is a {format} image; a disk here is raw: `qemu-img convert -O raw {} NEW`, or \
+         image_type=raw if the guest itself has written this",
         .path.display(), .path.display()
     )]
     Format {
@@ -127,15 +130,21 @@ pub(super) struct DiskImage {
 
 impl DiskImage {
     /// Opens the image at `path`; returns also the file for the device.
-    pub(super) fn open(path: &Path, access: Access) -> Result<(Self, File), DiskError> {
+    pub(super) fn open(
+        path: &Path,
+        access: Access,
+        said: Option<ImageType>,
+    ) -> Result<(Self, File), DiskError> {
         let failed = |source| DiskError::Open {
             path: path.into(),
             access,
             source,
         };
+        // A pipe must not have the monitor wait for its writer before it is seen to be none.
         let file = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
+            .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
@@ -143,7 +152,9 @@ impl DiskImage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind(path.into()));
         }
-        if let Some(format) = format_of_its_own(&file).map_err(failed)? {
+        if said.is_none()
+            && let Some(format) = format_of_its_own(&file).map_err(failed)?
+        {
             return Err(DiskError::Format {
                 path: path.into(),
                 format,
@@ -222,7 +233,7 @@ mod tests {
     #[test]
     fn one_writer_or_many_readers() {
         let file = image(4096);
-        let open = |access| DiskImage::open(file.path(), access).unwrap();
+        let open = |access| DiskImage::open(file.path(), access, None).unwrap();
         let (writer, _) = open(Access::ReadWrite);
         let (other, _) = open(Access::ReadWrite);
         let (reader, _) = open(Access::ReadOnly);
@@ -244,10 +255,10 @@ mod tests {
     #[test]
     fn the_lock_lasts_as_long_as_the_device_has_the_file() {
         let file = image(4096);
-        let (first, device) = DiskImage::open(file.path(), Access::ReadWrite).unwrap();
+        let (first, device) = DiskImage::open(file.path(), Access::ReadWrite, None).unwrap();
         first.lock().unwrap();
         drop(first);
-        let (second, _) = DiskImage::open(file.path(), Access::ReadWrite).unwrap();
+        let (second, _) = DiskImage::open(file.path(), Access::ReadWrite, None).unwrap();
         second.lock().unwrap_err();
         drop(device);
         second.lock().unwrap();
@@ -268,17 +279,20 @@ mod tests {
         ] {
             let file = image(0);
             std::fs::write(file.path(), content).unwrap();
-            let error = DiskImage::open(file.path(), Access::ReadOnly).unwrap_err();
+            let error = DiskImage::open(file.path(), Access::ReadOnly, None).unwrap_err();
             assert!(error.to_string().contains(named), "{error}");
         }
+        let written = image(0);
+        std::fs::write(written.path(), head(0, b"QFI\xfb")[..1024].as_ref()).unwrap();
+        DiskImage::open(written.path(), Access::ReadOnly, Some(ImageType::Raw)).unwrap();
         let whole = image(1024);
-        DiskImage::open(whole.path(), Access::ReadOnly).unwrap();
+        DiskImage::open(whole.path(), Access::ReadOnly, None).unwrap();
     }
 
     #[test]
     fn what_is_no_image_is_named() {
         let absent = Path::new("/no/such/image");
-        let error = DiskImage::open(absent, Access::ReadWrite).unwrap_err();
+        let error = DiskImage::open(absent, Access::ReadWrite, None).unwrap_err();
         assert!(
             error
                 .to_string()
@@ -286,7 +300,7 @@ mod tests {
             "{error}"
         );
         for path in ["/dev/null", "/"] {
-            let error = DiskImage::open(Path::new(path), Access::ReadOnly).unwrap_err();
+            let error = DiskImage::open(Path::new(path), Access::ReadOnly, None).unwrap_err();
             assert!(
                 error.to_string().contains("a disk is a raw image"),
                 "{error}"

@@ -92,7 +92,7 @@ pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Re
 pub fn look(config: &DevicesConfig) -> std::result::Result<(), DevicesError> {
     for disk in &config.disks {
         if let Some(path) = &disk.path {
-            DiskImage::open(path, access(disk))?;
+            DiskImage::open(path, access(disk), disk.image_type)?;
         }
     }
     for tap in config.net.iter().filter_map(|net| net.tap.as_deref()) {
@@ -152,7 +152,8 @@ fn host(name: &str, what: &'static str) -> impl Fn(io::Error) -> DevicesError {
 fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
     let access = access(config);
     let path = config.path.as_deref().unwrap_or(Path::new(""));
-    let (image, file) = DiskImage::open(path, access).map_err(DevicesError::from)?;
+    let opened = DiskImage::open(path, access, config.image_type);
+    let (image, file) = opened.map_err(DevicesError::from)?;
     let block = Block::new(BlockConfig {
         file,
         access,
