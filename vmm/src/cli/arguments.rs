@@ -240,14 +240,12 @@ pub(super) struct RunArguments {
     /// vCPUs, 1 to 64 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(super) cpus: Option<u32>,
-    /// Memory, such as 4G or 1G,hugepages=on or 1G,shared=off [default: 512M]
-    #[arg(long, value_name = "SIZE[,shared=on|off][,hugepages=on|off]", value_parser = parse_memory)]
+    /// Memory: SIZE[,shared=on|off][,hugepages=on|off], such as 4G or 1G,hugepages=on [default: 512M]
+    #[arg(long, value_name = "MEMORY", value_parser = parse_memory)]
     pub(super) memory: Option<MemoryArgument>,
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
-    #[command(flatten)]
-    pub(super) devices: DeviceArguments,
     /// Answer API calls on this Unix socket, or on one that descriptor N is
     #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
     pub(super) api_socket: Option<Place>,
@@ -268,6 +266,8 @@ pub(super) struct RunArguments {
     /// End when this process, which started this one, ends
     #[arg(long, value_name = "PID", hide = true)]
     pub(super) end_with_parent: Option<u32>,
+    #[command(flatten)]
+    pub(super) devices: DeviceArguments,
 }
 
 impl RunArguments {
@@ -308,8 +308,6 @@ pub(super) struct ReceiveArguments {
     /// Where the serial port leads: stdio, null, or file:PATH [default: null]
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
-    #[command(flatten)]
-    pub(super) devices: DeviceArguments,
     /// Answer API calls on this Unix socket, or on one that descriptor N is
     #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
     pub(super) api_socket: Option<Place>,
@@ -326,6 +324,8 @@ pub(super) struct ReceiveArguments {
     /// End when this process, which started this one, ends
     #[arg(long, value_name = "PID", hide = true)]
     pub(super) end_with_parent: Option<u32>,
+    #[command(flatten)]
+    pub(super) devices: DeviceArguments,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -593,6 +593,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn names_of_values_leave_room_for_what_they_mean() {
+        fn look(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                let names = argument.get_value_names().unwrap_or_default();
+                for name in names {
+                    assert!(name.len() <= 16, "{}: {name}", command.get_name());
+                }
+            }
+            command.get_subcommands().for_each(look);
+        }
+        look(&Arguments::command());
     }
 
     #[test]

@@ -18,34 +18,24 @@ const GUEST_CID: u64 = 3;
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Devices")]
 pub(super) struct DeviceArguments {
-    /// A disk over a raw image, or over a vhost-user back end that listens on a Unix socket; once for each disk.
-    /// LIMITS of an image are [,bw_size=BYTES][,ops_size=N]: so much in a second, or in bw_refill_time=MS, ops_refill_time=MS
-    #[arg(
-        long,
-        value_name = "path=FILE[,image_type=raw][,readonly=on|off][,id=TEXT][,LIMITS]|vhost_user=on,socket=PATH[,id=TEXT]",
-        value_parser = parse_disk
-    )]
+    /// A disk over a raw image: path=FILE[,image_type=raw][,readonly=on|off][,id=TEXT][,LIMITS]; or one
+    /// that a vhost-user back end serves: vhost_user=on,socket=PATH[,id=TEXT]. Once for each disk.
+    /// LIMITS are bw_size=BYTES and ops_size=N, in a second, or in bw_refill_time=MS and ops_refill_time=MS
+    #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     pub(super) disk: Vec<DiskConfig>,
-    /// A network interface over a tap that is there, or over a passed descriptor of one; once for each.
-    /// LIMITS are those of a disk, for each direction
-    #[arg(
-        long,
-        value_name = "tap=NAME|fd=N[,mac=ADDRESS][,mtu=N][,LIMITS]",
-        value_parser = parse_net
-    )]
+    /// A network interface over a tap that is there: tap=NAME[,mac=ADDRESS][,mtu=N][,LIMITS]; or over a
+    /// passed descriptor of one, with fd=N. Once for each; LIMITS are those of a disk, in each direction
+    #[arg(long, value_name = "NET", value_parser = parse_net)]
     pub(super) net: Vec<NetConfig>,
-    /// Sockets between guest and host, as Unix sockets here [default cid: 3]
-    #[arg(long, value_name = "socket=PATH[,cid=N]", value_parser = parse_vsock)]
+    /// Sockets between guest and host, as Unix sockets here: socket=PATH[,cid=N] [default cid: 3]
+    #[arg(long, value_name = "VSOCK", value_parser = parse_vsock)]
     pub(super) vsock: Option<VsockConfig>,
     /// Random bytes of the host for the guest
     #[arg(long)]
     pub(super) rng: bool,
-    /// A balloon that takes memory from the guest
-    #[arg(
-        long,
-        value_name = "size=SIZE[,deflate_on_oom=on|off][,free_page_reporting=on|off]",
-        value_parser = parse_balloon
-    )]
+    /// A balloon that takes memory from the guest:
+    /// size=SIZE[,deflate_on_oom=on|off][,free_page_reporting=on|off]
+    #[arg(long, value_name = "BALLOON", value_parser = parse_balloon)]
     pub(super) balloon: Option<BalloonConfig>,
     /// A virtio console (hvc0 in Linux) beside the serial port: null, or file:PATH
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
