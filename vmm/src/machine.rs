@@ -473,14 +473,10 @@ impl Machine {
     /// # Errors
     /// A disk that was given up ([`Self::give_up_disks`]) and is another's now: nothing runs then.
     pub fn resume(&self) -> Result<()> {
-        let mut running = self.running_state();
-        if !*running {
-            self.devices.lock_images()?;
-            self.devices.resume();
-            self.release_vcpus();
-            *running = true;
-        }
-        Ok(())
+        self.go_on(|devices| {
+            devices.resume();
+            Ok(())
+        })
     }
 
     /// As [`Self::resume`], for a guest that has just arrived: it goes on if everything of it does. Otherwise nothing
@@ -489,22 +485,23 @@ impl Machine {
     /// # Errors
     /// As there, and a vhost-user back end that was lost.
     pub fn resume_arrived(&self) -> Result<()> {
-        let mut running = self.running_state();
-        if !*running {
-            self.devices.lock_images()?;
-            if let Err(error) = self.devices.resume_arrived() {
-                self.devices.unlock_images()?;
-                return Err(error.into());
-            }
-            self.release_vcpus();
-            *running = true;
-        }
-        Ok(())
+        self.go_on(Devices::resume_arrived)
     }
 
-    fn release_vcpus(&self) {
+    fn go_on(&self, start: fn(&Devices) -> std::result::Result<(), DevicesError>) -> Result<()> {
+        let mut running = self.running_state();
+        if *running {
+            return Ok(());
+        }
+        self.devices.lock_images()?;
+        if let Err(error) = start(&self.devices) {
+            self.devices.unlock_images()?;
+            return Err(error.into());
+        }
         self.gates().for_each(|gate| excuse_pause(gate));
         self.gates().for_each(|gate| gate.release());
+        *running = true;
+        Ok(())
     }
 
     /// Takes back what [`Self::give_up_disks`] gave away. Idempotent.

@@ -196,7 +196,12 @@ impl Monitor {
     }
 
     /// Takes in a guest that arrived. It is over when it resets itself.
-    pub fn adopt(&self, machine: Arc<Machine>, config: VmConfig) {
+    ///
+    /// Its balloon is as large as its source wanted it, whatever `config` says.
+    pub fn adopt(&self, machine: Arc<Machine>, mut config: VmConfig) {
+        if let (Some(control), Some(balloon)) = (machine.balloon(), &mut config.balloon) {
+            balloon.size = u64::from(control.target()) * ept::PAGE_SIZE;
+        }
         let mut guest = self.guest();
         self.has_adopted.store(true, Ordering::Relaxed);
         *guest = Some(Guest {

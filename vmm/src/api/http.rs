@@ -2,14 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Bytes of a request's line and headers, at most.
 const HEAD_LIMIT: usize = 16 * 1024;
 /// Bytes of a request's body, at most.
 const BODY_LIMIT: usize = 1 << 20;
 const HEADERS_LIMIT: usize = 64;
-/// Descriptors that come with a request, at most: a tap for each interface that a guest can have.
+/// Descriptors that come with a request, at most: more than a guest can have interfaces.
 pub(super) const DESCRIPTORS_LIMIT: usize = 16;
 
 /// What a request wants to do.
@@ -39,26 +38,8 @@ pub(super) struct Request {
     pub(super) path: String,
     pub(super) body: Vec<u8>,
     pub(super) keep_alive: KeepAlive,
-    pub(super) descriptors: Descriptors,
-}
-
-/// What came with a request, until somebody takes it.
-pub(super) type Descriptors = Mutex<Vec<OwnedFd>>;
-
-impl Request {
-    /// Whether descriptors came with it that nobody took.
-    pub(super) fn has_descriptors(&self) -> bool {
-        !lock(&self.descriptors).is_empty()
-    }
-
-    /// Takes the descriptors that came with it, in their order.
-    pub(super) fn take_descriptors(&self) -> Vec<OwnedFd> {
-        std::mem::take(&mut *lock(&self.descriptors))
-    }
-}
-
-fn lock(descriptors: &Descriptors) -> MutexGuard<'_, Vec<OwnedFd>> {
-    descriptors.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What came with its bytes, in order.
+    pub(super) descriptors: Vec<OwnedFd>,
 }
 
 /// Whether the client wants to send another request over the same connection.
@@ -248,9 +229,9 @@ pub(super) fn read_request(
             while ahead.bytes.len() < head + length {
                 fill(stream, ahead)?;
             }
-            let (bytes, descriptors) = ahead.take(head + length)?;
-            request.body = bytes[head..].to_vec();
-            request.descriptors = descriptors.into();
+            let (mut bytes, descriptors) = ahead.take(head + length)?;
+            request.body = bytes.split_off(head);
+            request.descriptors = descriptors;
             return Ok(request);
         }
         if ahead.bytes.len() > HEAD_LIMIT {
@@ -335,7 +316,7 @@ fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError>
         } else {
             KeepAlive::Yes
         },
-        descriptors: Descriptors::default(),
+        descriptors: Vec::new(),
     };
     Ok(Some((request, head, length)))
 }

@@ -15,7 +15,7 @@ use crate::monitor::{
 
 const PREFIX: &str = "/api/v1/";
 
-type Answer = fn(&Monitor, &Request) -> Response;
+type Answer = fn(&Monitor, &mut Request) -> Response;
 
 /// The one call that descriptors may come with, as `SCM_RIGHTS` of its bytes: the taps of its interfaces.
 const TAKES_DESCRIPTORS: &str = "/api/v1/vm.create";
@@ -27,8 +27,9 @@ const ROUTES: [(Method, &str, Answer); 19] = [
         done(monitor.end_all())
     }),
     (Method::Put, "/api/v1/vm.create", |monitor, request| {
+        let passed = std::mem::take(&mut request.descriptors);
         with_body(request, |config: VmConfig| {
-            done(monitor.create(config, request.take_descriptors()))
+            done(monitor.create(config, passed))
         })
     }),
     (Method::Put, "/api/v1/vm.boot", |monitor, _| {
@@ -131,9 +132,9 @@ struct ResolveData {
 }
 
 /// Answers one request.
-pub(super) fn answer(monitor: &Arc<Monitor>, request: &Request) -> Response {
+pub(super) fn answer(monitor: &Arc<Monitor>, request: &mut Request) -> Response {
     let path = request.path.as_str();
-    if path != TAKES_DESCRIPTORS && request.has_descriptors() {
+    if path != TAKES_DESCRIPTORS && !request.descriptors.is_empty() {
         return Response::error(400, format!("{path}: no descriptors come with this call"));
     }
     if let Some((method, _, answer)) = ROUTES.iter().find(|(_, known, _)| *known == path) {
@@ -239,7 +240,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::http::{Descriptors, KeepAlive};
+    use super::super::http::KeepAlive;
     use super::*;
     use crate::events::Events;
 
@@ -285,7 +286,7 @@ mod tests {
             path: path.to_owned(),
             body: body.to_vec(),
             keep_alive: KeepAlive::No,
-            descriptors: Descriptors::default(),
+            descriptors: Vec::new(),
         }
     }
 
@@ -294,8 +295,8 @@ mod tests {
         let monitor = empty_monitor();
         let with = |path, body: &[u8]| {
             let mut request = request("PUT", path, body);
-            request.descriptors = vec![std::fs::File::open("/dev/null").unwrap().into()].into();
-            answer(&monitor, &request)
+            request.descriptors = vec![std::fs::File::open("/dev/null").unwrap().into()];
+            answer(&monitor, &mut request)
         };
         let response = with("/api/v1/vm.pause", b"");
         assert_eq!(response.status, 400);
@@ -326,7 +327,7 @@ mod tests {
             ("PUT", "/api/v1/vm.delete", 204, ""),
             ("GET", "/", 404, "/metrics"),
         ] {
-            let response = answer(&monitor, &request(method, path, b""));
+            let response = answer(&monitor, &mut request(method, path, b""));
             assert_eq!(response.status, status, "{method} {path}");
             assert!(
                 response.body.contains(named),
@@ -397,7 +398,7 @@ mod tests {
     fn assert_refused(call: &str, body: &[u8]) {
         let response = answer(
             &empty_monitor(),
-            &request("PUT", &format!("{PREFIX}{call}"), body),
+            &mut request("PUT", &format!("{PREFIX}{call}"), body),
         );
         assert!(
             [400, 404, 409].contains(&response.status),

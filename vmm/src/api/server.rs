@@ -108,7 +108,7 @@ pub fn answer_bytes(monitor: &Arc<Monitor>, mut bytes: &[u8]) -> Vec<u8> {
     let (mut ahead, mut answers) = (Ahead::default(), Vec::new());
     loop {
         let (response, keep_alive) = match read_request(&mut bytes, &mut ahead) {
-            Ok(request) => (answer(monitor, &request), request.keep_alive),
+            Ok(mut request) => (answer(monitor, &mut request), request.keep_alive),
             Err(RequestError::Bad(response)) => (response, KeepAlive::No),
             Err(RequestError::Closed) => return answers,
         };
@@ -262,7 +262,7 @@ fn serve_one(
     // From here on it is not closed to make room.
     place.note(State::Answering)?;
     let (response, keep_alive) = match request {
-        Ok(request) => (answer(monitor, &request), request.keep_alive),
+        Ok(mut request) => (answer(monitor, &mut request), request.keep_alive),
         Err(RequestError::Bad(response)) => (response, KeepAlive::No),
         Err(RequestError::Closed) => return Err(io::ErrorKind::ConnectionAborted.into()),
     };
@@ -411,7 +411,7 @@ mod tests {
         };
         let request = read_request(&mut client, &mut Ahead::default())?;
         assert_eq!(request.body, b"{}");
-        Ok(request.take_descriptors())
+        Ok(request.descriptors)
     }
 
     #[test]
@@ -451,7 +451,7 @@ mod tests {
             };
             let request = read_request(&mut client, &mut ahead).unwrap();
             assert_eq!(
-                (request.path.as_str(), request.take_descriptors().len()),
+                (request.path.as_str(), request.descriptors.len()),
                 (path, count)
             );
         }

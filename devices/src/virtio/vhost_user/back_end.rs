@@ -36,7 +36,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// The other end of a connection went away while nobody waited for it.
-    pub(super) fn gone(&self, connection: u64) {
+    fn gone(&self, connection: u64) {
         let mut state = self.state();
         if state.connection == connection && state.link.is_some() {
             let error = VhostUserError::Closed {
@@ -84,16 +84,15 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         else {
             return;
         };
-        let prepared = link
-            .tell_memory(&self.table)
-            .and_then(|()| self.agree(link, driver, log.as_ref()))
+        let prepared = self
+            .agree(link, driver, log.as_ref())
             .and_then(|()| link.settle());
         if let Err(error) = prepared {
             self.lose(state, &error);
         }
     }
 
-    pub(super) fn begin(self: &Arc<Self>, state: &mut State) -> Result<()> {
+    fn begin(self: &Arc<Self>, state: &mut State) -> Result<()> {
         if state.link.is_none() {
             self.reconnect(state)?;
         }
@@ -107,7 +106,6 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         else {
             return Ok(());
         };
-        link.tell_memory(&self.table)?;
         self.agree(link, driver, log.as_ref())?;
         if driver.features & CONFIG_WRITE_BACK != 0 {
             link.set_write_back(*write_back)?;
@@ -121,7 +119,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// The back end that listens there now, if it is one like the first.
-    pub(super) fn reconnect(self: &Arc<Self>, state: &mut State) -> Result<()> {
+    fn reconnect(self: &Arc<Self>, state: &mut State) -> Result<()> {
         let (link, offer) = Link::connect(&self.socket)?;
         let mut expected = self.offer;
         // That is as the last driver left it.
@@ -142,13 +140,9 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         Ok(())
     }
 
-    /// The log, then the features that have it used.
-    pub(super) fn agree(
-        &self,
-        link: &mut Link,
-        driver: &Driver,
-        log: Option<&WriteLog>,
-    ) -> Result<()> {
+    /// Guest memory if it does not have it yet, and the log; then the features that have both used.
+    fn agree(&self, link: &mut Link, driver: &Driver, log: Option<&WriteLog>) -> Result<()> {
+        link.tell_memory(&self.table)?;
         let mut features = driver.features | PROTOCOL;
         if let Some(log) = log {
             link.set_log_base(log)?;
@@ -170,7 +164,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         switched
     }
 
-    pub(super) fn switch_log_of_started(&self, state: &mut State) -> Result<()> {
+    fn switch_log_of_started(&self, state: &mut State) -> Result<()> {
         let State {
             link: Some(link),
             driver: Some(driver),
@@ -200,7 +194,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Requests end first: a back end that has some when it is told to stop may forget them (QEMU 7.2 ends then).
-    pub(super) fn end(&self, state: &mut State) -> Result<()> {
+    fn end(&self, state: &mut State) -> Result<()> {
         let State {
             link: Some(link),
             driver: Some(driver),
@@ -235,7 +229,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Waits until the used ring has come to where `end` is.
-    pub(super) fn wait_for_used(
+    fn wait_for_used(
         &self,
         link: &Link,
         began: Instant,
@@ -273,14 +267,14 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// The index of an available or used ring, which was found to be in guest memory.
-    pub(super) fn ring_index(&self, ring: u64) -> u16 {
+    fn ring_index(&self, ring: u64) -> u16 {
         let index = GuestAddress(ring.saturating_add(RING_INDEX));
         let found: std::result::Result<u16, _> =
             self.memory.memory().load(index, Ordering::Acquire);
         found.map_or(0, u16::from_le)
     }
 
-    pub(super) fn vrings<'a>(&'a self, driver: &'a Driver) -> impl Iterator<Item = Vring<'a>> {
+    fn vrings<'a>(&'a self, driver: &'a Driver) -> impl Iterator<Item = Vring<'a>> {
         let each = driver.queues.iter().zip(&self.kicks).enumerate();
         each.filter(|(_, (queue, _))| queue.ready)
             .map(|(index, (queue, kick))| Vring {

@@ -8,12 +8,12 @@ use vm_memory::{
 };
 
 use crate::virtio::queue::{QueueError, QueueSnapshot};
+use crate::virtio::spec::USED_BYTES;
 
-/// Bytes of a descriptor, and of an entry of the available and the used ring; what either ring has besides its
-/// entries: flags, index, and the event index (virtio 1.2, 2.7).
+/// Bytes of a descriptor, and of an entry of the available ring; what either ring has besides its entries: flags, index,
+/// and the event index (virtio 1.2, 2.7).
 const DESCRIPTOR_BYTES: u64 = 16;
 const AVAILABLE_BYTES: u64 = 2;
-const USED_BYTES: u64 = 8;
 const AROUND_BYTES: u64 = 6;
 
 /// The memory table of one guest.
