@@ -12,6 +12,7 @@ pub const BOOT_LIMIT: Duration = Duration::from_secs(100);
 pub const SHELL_LIMIT: Duration = Duration::from_secs(30);
 
 const MIB_KIB: u32 = 1024;
+const PROMPT: &str = "/ # ";
 
 /// A guest at its shell.
 #[derive(Debug)]
@@ -54,10 +55,11 @@ impl LinuxShell {
     pub fn is_ready(&self, mark: usize) {
         let serial = self.ferry.serial();
         serial.wait_after(mark, READY, BOOT_LIMIT).unwrap();
-        serial.wait_after(mark, "/ # ", SHELL_LIMIT).unwrap();
+        serial.wait_after(mark, PROMPT, SHELL_LIMIT).unwrap();
     }
 
-    /// Types a command and waits for what only the guest can have computed.
+    /// Types a command and waits for what only the guest can have computed, and for the next prompt: what is typed while
+    /// the shell takes its terminal back can get lost.
     ///
     /// # Panics
     /// It does not come.
@@ -70,10 +72,18 @@ impl LinuxShell {
     /// # Panics
     /// It does not come.
     pub fn ask_patiently(&mut self, command: &str, answer: &str, limit: Duration) {
+        let mark = self.answers(command, answer, limit);
+        let serial = self.ferry.serial();
+        serial.wait_after(mark, PROMPT, limit).unwrap();
+    }
+
+    /// Types a command and waits for the answer alone. Returns where the output behind the command begins.
+    fn answers(&mut self, command: &str, answer: &str, limit: Duration) -> usize {
         let mark = self.ferry.serial().mark();
         self.ferry.type_in(&format!("{command}\n")).unwrap();
         let serial = self.ferry.serial();
         serial.wait_after(mark, answer, limit).unwrap();
+        mark
     }
 
     /// The numbers that `command` prints.
@@ -199,7 +209,7 @@ impl LinuxShell {
     /// # Panics
     /// It does not.
     pub fn switches_itself_off(mut self, command: &str) {
-        self.ask(command, "reboot: Power down");
+        self.answers(command, "reboot: Power down", SHELL_LIMIT);
         self.ends();
     }
 

@@ -116,10 +116,8 @@ fn host(command: &str) {
     assert!(done.status.success(), "{command}: {done:?}");
 }
 
-fn switches_off(mut guest: LinuxShell) {
-    let command = "sync; mount -o remount,ro /; poweroff -f";
-    guest.ask(command, "reboot: Power down");
-    guest.ends();
+fn switches_off(guest: LinuxShell) {
+    guest.switches_itself_off("sync; mount -o remount,ro /; poweroff -f");
 }
 
 /// Pages that back ends have dirtied, as the tracker of this guest counts them.
