@@ -1,0 +1,316 @@
+//! A guest without KVM: a thread that stamps pages, and a count of how many such threads run.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use ept::{Gpa, GpaRange, PAGE_SIZE, Region, RegionKind, Source, Tracker, TrackerBitmap};
+use migration::guest::{DestinationGuest, GuestError, Section, SourceGuest};
+use migration::header::{Description, MemoryRange, SectionKind};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+pub(crate) const PAGES: u64 = 512;
+/// Pages that the guest rewrites; those above stay zero, but for one in the middle.
+const HOT_PAGES: u64 = 64;
+const COLD_PAGE: u64 = 300;
+
+pub(crate) type Memory = GuestMemoryMmap<TrackerBitmap>;
+
+/// What all copies of one guest have in common: how many of them run.
+#[derive(Default)]
+pub(crate) struct World {
+    running: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl World {
+    pub(crate) fn running(&self) -> usize {
+        self.running.load(Ordering::SeqCst)
+    }
+
+    /// The most copies that ever ran at once.
+    pub(crate) fn most(&self) -> usize {
+        self.most.load(Ordering::SeqCst)
+    }
+
+    fn enter(&self) {
+        let now = self.running.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+    }
+
+    fn leave(&self) {
+        self.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Memory, its tracker, and the thread that writes to it.
+pub(crate) struct Guest {
+    pub(crate) memory: Memory,
+    pub(crate) tracker: Arc<Tracker>,
+    world: Arc<World>,
+    /// Pages stamped so far: page `n % HOT_PAGES` holds the last such `n`.
+    stamps: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    vcpu: Option<JoinHandle<()>>,
+    /// Called at each bringing-in of the log, with how many there were.
+    pub(crate) on_sync: Option<Box<dyn FnMut(u32) + Send>>,
+    syncs: u32,
+}
+
+fn new_memory() -> (Memory, Arc<Tracker>) {
+    let range = GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE).unwrap();
+    let tracker = Arc::new(
+        Tracker::new(&[Region {
+            range,
+            kind: RegionKind::Ram,
+        }])
+        .unwrap(),
+    );
+    let bitmap = TrackerBitmap::new(Arc::clone(&tracker), Gpa(0), Source::Vcpu);
+    let size = usize::try_from(PAGES * PAGE_SIZE).unwrap();
+    let mapping = MmapRegionBuilder::new_with_bitmap(size, bitmap)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+        .build()
+        .unwrap();
+    let region = GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap();
+    (Memory::from_regions(vec![region]).unwrap(), tracker)
+}
+
+impl Guest {
+    /// A stopped guest with one cold page.
+    pub(crate) fn new(world: &Arc<World>) -> Self {
+        let (memory, tracker) = new_memory();
+        memory
+            .write_obj(COLD_PAGE, GuestAddress(COLD_PAGE * PAGE_SIZE))
+            .unwrap();
+        Self::with(memory, tracker, world, 0)
+    }
+
+    fn with(memory: Memory, tracker: Arc<Tracker>, world: &Arc<World>, stamps: u64) -> Self {
+        Self {
+            memory,
+            tracker,
+            world: Arc::clone(world),
+            stamps: Arc::new(AtomicU64::new(stamps)),
+            stop: Arc::default(),
+            vcpu: None,
+            on_sync: None,
+            syncs: 0,
+        }
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.vcpu.is_some()
+    }
+
+    pub(crate) fn run(&mut self) {
+        assert!(self.vcpu.is_none(), "a guest runs once");
+        self.world.enter();
+        self.stop.store(false, Ordering::SeqCst);
+        let (memory, stamps, stop) = (
+            self.memory.clone(),
+            Arc::clone(&self.stamps),
+            Arc::clone(&self.stop),
+        );
+        self.vcpu = Some(thread::spawn(move || {
+            while !stop.load(Ordering::SeqCst) {
+                let stamp = stamps.load(Ordering::SeqCst) + 1;
+                memory.write_obj(stamp, hot_page(stamp)).unwrap();
+                stamps.store(stamp, Ordering::SeqCst);
+                thread::yield_now();
+            }
+        }));
+    }
+
+    pub(crate) fn halt(&mut self) {
+        if let Some(vcpu) = self.vcpu.take() {
+            self.stop.store(true, Ordering::SeqCst);
+            vcpu.join().unwrap();
+            self.world.leave();
+        }
+    }
+
+    pub(crate) fn stamps(&self) -> u64 {
+        self.stamps.load(Ordering::SeqCst)
+    }
+
+    /// Every page of a halted guest holds what the guest wrote last.
+    pub(crate) fn audit(&self) {
+        assert!(self.vcpu.is_none());
+        let last = self.stamps();
+        for stamp in last.saturating_sub(HOT_PAGES - 1).max(1)..=last {
+            let found: u64 = self.memory.read_obj(hot_page(stamp)).unwrap();
+            assert_eq!(found, stamp, "lost write");
+        }
+        let cold: u64 = self
+            .memory
+            .read_obj(GuestAddress(COLD_PAGE * PAGE_SIZE))
+            .unwrap();
+        assert_eq!(cold, COLD_PAGE, "lost cold page");
+    }
+}
+
+fn hot_page(stamp: u64) -> GuestAddress {
+    GuestAddress((stamp % HOT_PAGES) * PAGE_SIZE)
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.halt();
+    }
+}
+
+fn section_kind() -> SectionKind {
+    SectionKind {
+        name: "stamps".into(),
+        version: 1,
+    }
+}
+
+impl SourceGuest for Guest {
+    type Memory = Memory;
+
+    fn describe(&self) -> Result<Description, GuestError> {
+        Ok(Description {
+            writer: "test".into(),
+            architecture: std::env::consts::ARCH.into(),
+            page_size: PAGE_SIZE,
+            memory: vec![MemoryRange {
+                start: 0,
+                bytes: PAGES * PAGE_SIZE,
+            }],
+            populated_bytes: PAGES * PAGE_SIZE,
+            cpus: 1,
+            cpuid: Vec::new(),
+            sections: vec![section_kind()],
+            host_sides: Vec::new(),
+            running: true,
+        })
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
+    }
+
+    fn populated(&self) -> Result<Vec<GpaRange>, GuestError> {
+        Ok(vec![GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE)?])
+    }
+
+    // The stamping thread marks the tracker itself: there is no log to bring in.
+    fn start_log(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn sync_log(&mut self) -> Result<(), GuestError> {
+        self.syncs += 1;
+        if let Some(on_sync) = &mut self.on_sync {
+            on_sync(self.syncs);
+        }
+        Ok(())
+    }
+
+    fn clear_log(&mut self, _range: GpaRange, _dirty: &[u64]) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn throttle(&mut self, _percent: u32) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn stop_log(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.halt();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.run();
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Vec<Section>, GuestError> {
+        Ok(vec![Section {
+            kind: section_kind(),
+            data: self.stamps().to_le_bytes().to_vec(),
+        }])
+    }
+}
+
+/// A place for a [`Guest`] to arrive.
+pub(crate) struct Place {
+    world: Arc<World>,
+    /// Refuse whatever comes, for this reason.
+    pub(crate) refusal: Option<&'static str>,
+    empty: Option<(Memory, Arc<Tracker>)>,
+    guest: Arc<Mutex<Option<Guest>>>,
+}
+
+impl Place {
+    pub(crate) fn new(world: &Arc<World>) -> Self {
+        Self {
+            world: Arc::clone(world),
+            refusal: None,
+            empty: None,
+            guest: Arc::default(),
+        }
+    }
+
+    /// The guest that runs here, if one does.
+    pub(crate) fn take(self) -> Option<Guest> {
+        let guest = self.guest.lock().unwrap().take();
+        guest.filter(Guest::is_running)
+    }
+}
+
+impl DestinationGuest for Place {
+    type Memory = Memory;
+
+    fn prepare(&mut self, _description: &Description) -> Result<(), GuestError> {
+        if let Some(reason) = self.refusal {
+            return Err(reason.into());
+        }
+        self.empty = Some(new_memory());
+        Ok(())
+    }
+
+    fn memory(&self) -> Option<&Memory> {
+        self.empty.as_ref().map(|(memory, _)| memory)
+    }
+
+    fn tracker(&self) -> Option<&Arc<Tracker>> {
+        self.empty.as_ref().map(|(_, tracker)| tracker)
+    }
+
+    fn write_pages(&self, start: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
+        let (memory, _) = self.empty.as_ref().ok_or("no memory")?;
+        Ok(memory.write_slice(bytes, GuestAddress(start.0))?)
+    }
+
+    fn populated(&self) -> Result<Vec<GpaRange>, GuestError> {
+        Ok(vec![GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE)?])
+    }
+
+    fn restore(&mut self, sections: &[Section]) -> Result<(), GuestError> {
+        let (memory, tracker) = self.empty.clone().ok_or("no memory")?;
+        let [section] = sections else {
+            return Err("one section is due".into());
+        };
+        let stamps = u64::from_le_bytes(section.data.as_slice().try_into()?);
+        *self.guest.lock().unwrap() = Some(Guest::with(memory, tracker, &self.world, stamps));
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.guest.lock().unwrap().as_mut().ok_or("no guest")?.run();
+        Ok(())
+    }
+}
