@@ -13,6 +13,7 @@ mod rate_limit;
 mod reset;
 mod rtc;
 mod serial;
+pub mod state;
 pub mod virtio;
 
 pub use debug_exit::{DEBUG_EXIT_PORT, DebugExit};
@@ -25,3 +26,4 @@ pub use serial::{
     COM1_INTERRUPT, COM1_PORT, COM1_PORTS, Serial, SerialError, SerialInput, SerialOutput,
     SerialSnapshot,
 };
+pub use state::{SavedState, StateError, decode_state, encode_state};

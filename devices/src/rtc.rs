@@ -8,9 +8,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-use crate::PortDevice;
+use crate::{PortDevice, SavedState};
 
 /// The index port; the data port is the next.
 pub const RTC_PORT: u16 = 0x70;
@@ -84,16 +84,26 @@ pub enum RtcError {
 const OFFSET_LIMIT: i64 = 20_000 * 366 * DAY_SECONDS * MICROSECONDS;
 
 /// The state of a clock.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct RtcSnapshot {
     /// Which byte the data port shows, 0 to 127.
+    #[n(0)]
     pub index: u8,
     /// The CMOS memory, 128 bytes. The time in it counts only while the guest sets it.
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
     pub cmos: Vec<u8>,
     /// How far the guest's clock is ahead of UTC, in microseconds.
+    #[n(2)]
     pub offset_us: i64,
     /// The second, since 1970 by the guest's clock, of the last update that the guest was told of.
+    #[n(3)]
     pub update_seen_s: i64,
+}
+
+impl SavedState for RtcSnapshot {
+    const VERSION: u16 = 1;
 }
 
 /// How much RAM the CMOS memory says there is, in bytes.

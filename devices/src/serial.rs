@@ -9,12 +9,12 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::PortDevice;
+use crate::{PortDevice, SavedState};
 
 /// First port of COM1 on a PC.
 pub const COM1_PORT: u16 = 0x3f8;
@@ -50,30 +50,48 @@ pub enum SerialError {
 }
 
 /// The state of a serial port: the 16550's registers, and the input that waits for the guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct SerialSnapshot {
     /// Divisor latch, low byte.
+    #[n(0)]
     pub divisor_low: u8,
     /// Divisor latch, high byte.
+    #[n(1)]
     pub divisor_high: u8,
     /// Interrupt enable register.
+    #[n(2)]
     pub interrupt_enable: u8,
     /// Interrupt identification register.
+    #[n(3)]
     pub interrupt_identification: u8,
     /// Line control register.
+    #[n(4)]
     pub line_control: u8,
     /// Line status register.
+    #[n(5)]
     pub line_status: u8,
     /// Modem control register.
+    #[n(6)]
     pub modem_control: u8,
     /// Modem status register.
+    #[n(7)]
     pub modem_status: u8,
     /// Scratch register.
+    #[n(8)]
     pub scratch: u8,
     /// The receive FIFO, oldest byte first, at most 64 bytes.
+    #[n(9)]
+    #[cbor(with = "minicbor::bytes")]
     pub receive_fifo: Vec<u8>,
     /// Input that did not fit the FIFO yet, oldest byte first, at most 64 KiB.
+    #[n(10)]
+    #[cbor(with = "minicbor::bytes")]
     pub waiting_input: Vec<u8>,
+}
+
+impl SavedState for SerialSnapshot {
+    const VERSION: u16 = 1;
 }
 
 struct Interrupt(EventFd);

@@ -9,10 +9,10 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::PortDevice;
+use crate::{PortDevice, SavedState};
 
 /// The register's first port.
 pub const EVENTS_PORT: u16 = 0x604;
@@ -45,10 +45,16 @@ pub enum EventsError {
 }
 
 /// The state of the register.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct EventsSnapshot {
     /// The bits of the events that the guest has not taken yet.
+    #[n(0)]
     pub pending: u32,
+}
+
+impl SavedState for EventsSnapshot {
+    const VERSION: u16 = 1;
 }
 
 /// The register of the Generic Event Device. Clones are the same register.

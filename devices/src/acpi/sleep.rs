@@ -2,9 +2,9 @@
 //!
 //! Specification: ACPI 6.5, section 4.8.3.7, tables 4.20 and 4.21.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-use crate::PortDevice;
+use crate::{PortDevice, SavedState};
 
 /// The control register's port.
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
@@ -29,10 +29,16 @@ const ENABLE: u8 = 1 << 5;
 pub struct SleepError(u8);
 
 /// The state of the sleep registers. The wake status is always zero: from soft off nothing wakes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct SleepSnapshot {
     /// SLP_TYP as it was last written, 0 to 7.
+    #[n(0)]
     pub sleep_type: u8,
+}
+
+impl SavedState for SleepSnapshot {
+    const VERSION: u16 = 1;
 }
 
 /// Calls `on_off` when the guest enters S5.

@@ -9,17 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::EventSet;
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-};
+use super::device::{ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch};
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::{Outcome, Turn, drain, notify};
+use crate::SavedState;
 
 /// The queues of port 0 (5.3.2), from the driver's point of view.
 const RECEIVE: usize = 0;
@@ -34,10 +33,17 @@ const PIECE: usize = 4096;
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
 /// The state of a console.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct ConsoleSnapshot {
     /// Input that the guest has not read, oldest byte first, at most 64 KiB.
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
     pub waiting_input: Vec<u8>,
+}
+
+impl SavedState for ConsoleSnapshot {
+    const VERSION: u16 = 1;
 }
 
 /// Gives input to a console. Clones are the same.
@@ -203,19 +209,17 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         self.receive(&mut turn)
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Console(ConsoleSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&ConsoleSnapshot {
             waiting_input: self.input.lock().iter().copied().collect(),
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Console(state) = state else {
-            return Err(DeviceStateError::other("console", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: ConsoleSnapshot = state.decode("console")?;
         let bytes = state.waiting_input.len();
         if bytes > INPUT_LIMIT {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: "console",
                 what: format!("{bytes} bytes of waiting input, at most {INPUT_LIMIT} are possible"),
             });
@@ -229,8 +233,8 @@ impl<M: GuestAddressSpace> Device<M> for Console {
 mod tests {
     use std::sync::mpsc;
 
+    use super::super::VirtioMmio;
     use super::super::testing::*;
-    use super::super::{DeviceSnapshot, VirtioMmio};
     use super::*;
 
     struct Sink(mpsc::Sender<Vec<u8>>);
@@ -327,7 +331,7 @@ mod tests {
         assert_eq!(driver.read_memory(DATA, 11), b"typed ahead");
 
         let mut flood = saved;
-        flood.device = DeviceSnapshot::Console(ConsoleSnapshot {
+        flood.device = DeviceState::new(&ConsoleSnapshot {
             waiting_input: vec![0; INPUT_LIMIT + 1],
         });
         let (console, _input) = Console::new(Box::new(io::sink())).unwrap();

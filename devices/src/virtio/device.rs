@@ -8,7 +8,7 @@ use event_manager::{EventOps, EventSet, Events};
 use vm_memory::GuestAddressSpace;
 
 use super::queue::QueueError;
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::Turn;
 
 /// Why a device stopped to serve its driver. It needs a reset then (2.1.2).
@@ -34,26 +34,6 @@ impl DeviceError {
     /// For `map_err`: the host failed at `what`.
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { what, source }
-    }
-}
-
-/// A saved state that does not fit the device.
-#[derive(Debug, thiserror::Error)]
-#[error("{device} state: {what}")]
-pub struct DeviceStateError {
-    /// The kind of the device.
-    pub device: &'static str,
-    /// What does not fit.
-    pub what: String,
-}
-
-impl DeviceStateError {
-    /// The state `found` is another kind's.
-    pub(crate) fn other(device: &'static str, found: &DeviceSnapshot) -> Self {
-        Self {
-            device,
-            what: format!("it is of another kind: {found:?}"),
-        }
     }
 }
 
@@ -165,13 +145,13 @@ pub trait Device<M: GuestAddressSpace>: Send {
     }
 
     /// Its state. Nothing is in flight.
-    fn save(&self) -> DeviceSnapshot;
+    fn save(&self) -> DeviceState;
 
     /// Takes over a saved state, before it is started.
     ///
     /// # Errors
     /// A state of another kind of device, or one that cannot be.
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError>;
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError>;
 }
 
 /// By which a device knows one of its descriptors.

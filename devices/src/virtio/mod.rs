@@ -42,16 +42,13 @@ pub use balloon::{Balloon, BalloonConfig, BalloonControl, BalloonSnapshot, Disca
 pub use block::{Access, Block, BlockConfig, BlockSnapshot};
 pub use buffer::Buffer;
 pub use console::{Console, ConsoleInput, ConsoleOutput, ConsoleSnapshot};
-pub use device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
-};
+pub use device::{ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config};
 pub use interrupt::Interrupt;
 pub use net::{Net, NetConfig, NetSnapshot, Offloads, Tap};
 pub use queue::{Chain, QueueError, QueueSnapshot};
-pub use rng::Rng;
+pub use rng::{Rng, RngSnapshot};
 pub use spec::{MMIO_BYTES, QUEUE_NOTIFY};
-pub use state::{DeviceSnapshot, TransportSnapshot, VirtioSnapshot};
+pub use state::{DeviceState, DeviceStateError, TransportSnapshot, VirtioSnapshot};
 pub use transport::{VirtioError, VirtioMmio};
 pub use turn::{Outcome, Turn};
 pub use vhost_user::{VhostUser, VhostUserConfig, VhostUserError, VhostUserSnapshot};

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
@@ -81,23 +81,32 @@ pub struct Used {
 }
 
 /// The state of a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct QueueSnapshot {
     /// `QueueNumMax`: the most entries.
+    #[n(0)]
     pub max_size: u16,
     /// `QueueNum`: entries in use.
+    #[n(1)]
     pub size: u16,
     /// `QueueReady`.
+    #[n(2)]
     pub ready: bool,
     /// Guest-physical address of the descriptor table.
+    #[n(3)]
     pub descriptor_table: u64,
     /// Guest-physical address of the available ring (driver area).
+    #[n(4)]
     pub available_ring: u64,
     /// Guest-physical address of the used ring (device area).
+    #[n(5)]
     pub used_ring: u64,
     /// Index of the next available entry to take.
+    #[n(6)]
     pub next_available: u16,
     /// Index of the next used entry to write.
+    #[n(7)]
     pub next_used: u16,
 }
 

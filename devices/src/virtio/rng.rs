@@ -3,19 +3,30 @@
 use std::io;
 use std::sync::Arc;
 
+use minicbor::{Decode, Encode};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::GuestAddressSpace;
 
-use super::device::{ConfigSpace, Device, DeviceError, DeviceStateError, Identity, Watch};
+use super::device::{ConfigSpace, Device, DeviceError, Identity, Watch};
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::{Outcome, Turn};
+use crate::SavedState;
 
 const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = 64;
 /// The most bytes that one request gets; a driver asks again for more.
 const REQUEST_LIMIT: usize = 4096;
+
+/// Saved state of an entropy device, which has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct RngSnapshot {}
+
+impl SavedState for RngSnapshot {
+    const VERSION: u16 = 1;
+}
 
 /// An entropy device.
 #[derive(Debug, Default)]
@@ -58,15 +69,13 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
         turn.drain(REQUESTS, fill)
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Entropy
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&RngSnapshot {})
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        match state {
-            DeviceSnapshot::Entropy => Ok(()),
-            other => Err(DeviceStateError::other("entropy", other)),
-        }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let RngSnapshot {} = state.decode("entropy")?;
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{QueueError, QueueSnapshot};
-use super::state::DeviceSnapshot;
+use super::state::DeviceState;
 
 /// Whoever serves the queues of one device.
 pub(super) trait Serve: Send + Sync {
@@ -35,7 +35,7 @@ pub(super) trait Serve: Send + Sync {
     fn queues(&self) -> Vec<QueueSnapshot>;
 
     /// The state of what only this kind of device has.
-    fn save(&self) -> DeviceSnapshot;
+    fn save(&self) -> DeviceState;
 
     /// A driver that is ready made queues that cannot be.
     fn fail(&self, error: &QueueError);

@@ -14,7 +14,7 @@ use super::device::{Device, DeviceError, Subject, WAKE, Watch, subject};
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, QueueSnapshot};
 use super::serve::Serve;
-use super::state::DeviceSnapshot;
+use super::state::DeviceState;
 use super::turn::{Pass, Shared, Turn, drain};
 
 type SharedDevice<M> = Arc<Mutex<Box<dyn Device<M>>>>;
@@ -114,7 +114,7 @@ impl<M: GuestAddressSpace + Send + Sync> Serve for Worker<M> {
         self.shared.save_queues()
     }
 
-    fn save(&self) -> DeviceSnapshot {
+    fn save(&self) -> DeviceState {
         lock(&self.device).save()
     }
 

@@ -17,12 +17,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::GuestAddressSpace;
 
-use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Watch, read_config,
-};
+use super::device::{ConfigSpace, Counters, Device, DeviceError, Identity, Watch, read_config};
 use super::interrupt::Interrupt;
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::{Outcome, Turn};
 use spec::{
     ACTUAL_OFFSET, DEFLATE, DEFLATE_ON_OOM, INFLATE, PAGE_BYTES, PAGE_NUMBER_BYTES, PAGES_MAX,
@@ -338,17 +336,15 @@ impl<M: GuestAddressSpace> Device<M> for Balloon {
         }
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Balloon(BalloonSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&BalloonSnapshot {
             target_pages: self.config.target.load(Ordering::SeqCst),
             actual_pages: self.config.actual.load(Ordering::SeqCst),
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Balloon(state) = state else {
-            return Err(DeviceStateError::other("balloon", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: BalloonSnapshot = state.decode("balloon")?;
         self.config
             .target
             .store(state.target_pages, Ordering::SeqCst);

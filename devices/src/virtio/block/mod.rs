@@ -21,10 +21,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddressSpace;
 
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config,
 };
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::{Outcome, Turn};
 use crate::rate_limit::{RateLimit, RateLimiter};
 use image::Image;
@@ -174,22 +173,20 @@ impl<M: GuestAddressSpace> Device<M> for Block {
         self.serve(&mut turn)
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Block(BlockSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&BlockSnapshot {
             sectors: self.image.sectors(),
             id: self.id.clone(),
         })
     }
 
     /// The identification goes with the guest; the image has to be the same size here.
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let error = |what| DeviceStateError {
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let error = |what| DeviceStateError::Mismatch {
             device: "block",
             what,
         };
-        let DeviceSnapshot::Block(state) = state else {
-            return Err(DeviceStateError::other("block", state));
-        };
+        let state: BlockSnapshot = state.decode("block")?;
         if state.sectors != self.image.sectors() {
             return Err(error(format!(
                 "a disk of {} sectors, the image here has {}",
@@ -203,7 +200,7 @@ impl<M: GuestAddressSpace> Device<M> for Block {
                 state.id.len()
             )));
         }
-        self.id.clone_from(&state.id);
+        self.id = state.id;
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, VirtioMmio};
+use super::super::{DeviceState, VirtioMmio};
 use super::*;
 use crate::rate_limit::Rate;
 
@@ -441,16 +441,14 @@ fn a_guest_moves_with_its_disk() {
     assert_eq!(driver.block(8, 0, &[Part::In(DATA, 20)]), OK);
     assert_eq!(driver.read_memory(DATA, 6), b"ferry-");
 
-    let DeviceSnapshot::Block(state) = &saved.device else {
-        panic!("{:?}", saved.device);
-    };
+    let state: BlockSnapshot = saved.device.decode("block").unwrap();
     let mut long = state.clone();
     long.id = vec![0; 21];
-    let mut large = state.clone();
+    let mut large = state;
     large.sectors += 1;
     for (state, word) in [(long, "21 bytes"), (large, "257 sectors")] {
         let mut saved = saved.clone();
-        saved.device = DeviceSnapshot::Block(state);
+        saved.device = DeviceState::new(&state);
         let model = Box::new(disk(reopen(&file), Access::ReadWrite));
         let (interrupt, _line) = interrupt();
         let result = VirtioMmio::restore("_disk0", model, memory(), interrupt, &saved);

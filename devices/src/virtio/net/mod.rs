@@ -20,11 +20,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::GuestAddressSpace;
 
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config,
 };
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::{Outcome, Turn};
 use crate::rate_limit::{RateLimit, RateLimiter};
 use receive::Waiting;
@@ -300,19 +299,17 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         self.waiting.clear();
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Net(NetSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&NetSnapshot {
             mac: *self.config.mac(),
             waiting_packet: self.waiting.packet().to_vec(),
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Net(state) = state else {
-            return Err(DeviceStateError::other("net", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: NetSnapshot = state.decode("net")?;
         if !self.waiting.set(&state.waiting_packet) {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: "net",
                 what: format!(
                     "a waiting packet of {} bytes, from {HEADER_BYTES} to {PACKET_MAX} are possible",

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, VirtioMmio};
+use super::super::{DeviceState, VirtioMmio};
 use super::*;
 use crate::rate_limit::Rate;
 
@@ -367,6 +367,11 @@ fn a_tap_without_room_is_waited_for() {
     assert!(driver.device.counters().contains(&("tx_dropped", 0)));
 }
 
+fn net_state(driver: &Driver) -> NetSnapshot {
+    let saved = driver.device.save().unwrap();
+    saved.device.decode("net").unwrap()
+}
+
 #[test]
 fn a_guest_moves_with_its_waiting_packet_and_says_so() {
     let (mut driver, host) = started(0);
@@ -379,19 +384,16 @@ fn a_guest_moves_with_its_waiting_packet_and_says_so() {
     driver.notify(0);
     driver.wait_until("the packet", |driver| {
         driver.device.pause();
-        let DeviceSnapshot::Net(state) = driver.device.save().unwrap().device else {
-            panic!("not a net state");
-        };
+        let state = net_state(driver);
         driver.device.resume();
         !state.waiting_packet.is_empty()
     });
     driver.device.pause();
     let mut saved = driver.device.save().unwrap();
-    let DeviceSnapshot::Net(state) = &mut saved.device else {
-        panic!("{:?}", saved.device);
-    };
+    let mut state = net_state(&driver);
     assert_eq!(state.waiting_packet, packet(60, 3));
     state.mac[5] = 9;
+    saved.device = DeviceState::new(&state);
     let (net, host) = interface(RateLimit::default());
     let mut driver = driver.moved(&saved, |_| Box::new(net));
     assert!(host.is_quiet());
@@ -412,7 +414,7 @@ fn a_guest_moves_with_its_waiting_packet_and_says_so() {
 
     for len in [1, HEADER_BYTES - 1, PACKET_MAX + 1] {
         let mut broken = saved.clone();
-        broken.device = DeviceSnapshot::Net(NetSnapshot {
+        broken.device = DeviceState::new(&NetSnapshot {
             mac: MAC,
             waiting_packet: vec![0; len],
         });
@@ -430,9 +432,9 @@ fn a_reset_forgets_the_packet_on_its_way() {
     driver.wait_until("the packet", |driver| {
         driver.notify(0);
         driver.device.pause();
-        let state = driver.device.save().unwrap();
+        let state = net_state(driver);
         driver.device.resume();
-        matches!(state.device, DeviceSnapshot::Net(state) if !state.waiting_packet.is_empty())
+        !state.waiting_packet.is_empty()
     });
     driver.start(0);
     host.socket.send(&packet(61, 4)).unwrap();

@@ -13,7 +13,7 @@ fn a_paused_device_stands_still_and_goes_on() {
     let head = driver.add(0, &[Part::Out(DATA, 1)]);
     driver.notify(0);
     let saved = driver.device.save().unwrap();
-    assert_eq!(saved.device, DeviceSnapshot::Test(1));
+    assert_eq!(saved.device, served(1));
     assert_eq!(saved.transport.queues[0].next_available, 1);
     assert_eq!(log.served.load(Ordering::SeqCst), 1);
     driver.device.resume();
@@ -51,7 +51,7 @@ fn a_guest_moves_with_its_requests_and_its_interrupt() {
         echo_once(&mut driver, 1);
         driver.device.pause();
         let after = driver.device.save().unwrap();
-        assert_eq!(after.device, DeviceSnapshot::Test(23));
+        assert_eq!(after.device, served(23));
     }
 }
 
@@ -131,7 +131,7 @@ fn states_that_do_not_fit_are_refused_with_the_reason() {
     driver.device.pause();
     let good = driver.device.save().unwrap();
     type Change = fn(&mut VirtioSnapshot);
-    let broken: [(&str, Change); 8] = [
+    let broken: [(&str, Change); 9] = [
         ("type", |state| state.transport.device_type = 1),
         ("status", |state| state.transport.status = 0x1000),
         ("features", |state| {
@@ -143,9 +143,10 @@ fn states_that_do_not_fit_are_refused_with_the_reason() {
         ("guest memory", |state| {
             state.transport.queues[0].used_ring = LOW_END;
         }),
-        ("another kind", |state| {
-            state.device = DeviceSnapshot::Entropy
+        ("undecodable", |state| {
+            state.device = DeviceState::new(&RngSnapshot {});
         }),
+        ("too new", |state| state.device.version = 2),
     ];
     for (word, change) in broken {
         let mut state = good.clone();
@@ -179,10 +180,10 @@ impl<M: GuestAddressSpace> Device<M> for Broken {
             None => Ok(()),
         }
     }
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Test(0)
+    fn save(&self) -> DeviceState {
+        served(0)
     }
-    fn restore(&mut self, _: &DeviceSnapshot) -> Result<(), DeviceStateError> {
+    fn restore(&mut self, _: &DeviceState) -> Result<(), DeviceStateError> {
         Ok(())
     }
 }

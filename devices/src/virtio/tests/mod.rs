@@ -6,12 +6,13 @@ mod registers;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use minicbor::{Decode, Encode};
 use vm_memory::GuestAddressSpace;
 
 use super::device::read_config;
 use super::testing::*;
 use super::*;
-use crate::MmioDevice;
+use crate::{MmioDevice, SavedState};
 
 /// Gives back what it is sent, in capitals; counts what happens to it.
 #[derive(Default)]
@@ -80,16 +81,30 @@ impl<M: GuestAddressSpace> Device<M> for Echo {
         self.served = 0;
         self.log.resets.fetch_add(1, Ordering::SeqCst);
     }
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Test(self.served)
+    fn save(&self) -> DeviceState {
+        served(self.served)
     }
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        match state {
-            DeviceSnapshot::Test(served) => self.served = *served,
-            other => return Err(DeviceStateError::other("echo", other)),
-        }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let EchoSnapshot { served } = state.decode("echo")?;
+        self.served = served;
         Ok(())
     }
+}
+
+/// State of [`Echo`] after it served `served` chains.
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct EchoSnapshot {
+    #[n(0)]
+    served: u32,
+}
+
+impl SavedState for EchoSnapshot {
+    const VERSION: u16 = 1;
+}
+
+fn served(served: u32) -> DeviceState {
+    DeviceState::new(&EchoSnapshot { served })
 }
 
 fn echo() -> (Driver, Arc<Log>) {

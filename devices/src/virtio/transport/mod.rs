@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Device, DeviceStateError, Identity};
+use super::device::{Device, Identity};
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, QueueSnapshot};
 use super::serve::Serve;
 use super::spec::{COMMON_FEATURES, status};
-use super::state::{TransportSnapshot, VirtioSnapshot};
+use super::state::{DeviceStateError, TransportSnapshot, VirtioSnapshot};
 use super::vhost_user::VhostUser;
 use super::worker::Worker;
 use registers::KNOWN_STATUS;

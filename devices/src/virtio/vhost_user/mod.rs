@@ -44,10 +44,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{DeviceStateError, Identity};
+use super::device::Identity;
 use super::interrupt::Interrupt;
 use super::queue::QueueSnapshot;
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use link::{Link, Offer};
 use log::WriteLog;
 use spec::{LOG_ALL, PASSED_ON, QUEUE_SIZE, WRITE_BACK};
@@ -262,16 +262,11 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
     }
 
     /// Takes over a saved state, before the back end is started.
-    pub(super) fn restore(
-        &self,
-        saved: &DeviceSnapshot,
-    ) -> std::result::Result<(), DeviceStateError> {
+    pub(super) fn restore(&self, saved: &DeviceState) -> std::result::Result<(), DeviceStateError> {
         const DEVICE: &str = "vhost-user block";
-        let DeviceSnapshot::VhostUserBlock(saved) = saved else {
-            return Err(DeviceStateError::other(DEVICE, saved));
-        };
+        let saved: VhostUserSnapshot = saved.decode(DEVICE)?;
         if saved.sectors != self.sectors() {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: DEVICE,
                 what: format!(
                     "a disk of {} sectors, the back end here has {}",

@@ -9,7 +9,7 @@ use super::{Driver, Inner, VhostUser};
 use crate::virtio::device::{ConfigSpace, read_config};
 use crate::virtio::queue::{QueueError, QueueSnapshot, in_use};
 use crate::virtio::serve::Serve;
-use crate::virtio::state::DeviceSnapshot;
+use crate::virtio::state::DeviceState;
 
 impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
     fn notifiers(&self) -> &[EventFd] {
@@ -85,8 +85,8 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
             .unwrap_or_default()
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::VhostUserBlock(VhostUserSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&VhostUserSnapshot {
             sectors: self.sectors(),
             write_back: self.0.state().write_back != 0,
         })

@@ -22,11 +22,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::GuestAddressSpace;
 
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config,
 };
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
+use super::state::{DeviceState, DeviceStateError};
 use super::turn::{Outcome, Turn};
 use host::HostSocket;
 use hub::Hub;
@@ -335,18 +334,16 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
         self.held = false;
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Vsock(VsockSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&VsockSnapshot {
             guest_cid: self.hub.guest_cid,
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Vsock(state) = state else {
-            return Err(DeviceStateError::other("vsock", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: VsockSnapshot = state.decode("vsock")?;
         if !is_guest_cid(state.guest_cid) {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: "vsock",
                 what: format!("{} is no address of a guest", state.guest_cid),
             });

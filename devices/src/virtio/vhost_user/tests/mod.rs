@@ -12,7 +12,7 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, Interrupt, VirtioMmio, VirtioSnapshot};
+use super::super::{BlockSnapshot, DeviceState, Interrupt, VirtioMmio, VirtioSnapshot};
 use super::{Result, VhostUser, VhostUserConfig, VhostUserSnapshot, spec};
 use back_end::*;
 
@@ -349,7 +349,7 @@ fn a_state_that_does_not_fit_is_refused() {
         refused.err().unwrap().to_string()
     };
     let mut larger = saved.clone();
-    larger.device = DeviceSnapshot::VhostUserBlock(VhostUserSnapshot {
+    larger.device = DeviceState::new(&VhostUserSnapshot {
         sectors: 1,
         write_back: true,
     });
@@ -359,8 +359,12 @@ fn a_state_that_does_not_fit_is_refused() {
         refused(&larger)
     );
     let mut other = saved.clone();
-    other.device = DeviceSnapshot::Entropy;
-    assert!(refused(&other).contains("another kind"));
+    // Both have the type of a block device, so only their field numbers tell them apart.
+    other.device = DeviceState::new(&BlockSnapshot {
+        sectors: SECTORS as u64,
+        id: Vec::new(),
+    });
+    assert!(refused(&other).contains("missing value at index 2"));
     let mut features = saved;
     features.transport.status = RUNNING;
     features.transport.driver_features = VERSION_1 | 1 << 12;

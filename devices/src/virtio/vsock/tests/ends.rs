@@ -178,7 +178,7 @@ fn a_guest_that_moved_is_told_that_its_connections_are_gone() {
     guest.connected();
 
     let mut broken = saved;
-    broken.device = DeviceSnapshot::Vsock(VsockSnapshot { guest_cid: 2 });
+    broken.device = DeviceState::new(&VsockSnapshot { guest_cid: 2 });
     let elsewhere = tempfile::tempdir().unwrap();
     let model = Box::new(device(elsewhere.path()));
     let (interrupt, _line) = interrupt();
