@@ -2,7 +2,7 @@
 //!
 //! Bare-metal test guests end this way; QEMU's `isa-debug-exit` is the same idea at the same port.
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace};
 
 /// The port, one wide. The customary place of QEMU's `isa-debug-exit` (`iobase=0xf4`).
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
@@ -19,7 +19,7 @@ impl<F: FnMut(u8) + Send> DebugExit<F> {
     }
 }
 
-impl<F: FnMut(u8) + Send> PortDevice for DebugExit<F> {
+impl<F: FnMut(u8) + Send> BusDevice<PortSpace> for DebugExit<F> {
     /// There is nothing to read: all ones, as on an empty bus.
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(0xff);

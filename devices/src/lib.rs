@@ -6,9 +6,8 @@
 //! register access arrives through the traits [`PortDevice`] and [`MmioDevice`].
 
 pub mod acpi;
+mod bus;
 mod debug_exit;
-mod mmio;
-mod ports;
 mod rate_limit;
 mod reset;
 mod rtc;
@@ -16,9 +15,11 @@ mod serial;
 pub mod state;
 pub mod virtio;
 
+pub use bus::{
+    AddressSpace, Bus, BusDevice, BusError, BusRange, MmioBus, MmioRange, MmioSpace, PortBus,
+    PortRange, PortSpace, SharedBusDevice,
+};
 pub use debug_exit::{DEBUG_EXIT_PORT, DebugExit};
-pub use mmio::{MmioBus, MmioDevice, MmioError, MmioRange};
-pub use ports::{PortBus, PortDevice, PortRange, PortsError};
 pub use rate_limit::{Rate, RateLimit};
 pub use reset::{I8042_PORT, I8042_PORTS, ResetController};
 pub use rtc::{HostClock, RTC_CENTURY, RTC_PORT, RTC_PORTS, Rtc, RtcError, RtcMemory, RtcSnapshot};

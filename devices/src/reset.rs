@@ -4,7 +4,7 @@ use std::io;
 
 use vm_superio::{I8042Device, Trigger};
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace};
 
 /// The controller's first port (data; command and status is 4 above it). IBM AT technical reference.
 pub const I8042_PORT: u16 = 0x60;
@@ -38,7 +38,7 @@ impl<F: Fn() + Send> ResetController<F> {
     }
 }
 
-impl<F: Fn() + Send> PortDevice for ResetController<F> {
+impl<F: Fn() + Send> BusDevice<PortSpace> for ResetController<F> {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {

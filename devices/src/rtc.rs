@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minicbor::{Decode, Encode};
 
-use crate::{PortDevice, SavedState};
+use crate::{BusDevice, PortSpace, SavedState};
 
 /// The index port; the data port is the next.
 pub const RTC_PORT: u16 = 0x70;
@@ -328,7 +328,7 @@ impl Rtc {
     }
 }
 
-impl PortDevice for Rtc {
+impl BusDevice<PortSpace> for Rtc {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         if let Some(first) = data.first_mut() {

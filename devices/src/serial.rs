@@ -14,7 +14,7 @@ use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{PortDevice, SavedState};
+use crate::{BusDevice, PortSpace, SavedState};
 
 /// First port of COM1 on a PC.
 pub const COM1_PORT: u16 = 0x3f8;
@@ -94,9 +94,9 @@ impl SavedState for SerialSnapshot {
     const VERSION: u16 = 1;
 }
 
-struct Interrupt(EventFd);
+struct InterruptLine(EventFd);
 
-impl Trigger for Interrupt {
+impl Trigger for InterruptLine {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
@@ -105,7 +105,7 @@ impl Trigger for Interrupt {
 }
 
 struct Port {
-    uart: Uart<Interrupt, NoEvents, SerialOutput>,
+    uart: Uart<InterruptLine, NoEvents, SerialOutput>,
     /// Input behind the FIFO.
     waiting: VecDeque<u8>,
     /// Bytes or interrupts that failed, for the counters.
@@ -137,7 +137,7 @@ impl Serial {
     /// A port in its reset state that raises `interrupt` and writes to `output`.
     #[must_use]
     pub fn new(interrupt: EventFd, output: SerialOutput) -> Self {
-        let uart = Uart::new(Interrupt(interrupt), output);
+        let uart = Uart::new(InterruptLine(interrupt), output);
         Self::from_uart(uart, VecDeque::new())
     }
 
@@ -164,18 +164,17 @@ impl Serial {
             scratch: saved.scratch,
             in_buffer: saved.receive_fifo.clone(),
         };
-        let uart =
-            Uart::from_state(&state, Interrupt(interrupt), NoEvents, output).map_err(|error| {
-                match error {
-                    vm_superio::serial::Error::Trigger(source)
-                    | vm_superio::serial::Error::IOError(source) => SerialError::Interrupt(source),
-                    vm_superio::serial::Error::FullFifo => SerialError::State {
-                        field: "receive_fifo",
-                        found: saved.receive_fifo.len(),
-                        limit: FIFO_LIMIT,
-                    },
-                }
-            })?;
+        let uart = Uart::from_state(&state, InterruptLine(interrupt), NoEvents, output).map_err(
+            |error| match error {
+                vm_superio::serial::Error::Trigger(source)
+                | vm_superio::serial::Error::IOError(source) => SerialError::Interrupt(source),
+                vm_superio::serial::Error::FullFifo => SerialError::State {
+                    field: "receive_fifo",
+                    found: saved.receive_fifo.len(),
+                    limit: FIFO_LIMIT,
+                },
+            },
+        )?;
         Ok(Self::from_uart(
             uart,
             saved.waiting_input.iter().copied().collect(),
@@ -218,7 +217,7 @@ impl Serial {
         self.lock().lost
     }
 
-    fn from_uart(uart: Uart<Interrupt, NoEvents, SerialOutput>, waiting: VecDeque<u8>) -> Self {
+    fn from_uart(uart: Uart<InterruptLine, NoEvents, SerialOutput>, waiting: VecDeque<u8>) -> Self {
         Self {
             port: Arc::new(Mutex::new(Port {
                 uart,
@@ -244,7 +243,7 @@ fn check(field: &'static str, found: usize, limit: usize) -> Result<(), SerialEr
     Ok(())
 }
 
-impl PortDevice for Serial {
+impl BusDevice<PortSpace> for Serial {
     /// The registers are a byte wide: wider reads have zeros above it.
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::thread;
 
 use arbitrary::Arbitrary;
-use devices::MmioDevice;
-use devices::virtio::{Device, Interrupt, VirtioMmio};
+use devices::BusDevice;
+use devices::virtio::{Device, Interrupt, MmioTransport};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -35,14 +35,14 @@ pub trait Host {
 /// A descriptor. Most of its addresses are memory, most of its lengths are small.
 #[derive(Arbitrary, Clone, Debug)]
 struct Descriptor {
-    place: Place,
+    place: BufferAddress,
     bytes: u16,
     flags: u8,
     next: u8,
 }
 
 #[derive(Arbitrary, Clone, Debug)]
-enum Place {
+enum BufferAddress {
     Data(u16),
     Ring(u16),
     Anywhere(u64, u32),
@@ -82,7 +82,7 @@ pub struct Script {
 }
 
 struct Guest<'a> {
-    device: Option<VirtioMmio>,
+    device: Option<MmioTransport>,
     memory: Memory,
     host: &'a mut dyn Host,
     available: [u16; QUEUES_MAX as usize],
@@ -98,7 +98,7 @@ impl Script {
         );
         let interrupt = interrupt();
         let model = host.device(interrupt.clone());
-        let device = VirtioMmio::new("_fuzz0", model, Arc::clone(&memory), interrupt).unwrap();
+        let device = MmioTransport::new("_fuzz0", model, Arc::clone(&memory), interrupt).unwrap();
         let mut guest = Guest {
             device: Some(device),
             memory,
@@ -132,7 +132,7 @@ fn ring(queue: usize) -> u64 {
 }
 
 impl Guest<'_> {
-    fn device(&mut self) -> &mut VirtioMmio {
+    fn device(&mut self) -> &mut MmioTransport {
         self.device.as_mut().expect("it is there between moves")
     }
 
@@ -242,9 +242,9 @@ impl Guest<'_> {
         let mut head = None;
         for descriptor in descriptors.iter().take(usize::from(ENTRIES)) {
             let (address, bytes) = match descriptor.place {
-                Place::Data(offset) => (DATA + u64::from(offset), descriptor.bytes.into()),
-                Place::Ring(offset) => (ring(queue) + u64::from(offset), descriptor.bytes.into()),
-                Place::Anywhere(address, bytes) => (address, bytes),
+                BufferAddress::Data(offset) => (DATA + u64::from(offset), descriptor.bytes.into()),
+                BufferAddress::Ring(offset) => (ring(queue) + u64::from(offset), descriptor.bytes.into()),
+                BufferAddress::Anywhere(address, bytes) => (address, bytes),
             };
             let flags = (descriptor.flags % 8).into();
             let next = (descriptor.next % 20).into();
@@ -297,7 +297,7 @@ impl Guest<'_> {
         let interrupt = interrupt();
         let model = self.host.device(interrupt.clone());
         let memory = Arc::clone(&self.memory);
-        let restored = VirtioMmio::restore("_fuzz0", model, memory, interrupt, &saved);
+        let restored = MmioTransport::restore("_fuzz0", model, memory, interrupt, &saved);
         let device = restored.unwrap_or_else(|error| panic!("{error}, of {saved:?}"));
         let again = device.save().expect("it is paused");
         assert_eq!(again, saved, "another state than was restored");

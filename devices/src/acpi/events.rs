@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use minicbor::{Decode, Encode};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{PortDevice, SavedState};
+use crate::{BusDevice, PortSpace, SavedState};
 
 /// The register's first port.
 pub const EVENTS_PORT: u16 = 0x604;
@@ -117,7 +117,7 @@ impl GenericEvents {
     }
 }
 
-impl PortDevice for GenericEvents {
+impl BusDevice<PortSpace> for GenericEvents {
     /// Takes the events that are read, and no others.
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         let mut pending = self.lock();

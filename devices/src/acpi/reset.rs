@@ -2,7 +2,7 @@
 //!
 //! Specification: ACPI 6.5, section 4.8.3.6.
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace};
 
 /// The register's port, one wide.
 pub const RESET_PORT: u16 = 0x602;
@@ -21,7 +21,7 @@ impl<F: Fn() + Send> ResetRegister<F> {
     }
 }
 
-impl<F: Fn() + Send> PortDevice for ResetRegister<F> {
+impl<F: Fn() + Send> BusDevice<PortSpace> for ResetRegister<F> {
     /// There is nothing to read.
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(0);

@@ -4,7 +4,7 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::{PortDevice, SavedState};
+use crate::{BusDevice, PortSpace, SavedState};
 
 /// The control register's port.
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
@@ -78,7 +78,7 @@ impl<F: Fn() + Send> SleepControl<F> {
     }
 }
 
-impl<F: Fn() + Send> PortDevice for SleepControl<F> {
+impl<F: Fn() + Send> BusDevice<PortSpace> for SleepControl<F> {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         if let (CONTROL, Some(first)) = (offset, data.first_mut()) {
@@ -105,7 +105,7 @@ mod tests {
 
     const OFF: u8 = (SLEEP_TYPE_OFF << TYPE_SHIFT) | ENABLE;
 
-    fn byte(device: &mut dyn PortDevice, offset: u16) -> u8 {
+    fn byte(device: &mut dyn BusDevice<PortSpace>, offset: u16) -> u8 {
         let mut byte = [0xaa];
         device.read(offset, &mut byte);
         byte[0]

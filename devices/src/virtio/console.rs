@@ -14,10 +14,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch};
+use super::active_queues::{ActiveQueues, Completion};
+use super::device::{ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token};
+use super::eventfd::{drain, notify};
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
-use super::turn::{Outcome, Turn, drain, notify};
 use crate::SavedState;
 
 /// The queues of port 0 (5.3.2), from the driver's point of view.
@@ -49,15 +50,15 @@ impl SavedState for ConsoleSnapshot {
 /// Gives input to a console. Clones are the same.
 #[derive(Clone)]
 pub struct ConsoleInput {
-    shared: Arc<Waiting>,
+    shared: Arc<InputBuffer>,
 }
 
-struct Waiting {
+struct InputBuffer {
     bytes: Mutex<VecDeque<u8>>,
     arrived: EventFd,
 }
 
-impl Waiting {
+impl InputBuffer {
     fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -99,7 +100,7 @@ impl ConfigSpace for NoConfig {
 /// A console with one port.
 pub struct Console {
     output: ConsoleOutput,
-    input: Arc<Waiting>,
+    input: Arc<InputBuffer>,
     counters: Arc<ConsoleCounters>,
 }
 
@@ -109,7 +110,7 @@ impl Console {
     /// # Errors
     /// Descriptors that cannot be had.
     pub fn new(output: ConsoleOutput) -> io::Result<(Self, ConsoleInput)> {
-        let shared = Arc::new(Waiting {
+        let shared = Arc::new(InputBuffer {
             bytes: Mutex::default(),
             arrived: EventFd::new(EFD_NONBLOCK)?,
         });
@@ -123,13 +124,13 @@ impl Console {
 
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        turn.drain(TRANSMIT, |turn, mut chain| {
+        queues.drain(TRANSMIT, |queues, mut chain| {
             one_way(&chain, chain.writable.is_empty())?;
             while !chain.readable.is_empty() {
                 let mut piece = [0; PIECE];
-                let len = turn.read(&mut chain.readable, &mut piece)?;
+                let len = queues.read(&mut chain.readable, &mut piece)?;
                 if self.output.write_all(&piece[..len]).is_err() {
                     self.counters.lost.fetch_add(len as u64, Ordering::Relaxed);
                 }
@@ -137,21 +138,24 @@ impl Console {
             if self.output.flush().is_err() {
                 self.counters.lost.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(Outcome::Done(0))
+            Ok(Completion::Used(0))
         })
     }
 
-    fn receive<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
-        turn.drain(RECEIVE, |turn, mut chain| {
+    fn receive<M: GuestAddressSpace>(
+        &mut self,
+        queues: &mut ActiveQueues<'_, M>,
+    ) -> Result<(), DeviceError> {
+        queues.drain(RECEIVE, |queues, mut chain| {
             one_way(&chain, chain.readable.is_empty())?;
             let mut waiting = self.input.lock();
             if waiting.is_empty() {
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
             let room = usize::try_from(chain.writable.len()).unwrap_or(PIECE);
             let len = room.min(PIECE).min(waiting.len());
             let bytes: Vec<u8> = waiting.drain(..len).collect();
-            Ok(Outcome::done(turn.write(&mut chain.writable, &bytes)?))
+            Ok(Completion::used(queues.write(&mut chain.writable, &bytes)?))
         })
     }
 }
@@ -178,23 +182,27 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        watch.add(&self.input.arrived, 0, EventSet::IN)
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        registry.add(&self.input.arrived, 0, EventSet::IN)
     }
 
-    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
-        self.receive(&mut turn)
+    fn started(
+        &mut self,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        self.receive(&mut queues)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            RECEIVE => self.receive(&mut turn),
-            _ => self.transmit(&mut turn),
+            RECEIVE => self.receive(&mut queues),
+            _ => self.transmit(&mut queues),
         }
     }
 
@@ -202,11 +210,11 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         &mut self,
         _: Token,
         _: EventSet,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         drain(&self.input.arrived);
-        self.receive(&mut turn)
+        self.receive(&mut queues)
     }
 
     fn save(&self) -> DeviceState {
@@ -233,7 +241,7 @@ impl<M: GuestAddressSpace> Device<M> for Console {
 mod tests {
     use std::sync::mpsc;
 
-    use super::super::VirtioMmio;
+    use super::super::MmioTransport;
     use super::super::testing::*;
     use super::*;
 
@@ -337,7 +345,7 @@ mod tests {
         let (console, _input) = Console::new(Box::new(io::sink())).unwrap();
         let (interrupt, _line) = interrupt();
         let result =
-            VirtioMmio::restore("_console0", Box::new(console), memory(), interrupt, &flood);
+            MmioTransport::restore("_console0", Box::new(console), memory(), interrupt, &flood);
         assert!(result.err().unwrap().to_string().contains("65537"));
     }
 }

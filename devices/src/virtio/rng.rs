@@ -8,10 +8,10 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::GuestAddressSpace;
 
-use super::device::{ConfigSpace, Device, DeviceError, Identity, Watch};
+use super::active_queues::{ActiveQueues, Completion};
+use super::device::{ConfigSpace, Device, DeviceError, EventRegistry, Identity};
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
-use super::turn::{Outcome, Turn};
 use crate::SavedState;
 
 const REQUESTS: usize = 0;
@@ -63,10 +63,10 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
     fn notified(
         &mut self,
         _: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        turn.drain(REQUESTS, fill)
+        queues.drain(REQUESTS, fill)
     }
 
     fn save(&self) -> DeviceState {
@@ -81,9 +81,9 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
 
 /// 5.4.6: the driver gives writable memory, the device at least one byte of entropy.
 fn fill<M: GuestAddressSpace>(
-    turn: &mut Turn<'_, M>,
+    queues: &mut ActiveQueues<'_, M>,
     mut chain: Chain,
-) -> Result<Outcome, DeviceError> {
+) -> Result<Completion, DeviceError> {
     if !chain.readable.is_empty() || chain.writable.is_empty() {
         return Err(QueueError::Request {
             head: chain.head,
@@ -96,8 +96,8 @@ fn fill<M: GuestAddressSpace>(
         .unwrap_or(REQUEST_LIMIT)
         .min(REQUEST_LIMIT);
     let got = random(&mut bytes[..wanted]).map_err(DeviceError::host("getrandom"))?;
-    let written = turn.write(&mut chain.writable, &bytes[..got])?;
-    Ok(Outcome::done(written))
+    let written = queues.write(&mut chain.writable, &bytes[..got])?;
+    Ok(Completion::used(written))
 }
 
 fn random(bytes: &mut [u8]) -> io::Result<usize> {

@@ -12,8 +12,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, Interrupt, VirtioMmio, VirtioSnapshot};
-use crate::MmioDevice;
+use super::{Device, Interrupt, MmioTransport, VirtioSnapshot};
+use crate::BusDevice;
 
 pub(crate) type Memory = Arc<GuestMemoryMmap<AtomicBitmap>>;
 
@@ -93,7 +93,7 @@ impl Ring {
 }
 
 pub(crate) struct Driver {
-    pub(crate) device: VirtioMmio,
+    pub(crate) device: MmioTransport,
     pub(crate) memory: Memory,
     pub(crate) rings: Vec<Ring>,
     line: EventFd,
@@ -119,12 +119,12 @@ impl Driver {
         let memory = memory();
         let (interrupt, line) = interrupt();
         let model = make(interrupt.clone());
-        let device = VirtioMmio::new("_test", model, Arc::clone(&memory), interrupt).unwrap();
+        let device = MmioTransport::new("_test", model, Arc::clone(&memory), interrupt).unwrap();
         Self::over(device, memory, line)
     }
 
     /// A driver of `device`, whose interrupt writes to `line`.
-    pub(crate) fn over(device: VirtioMmio, memory: Memory, line: EventFd) -> Self {
+    pub(crate) fn over(device: MmioTransport, memory: Memory, line: EventFd) -> Self {
         Self {
             device,
             memory,
@@ -135,7 +135,7 @@ impl Driver {
     }
 
     /// The same guest and driver, with `device` in its device's place.
-    pub(crate) fn with(self, device: VirtioMmio, line: EventFd) -> Self {
+    pub(crate) fn with(self, device: MmioTransport, line: EventFd) -> Self {
         Self {
             rings: self.rings,
             ..Self::over(device, self.memory, line)
@@ -151,7 +151,7 @@ impl Driver {
         let (interrupt, line) = interrupt();
         let model = make(interrupt.clone());
         let memory = Arc::clone(&self.memory);
-        let device = VirtioMmio::restore("_test", model, memory, interrupt, saved).unwrap();
+        let device = MmioTransport::restore("_test", model, memory, interrupt, saved).unwrap();
         self.with(device, line)
     }
 

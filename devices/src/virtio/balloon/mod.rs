@@ -17,11 +17,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::GuestAddressSpace;
 
-use super::device::{ConfigSpace, Counters, Device, DeviceError, Identity, Watch, read_config};
+use super::active_queues::{ActiveQueues, Completion};
+use super::device::{
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, read_config,
+};
 use super::interrupt::Interrupt;
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
-use super::turn::{Outcome, Turn};
 use spec::{
     ACTUAL_OFFSET, DEFLATE, DEFLATE_ON_OOM, INFLATE, PAGE_BYTES, PAGE_NUMBER_BYTES, PAGES_MAX,
     QUEUE_SIZE, REPORT, REPORTING,
@@ -30,7 +32,7 @@ use spec::{
 pub use state::BalloonSnapshot;
 
 /// Requests that one turn works on; then others get theirs.
-const REQUESTS_A_TURN: u32 = 64;
+const REQUESTS_PER_WAKEUP: u32 = 64;
 
 /// Takes pages away from a guest.
 pub trait Discard: Send {
@@ -180,27 +182,27 @@ impl Balloon {
     fn take_pages<'a, M: GuestAddressSpace>(
         &mut self,
         queue: usize,
-        mut turn: Turn<'a, M>,
+        mut queues: ActiveQueues<'a, M>,
     ) -> Result<(), DeviceError> {
-        for _ in 0..REQUESTS_A_TURN {
-            let Some(chain) = turn.pop(queue)? else {
-                if turn.enable_notification(queue)? {
+        for _ in 0..REQUESTS_PER_WAKEUP {
+            let Some(chain) = queues.pop(queue)? else {
+                if queues.enable_notification(queue)? {
                     continue;
                 }
                 return Ok(());
             };
             let request = match queue {
-                INFLATE => inflated(&turn, chain)?,
+                INFLATE => inflated(&queues, chain)?,
                 _ => reported(chain)?,
             };
             let (back, result) =
-                turn.unlocked(|taken_back| self.discard.discard(&request.ranges, taken_back))?;
-            turn = back;
+                queues.unlocked(|taken_back| self.discard.discard(&request.ranges, taken_back))?;
+            queues = back;
             self.count(queue, &request, &result);
-            turn.complete(queue, request.head, 0)?;
-            turn.signal(queue)?;
+            queues.complete(queue, request.head, 0)?;
+            queues.signal(queue)?;
         }
-        turn.notify_again(queue);
+        queues.notify_again(queue);
         Ok(())
     }
 
@@ -221,27 +223,33 @@ impl Balloon {
     }
 
     /// Pages that come back need nothing: the guest touches them, and they are there.
-    fn deflate<M: GuestAddressSpace>(&self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
-        turn.drain(DEFLATE, |turn, chain| {
-            let pages = page_numbers(turn, chain)?.len();
+    fn deflate<M: GuestAddressSpace>(
+        &self,
+        queues: &mut ActiveQueues<'_, M>,
+    ) -> Result<(), DeviceError> {
+        queues.drain(DEFLATE, |queues, chain| {
+            let pages = page_numbers(queues, chain)?.len();
             self.counters
                 .deflated
                 .fetch_add(pages as u64, Ordering::Relaxed);
-            Ok(Outcome::Done(0))
+            Ok(Completion::Used(0))
         })
     }
 }
 
 /// The pages that a request to inflate names, as ranges.
-fn inflated<M: GuestAddressSpace>(turn: &Turn<'_, M>, chain: Chain) -> Result<Request, QueueError> {
+fn inflated<M: GuestAddressSpace>(
+    queues: &ActiveQueues<'_, M>,
+    chain: Chain,
+) -> Result<Request, QueueError> {
     let head = chain.head;
-    let mut pages = page_numbers(turn, chain)?;
+    let mut pages = page_numbers(queues, chain)?;
     pages.sort_unstable();
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for page in pages {
         let start = u64::from(page) * PAGE_BYTES;
         let end = start + PAGE_BYTES;
-        if !turn.has_memory(start, PAGE_BYTES) {
+        if !queues.has_memory(start, PAGE_BYTES) {
             return Err(QueueError::Request {
                 head,
                 what: "a page for the balloon that is not guest memory",
@@ -256,7 +264,7 @@ fn inflated<M: GuestAddressSpace>(turn: &Turn<'_, M>, chain: Chain) -> Result<Re
 }
 
 fn page_numbers<M: GuestAddressSpace>(
-    turn: &Turn<'_, M>,
+    queues: &ActiveQueues<'_, M>,
     mut chain: Chain,
 ) -> Result<Vec<u32>, QueueError> {
     let malformed = |what| QueueError::Request {
@@ -272,7 +280,7 @@ fn page_numbers<M: GuestAddressSpace>(
         return Err(malformed("page numbers of 4 bytes, at most 16384 of them"));
     }
     let mut numbers = vec![0; usize::try_from(bytes).unwrap_or_default()];
-    turn.read(&mut chain.readable, &mut numbers)?;
+    queues.read(&mut chain.readable, &mut numbers)?;
     Ok(numbers
         .as_chunks::<PAGE_NUMBER_BYTES>()
         .0
@@ -326,12 +334,12 @@ impl<M: GuestAddressSpace> Device<M> for Balloon {
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            DEFLATE => self.deflate(&mut turn),
-            INFLATE | REPORT => self.take_pages(queue, turn),
+            DEFLATE => self.deflate(&mut queues),
+            INFLATE | REPORT => self.take_pages(queue, queues),
             _ => Ok(()),
         }
     }

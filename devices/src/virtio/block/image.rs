@@ -10,9 +10,9 @@ use vm_memory::{
     GuestAddressSpace, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
 use super::super::queue::QueueError;
-use super::super::turn::Turn;
 use super::spec::SECTOR_BYTES;
 
 /// A part of an image, in bytes, that lies in it.
@@ -58,11 +58,11 @@ impl Image {
         &self,
         offset: u64,
         buffer: &Buffer,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
     ) -> Result<io::Result<()>, QueueError> {
         let mut result = self.seek(offset);
         if result.is_ok() {
-            turn.each_slice(buffer, Permissions::Write, |mut slice| {
+            queues.each_slice(buffer, Permissions::Write, |mut slice| {
                 result = self.read_slice(&mut slice);
                 result.is_ok()
             })?;
@@ -75,11 +75,11 @@ impl Image {
         &self,
         offset: u64,
         buffer: &Buffer,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
     ) -> Result<io::Result<()>, QueueError> {
         let mut result = self.seek(offset);
         if result.is_ok() {
-            turn.each_slice(buffer, Permissions::Read, |slice| {
+            queues.each_slice(buffer, Permissions::Read, |slice| {
                 result = (&self.file)
                     .write_all_volatile(&slice)
                     .map_err(into_io_error);

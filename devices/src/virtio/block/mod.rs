@@ -20,11 +20,11 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 use super::state::{DeviceState, DeviceStateError};
-use super::turn::{Outcome, Turn};
 use crate::rate_limit::{RateLimit, RateLimiter};
 use image::Image;
 use spec::{ID_BYTES, QUEUE_SIZE, REQUESTS};
@@ -119,18 +119,21 @@ impl Block {
         self.image.sectors()
     }
 
-    fn serve<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
-        turn.drain(REQUESTS, |turn, chain| {
+    fn serve<M: GuestAddressSpace>(
+        &mut self,
+        queues: &mut ActiveQueues<'_, M>,
+    ) -> Result<(), DeviceError> {
+        queues.drain(REQUESTS, |queues, chain| {
             let bytes = chain.readable.len() + chain.writable.len();
             let admitted = self.limiter.admit(bytes);
             if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
             let head = chain.head;
-            let written = self.execute(turn, chain)?;
-            turn.complete(REQUESTS, head, written)?;
-            turn.signal(REQUESTS)?;
-            Ok(Outcome::Completed)
+            let written = self.execute(queues, chain)?;
+            queues.complete(REQUESTS, head, written)?;
+            queues.signal(REQUESTS)?;
+            Ok(Completion::AlreadyUsed)
         })
     }
 }
@@ -147,30 +150,30 @@ impl<M: GuestAddressSpace> Device<M> for Block {
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        watch.add(self.limiter.timer(), TIMER, EventSet::IN)
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        registry.add(self.limiter.timer(), TIMER, EventSet::IN)
     }
 
     fn notified(
         &mut self,
         _: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.serve(&mut turn)
+        self.serve(&mut queues)
     }
 
     fn ready(
         &mut self,
         _: Token,
         _: EventSet,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         self.limiter
             .timer_ran_out()
             .map_err(DeviceError::host("the timer of the rate limit"))?;
-        self.serve(&mut turn)
+        self.serve(&mut queues)
     }
 
     fn save(&self) -> DeviceState {

@@ -5,20 +5,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::GuestAddressSpace;
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
 use super::super::device::DeviceError;
 use super::super::queue::{Chain, QueueError};
-use super::super::turn::Turn;
 use super::image::{Extent, MayShrink};
 use super::spec::{
-    FLUSH_FEATURE, HEADER_BYTES, ID_BYTES, Kind, RANGE_BYTES, RANGE_SECTORS_MAX, RANGE_UNMAP,
-    RANGES_MAX, SECTOR_BYTES, Status,
+    FLUSH_FEATURE, HEADER_BYTES, ID_BYTES, RANGE_BYTES, RANGE_SECTORS_MAX, RANGE_UNMAP, RANGES_MAX,
+    RequestType, SECTOR_BYTES, Status,
 };
 use super::{Access, Block};
 
 /// A request whose parts were found.
 struct Request {
-    kind: Kind,
+    kind: RequestType,
     sector: u64,
     /// What the driver sends: data to write, or ranges.
     outgoing: Buffer,
@@ -40,7 +40,7 @@ impl Block {
     /// Does what `chain` asks for. Returns how many bytes of its writable memory were written.
     pub(super) fn execute<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         chain: Chain,
     ) -> Result<u32, DeviceError> {
         let malformed = |what| QueueError::Request {
@@ -53,7 +53,7 @@ impl Block {
             ..
         } = chain;
         let mut header = [0; HEADER_BYTES];
-        if turn.read(&mut readable, &mut header)? < HEADER_BYTES {
+        if queues.read(&mut readable, &mut header)? < HEADER_BYTES {
             return Err(malformed("no room for a header in the readable memory").into());
         }
         let mut status_byte = writable.take_last(1);
@@ -62,16 +62,16 @@ impl Block {
         }
         let [kind, _reserved] = [0, 4].map(|at| word(&header, at));
         let request = Request {
-            kind: Kind::of(kind),
+            kind: RequestType::of(kind),
             sector: long(&header, 8),
             outgoing: readable,
             incoming: writable,
         };
-        let (status, written) = self.answer(turn, &request)?;
+        let (status, written) = self.answer(queues, &request)?;
         if status == Status::IoError {
             count(&self.counters.errors, 1);
         }
-        turn.write(&mut status_byte, &[status as u8])?;
+        queues.write(&mut status_byte, &[status as u8])?;
         // 2.7.8: the bytes from the start; the status is behind all of the data.
         let all = request.incoming.len();
         let written = if written == all { all + 1 } else { written };
@@ -80,33 +80,35 @@ impl Block {
 
     fn answer<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Answer, QueueError> {
         let read_only = self.access == Access::ReadOnly;
         match request.kind {
-            Kind::Read => self.read(turn, request),
-            Kind::GetId => self.identify(turn, request),
-            Kind::Flush => Ok((status_of(&self.image.flush()), 0)),
-            Kind::Write | Kind::Discard | Kind::WriteZeroes if read_only => {
+            RequestType::Read => self.read(queues, request),
+            RequestType::GetId => self.identify(queues, request),
+            RequestType::Flush => Ok((status_of(&self.image.flush()), 0)),
+            RequestType::Write | RequestType::Discard | RequestType::WriteZeroes if read_only => {
                 Ok((Status::IoError, 0))
             }
-            Kind::Write => Ok((self.write(turn, request)?, 0)),
-            Kind::Discard | Kind::WriteZeroes => Ok((self.ranges(turn, request)?, 0)),
-            Kind::Unknown => Ok((Status::Unsupported, 0)),
+            RequestType::Write => Ok((self.write(queues, request)?, 0)),
+            RequestType::Discard | RequestType::WriteZeroes => {
+                Ok((self.ranges(queues, request)?, 0))
+            }
+            RequestType::Unknown => Ok((Status::Unsupported, 0)),
         }
     }
 
     fn read<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Answer, QueueError> {
         let bytes = request.incoming.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok((Status::IoError, 0));
         };
-        let result = self.image.read(extent.offset, &request.incoming, turn)?;
+        let result = self.image.read(extent.offset, &request.incoming, queues)?;
         if result.is_err() {
             return Ok((Status::IoError, 0));
         }
@@ -117,16 +119,16 @@ impl Block {
 
     fn write<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Status, QueueError> {
         let bytes = request.outgoing.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok(Status::IoError);
         };
-        let mut result = self.image.write(extent.offset, &request.outgoing, turn)?;
+        let mut result = self.image.write(extent.offset, &request.outgoing, queues)?;
         // 5.2.6.2: a driver that cannot flush is told of nothing that is not on the disk.
-        if result.is_ok() && turn.features() & FLUSH_FEATURE == 0 {
+        if result.is_ok() && queues.features() & FLUSH_FEATURE == 0 {
             result = self.image.flush();
         }
         if result.is_ok() {
@@ -138,7 +140,7 @@ impl Block {
 
     fn identify<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Answer, QueueError> {
         if request.incoming.len() < ID_BYTES as u64 {
@@ -146,14 +148,14 @@ impl Block {
         }
         let mut id = [0; ID_BYTES];
         id[..self.id.len()].copy_from_slice(&self.id);
-        let written = turn.write(&mut request.incoming.clone(), &id)?;
+        let written = queues.write(&mut request.incoming.clone(), &id)?;
         Ok((Status::Ok, written as u64))
     }
 
     /// Discards, or writes zeroes. All ranges are looked at before anything is done.
     fn ranges<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Status, QueueError> {
         let mut left = request.outgoing.clone();
@@ -165,7 +167,7 @@ impl Block {
         let mut ranges = Vec::new();
         while !left.is_empty() {
             let mut entry = [0; RANGE_BYTES];
-            turn.read(&mut left, &mut entry)?;
+            queues.read(&mut left, &mut entry)?;
             match self.range(request.kind, &entry) {
                 Ok(range) => ranges.push(range),
                 Err(status) => return Ok(status),
@@ -173,7 +175,7 @@ impl Block {
         }
         for range in ranges {
             let result = match request.kind {
-                Kind::Discard => self.image.discard(range.extent),
+                RequestType::Discard => self.image.discard(range.extent),
                 _ => self.image.write_zeroes(range.extent, range.may_shrink),
             };
             if result.is_err() {
@@ -183,10 +185,10 @@ impl Block {
         Ok(Status::Ok)
     }
 
-    fn range(&self, kind: Kind, entry: &[u8; RANGE_BYTES]) -> Result<Range, Status> {
+    fn range(&self, kind: RequestType, entry: &[u8; RANGE_BYTES]) -> Result<Range, Status> {
         let (sector, sectors, flags) = (long(entry, 0), word(entry, 8), word(entry, 12));
         let known = match kind {
-            Kind::WriteZeroes => RANGE_UNMAP,
+            RequestType::WriteZeroes => RANGE_UNMAP,
             _ => 0,
         };
         if flags & !known != 0 {

@@ -35,7 +35,7 @@ pub(super) fn features(read_only: bool) -> u64 {
 
 /// What a request asks for (5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RequestType {
     Read,
     Write,
     Flush,
@@ -45,7 +45,7 @@ pub(super) enum Kind {
     Unknown,
 }
 
-impl Kind {
+impl RequestType {
     pub(super) fn of(value: u32) -> Self {
         match value {
             virtio_blk::VIRTIO_BLK_T_IN => Self::Read,

@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::super::testing::*;
-use super::super::{DeviceState, VirtioMmio};
+use super::super::{DeviceState, MmioTransport};
 use super::*;
 use crate::rate_limit::Rate;
 
@@ -451,7 +451,7 @@ fn a_guest_moves_with_its_disk() {
         saved.device = DeviceState::new(&state);
         let model = Box::new(disk(reopen(&file), Access::ReadWrite));
         let (interrupt, _line) = interrupt();
-        let result = VirtioMmio::restore("_disk0", model, memory(), interrupt, &saved);
+        let result = MmioTransport::restore("_disk0", model, memory(), interrupt, &saved);
         let error = result.err().unwrap().to_string();
         assert!(error.contains(word), "{error}");
     }
@@ -460,7 +460,7 @@ fn a_guest_moves_with_its_disk() {
     writer.transport.driver_features |= 1 << 13;
     let model = Box::new(disk(reopen(&file), Access::ReadOnly));
     let (interrupt, _line) = interrupt();
-    let result = VirtioMmio::restore("_disk0", model, memory(), interrupt, &writer);
+    let result = MmioTransport::restore("_disk0", model, memory(), interrupt, &writer);
     assert!(result.err().unwrap().to_string().contains("features"));
 }
 

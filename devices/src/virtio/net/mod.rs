@@ -19,14 +19,14 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
-use super::turn::{Outcome, Turn};
 use crate::rate_limit::{RateLimit, RateLimiter};
-use receive::Waiting;
+use receive::PendingPacket;
 use spec::{
     ETHERNET_BYTES, FEATURES, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HEADER_BYTES, MTU, PACKET_MAX,
     QUEUE_SIZE, RECEIVE, TRANSMIT,
@@ -113,7 +113,7 @@ pub struct Net {
     receive_limiter: RateLimiter,
     transmit_limiter: RateLimiter,
     /// From the host, on its way to the guest.
-    waiting: Waiting,
+    waiting: PendingPacket,
     /// From the guest, on its way to the host.
     outgoing: Vec<u8>,
     /// The tap had no room for it.
@@ -140,7 +140,7 @@ impl Net {
             has_mtu: config.mtu.is_some(),
             receive_limiter: RateLimiter::new(config.receive_limit)?,
             transmit_limiter: RateLimiter::new(config.transmit_limit)?,
-            waiting: Waiting::new(),
+            waiting: PendingPacket::new(),
             outgoing: vec![0; PACKET_MAX],
             blocked: false,
             offloads: None,
@@ -151,16 +151,16 @@ impl Net {
 
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        turn.drain(TRANSMIT, |turn, chain| self.send(turn, chain))
+        queues.drain(TRANSMIT, |queues, chain| self.send(queues, chain))
     }
 
     fn send<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         mut chain: Chain,
-    ) -> Result<Outcome, DeviceError> {
+    ) -> Result<Completion, DeviceError> {
         let len = usize::try_from(chain.readable.len()).unwrap_or(usize::MAX);
         if !chain.writable.is_empty() || len < HEADER_BYTES {
             return Err(QueueError::Request {
@@ -171,15 +171,15 @@ impl Net {
         }
         if !(HEADER_BYTES + ETHERNET_BYTES..=PACKET_MAX).contains(&len) {
             count(&self.counters.sent_dropped, 1);
-            return Ok(Outcome::Done(0));
+            return Ok(Completion::Used(0));
         }
         let bytes = len - HEADER_BYTES;
         let admitted = self.transmit_limiter.admit(bytes as u64);
         if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
-            return Ok(Outcome::Later);
+            return Ok(Completion::Deferred);
         }
         let packet = &mut self.outgoing[..len];
-        turn.read(&mut chain.readable, packet)?;
+        queues.read(&mut chain.readable, packet)?;
         match retried(|| self.tap.send(packet)) {
             Ok(()) => {
                 count(&self.counters.sent_bytes, bytes);
@@ -188,12 +188,12 @@ impl Net {
             // The tap says when there is room.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.blocked = true;
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
             // A header that the kernel does not take, or an interface that is down.
             Err(_) => count(&self.counters.sent_dropped, 1),
         }
-        Ok(Outcome::Done(0))
+        Ok(Completion::Used(0))
     }
 
     /// Tells the tap what the guest can take.
@@ -246,29 +246,33 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
         // By edges: a packet for which the guest has no room must not wake the worker again and again.
         let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        watch.add(&self.tap.as_raw_fd(), TAP, both)?;
-        watch.add(self.receive_limiter.timer(), RECEIVE_TIMER, EventSet::IN)?;
-        watch.add(self.transmit_limiter.timer(), TRANSMIT_TIMER, EventSet::IN)
+        registry.add(&self.tap.as_raw_fd(), TAP, both)?;
+        registry.add(self.receive_limiter.timer(), RECEIVE_TIMER, EventSet::IN)?;
+        registry.add(self.transmit_limiter.timer(), TRANSMIT_TIMER, EventSet::IN)
     }
 
-    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
-        self.agree(turn.features())?;
+    fn started(
+        &mut self,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        self.agree(queues.features())?;
         self.announce();
-        self.receive(&mut turn)
+        self.receive(&mut queues)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            RECEIVE => self.receive(&mut turn),
-            _ => self.transmit(&mut turn),
+            RECEIVE => self.receive(&mut queues),
+            _ => self.transmit(&mut queues),
         }
     }
 
@@ -276,8 +280,8 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         &mut self,
         token: Token,
         events: EventSet,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let failed = DeviceError::host("the timer of the rate limit");
         match token {
@@ -287,15 +291,15 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         }
         let unblocked = events.contains(EventSet::OUT) && std::mem::take(&mut self.blocked);
         if token == TRANSMIT_TIMER || unblocked {
-            self.transmit(&mut turn)?;
+            self.transmit(&mut queues)?;
         }
         if token != TRANSMIT_TIMER {
-            self.receive(&mut turn)?;
+            self.receive(&mut queues)?;
         }
         Ok(())
     }
 
-    fn reset(&mut self, _: &mut Watch<'_, '_>) {
+    fn reset(&mut self, _: &mut EventRegistry<'_, '_>) {
         self.waiting.clear();
     }
 

@@ -4,25 +4,25 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::GuestAddressSpace;
 
+use super::super::active_queues::ActiveQueues;
 use super::super::device::DeviceError;
 use super::super::queue::{Chain, QueueError, Used};
-use super::super::turn::Turn;
 use super::spec::{ETHERNET_BYTES, HEADER_BYTES, MERGEABLE, NUM_BUFFERS, PACKET_MAX, RECEIVE};
 use super::tap::{is_idle, retried};
 use super::{Net, Tap, count};
 
 /// Packets that one turn brings; then others get theirs.
-const PACKETS_A_TURN: u32 = 256;
+const PACKETS_PER_WAKEUP: u32 = 256;
 
 /// A packet that was read from the tap, and waits for the guest or for the rate limit.
-pub(super) struct Waiting {
+pub(super) struct PendingPacket {
     buffer: Vec<u8>,
     /// Bytes of the packet in it; 0 is none.
     len: usize,
     admitted: bool,
 }
 
-impl Waiting {
+impl PendingPacket {
     pub(super) fn new() -> Self {
         Self {
             buffer: vec![0; PACKET_MAX],
@@ -80,23 +80,23 @@ impl Net {
     /// Brings packets to the guest until there are none, it has no room, or the rate limit says so.
     pub(super) fn receive<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        if !turn.is_ready(RECEIVE) {
+        if !queues.is_ready(RECEIVE) {
             return Ok(());
         }
-        for _ in 0..PACKETS_A_TURN {
+        for _ in 0..PACKETS_PER_WAKEUP {
             if self.waiting.len == 0 && !self.waiting.fill(self.tap.as_ref())? {
-                return Ok(turn.signal(RECEIVE)?);
+                return Ok(queues.signal(RECEIVE)?);
             }
             if self.waiting.len < HEADER_BYTES + ETHERNET_BYTES {
                 self.drop_waiting();
                 continue;
             }
             if !self.admit()? {
-                return Ok(turn.signal(RECEIVE)?);
+                return Ok(queues.signal(RECEIVE)?);
             }
-            match self.deliver(turn)? {
+            match self.deliver(queues)? {
                 Delivery::Done => {
                     count(&self.counters.received_packets, 1);
                     count(
@@ -106,12 +106,12 @@ impl Net {
                     self.waiting.clear();
                 }
                 Delivery::Impossible => self.drop_waiting(),
-                Delivery::NoRoom => return Ok(turn.signal(RECEIVE)?),
+                Delivery::NoRoom => return Ok(queues.signal(RECEIVE)?),
                 Delivery::Again => {}
             }
         }
-        turn.notify_again(RECEIVE);
-        Ok(turn.signal(RECEIVE)?)
+        queues.notify_again(RECEIVE);
+        Ok(queues.signal(RECEIVE)?)
     }
 
     fn drop_waiting(&mut self) {
@@ -136,21 +136,21 @@ impl Net {
     /// (5.1.6.4).
     fn deliver<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<Delivery, DeviceError> {
-        let mergeable = turn.features() & MERGEABLE != 0;
+        let mergeable = queues.features() & MERGEABLE != 0;
         let most = if mergeable {
-            turn.queue_size(RECEIVE)
+            queues.queue_size(RECEIVE)
         } else {
             1
         };
-        let (chains, room) = self.collect(turn, most)?;
+        let (chains, room) = self.collect(queues, most)?;
         if room < self.waiting.len as u64 {
             let all = chains.len() == usize::from(most);
             // With what there is taken, so that the driver notifies of whatever comes behind it.
-            let more = !all && turn.enable_notification(RECEIVE)?;
+            let more = !all && queues.enable_notification(RECEIVE)?;
             for _ in &chains {
-                turn.put_back(RECEIVE);
+                queues.put_back(RECEIVE);
             }
             return Ok(match (all, more) {
                 (true, _) => Delivery::Impossible,
@@ -166,26 +166,26 @@ impl Net {
             head, mut writable, ..
         } in chains
         {
-            let written = turn.write(&mut writable, rest)?;
+            let written = queues.write(&mut writable, rest)?;
             rest = &rest[written..];
             let written = u32::try_from(written).unwrap_or(u32::MAX);
             used.push(Used { head, written });
         }
         // A driver that saw the first of them and not the others would drop the packet.
-        turn.complete_together(RECEIVE, &used)?;
+        queues.complete_together(RECEIVE, &used)?;
         Ok(Delivery::Done)
     }
 
     /// Takes chains until there is room for the packet, at most `most`.
     fn collect<M: GuestAddressSpace>(
         &self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
         most: u16,
     ) -> Result<(Vec<Chain>, u64), DeviceError> {
         let mut chains = Vec::new();
         let mut room = 0;
         while room < self.waiting.len as u64 && chains.len() < usize::from(most) {
-            let Some(chain) = turn.pop(RECEIVE)? else {
+            let Some(chain) = queues.pop(RECEIVE)? else {
                 break;
             };
             if !chain.readable.is_empty() {

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::super::testing::*;
-use super::super::{DeviceState, VirtioMmio};
+use super::super::{DeviceState, MmioTransport};
 use super::*;
 use crate::rate_limit::Rate;
 
@@ -420,7 +420,7 @@ fn a_guest_moves_with_its_waiting_packet_and_says_so() {
         });
         let (net, _host) = interface(RateLimit::default());
         let (interrupt, _line) = interrupt();
-        let result = VirtioMmio::restore("_net0", Box::new(net), memory(), interrupt, &broken);
+        let result = MmioTransport::restore("_net0", Box::new(net), memory(), interrupt, &broken);
         assert!(result.err().unwrap().to_string().contains("waiting packet"));
     }
 }

@@ -1,6 +1,7 @@
 //! The transport, the queues and the worker, with a device that does no more than they need.
 
 mod lifecycle;
+mod panics;
 mod registers;
 
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use vm_memory::GuestAddressSpace;
 use super::device::read_config;
 use super::testing::*;
 use super::*;
-use crate::{MmioDevice, SavedState};
+use crate::{BusDevice, SavedState};
 
 /// Gives back what it is sent, in capitals; counts what happens to it.
 #[derive(Default)]
@@ -56,28 +57,32 @@ impl<M: GuestAddressSpace> Device<M> for Echo {
             counters: Arc::new(()),
         }
     }
-    fn started(&mut self, _: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+    fn started(
+        &mut self,
+        _: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
         self.log.started.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        turn.drain(queue, |turn, mut chain| {
+        queues.drain(queue, |queues, mut chain| {
             let mut data = [0; 256];
-            let len = turn.read(&mut chain.readable, &mut data)?;
+            let len = queues.read(&mut chain.readable, &mut data)?;
             data.make_ascii_uppercase();
             self.served += 1;
             self.log.served.fetch_add(1, Ordering::SeqCst);
-            Ok(Outcome::done(
-                turn.write(&mut chain.writable, &data[..len])?,
+            Ok(Completion::used(
+                queues.write(&mut chain.writable, &data[..len])?,
             ))
         })
     }
-    fn reset(&mut self, _: &mut Watch<'_, '_>) {
+    fn reset(&mut self, _: &mut EventRegistry<'_, '_>) {
         self.served = 0;
         self.log.resets.fetch_add(1, Ordering::SeqCst);
     }

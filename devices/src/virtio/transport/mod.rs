@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Device, Identity};
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, QueueSnapshot};
-use super::serve::Serve;
+use super::queue_server::QueueServer;
 use super::spec::{COMMON_FEATURES, status};
 use super::state::{DeviceStateError, TransportSnapshot, VirtioSnapshot};
 use super::vhost_user::VhostUser;
@@ -53,6 +53,17 @@ pub enum VirtioError {
         /// What cannot be.
         source: QueueError,
     },
+    /// [`MmioTransport::save`] was called while the device was not paused.
+    #[error("{0}: cannot save: the device is not paused")]
+    NotPaused(String),
+    /// The device model panicked while it saved its state.
+    #[error("{name}: cannot save: the device model panicked: {message}")]
+    SavePanicked {
+        /// Name of the device.
+        name: String,
+        /// Panic message.
+        message: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,7 +76,7 @@ struct Registers {
 }
 
 /// A virtio device on the MMIO bus, with what serves its queues.
-pub struct VirtioMmio {
+pub struct MmioTransport {
     name: String,
     identity: Identity,
     registers: Registers,
@@ -73,10 +84,10 @@ pub struct VirtioMmio {
     queues: Vec<QueueSnapshot>,
     refused: AtomicU64,
     interrupt: Interrupt,
-    server: Box<dyn Serve>,
+    server: Box<dyn QueueServer>,
 }
 
-impl VirtioMmio {
+impl MmioTransport {
     /// Starts `device` on a thread of this `name` (at most 15 bytes of it are seen), for a guest that has
     /// `memory`.
     ///
@@ -143,7 +154,7 @@ impl VirtioMmio {
         name: &str,
         identity: Identity,
         interrupt: Interrupt,
-        server: Box<dyn Serve>,
+        server: Box<dyn QueueServer>,
     ) -> Self {
         Self {
             name: name.into(),
@@ -160,7 +171,7 @@ impl VirtioMmio {
         name: &str,
         identity: Identity,
         interrupt: Interrupt,
-        server: Box<dyn Serve>,
+        server: Box<dyn QueueServer>,
         saved: &VirtioSnapshot,
     ) -> Result<Self, VirtioError> {
         server.pause();
@@ -233,11 +244,14 @@ impl VirtioMmio {
         self.server.resume();
     }
 
-    /// The state of the device, which is paused; none if it is not.
-    #[must_use]
-    pub fn save(&self) -> Option<VirtioSnapshot> {
+    /// Returns the state of the device, which must be paused.
+    ///
+    /// # Errors
+    /// Returns [`VirtioError::NotPaused`] if the device is not paused, and [`VirtioError::SavePanicked`] if the device
+    /// model panics.
+    pub fn save(&self) -> Result<VirtioSnapshot, VirtioError> {
         if !self.server.is_paused() {
-            return None;
+            return Err(VirtioError::NotPaused(self.name.clone()));
         }
         let in_use = self.server.queues();
         let queues = if in_use.is_empty() {
@@ -259,8 +273,24 @@ impl VirtioMmio {
             config_generation: interrupt.generation(),
             queues,
         };
-        let device = self.server.save();
-        Some(VirtioSnapshot { transport, device })
+        let device = self
+            .server
+            .save()
+            .map_err(|message| VirtioError::SavePanicked {
+                name: self.name.clone(),
+                message,
+            })?;
+        Ok(VirtioSnapshot { transport, device })
+    }
+
+    /// Registers `tell`, which is called with the reason when the server of the queues is lost: the worker thread
+    /// panicked, or the vhost-user back end disconnected or misbehaved.
+    ///
+    /// Any thread may call `tell`. A worker thread is lost at most once, and `tell` is called at once if that has
+    /// happened already; a back end may be lost again after each reconnection. A mistake of the driver is not reported
+    /// here. Only the first registration has an effect, and [`VhostUser::on_loss`] counts as one.
+    pub fn on_failure(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.server.on_failure(Box::new(tell));
     }
 
     /// Why the device needs a reset, if it does and is not a restored one.
@@ -289,7 +319,7 @@ fn spawn<M: GuestAddressSpace + Send + Sync + 'static>(
     identity: &Identity,
     memory: M,
     interrupt: &Interrupt,
-) -> Result<Box<dyn Serve>, VirtioError> {
+) -> Result<Box<dyn QueueServer>, VirtioError> {
     let queues = identity.queue_sizes.len();
     let worker = Worker::spawn(name, device, queues, memory, interrupt.clone());
     Ok(Box::new(worker.map_err(|source| VirtioError::Thread {

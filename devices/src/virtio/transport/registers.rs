@@ -14,11 +14,11 @@ use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
+use super::super::eventfd::notify;
 use super::super::queue::{QueueError, QueueSnapshot};
 use super::super::spec::{MAGIC, VENDOR, VERSION, register, status};
-use super::super::turn::notify;
-use super::{Registers, VirtioMmio, fresh_queues};
-use crate::MmioDevice;
+use super::{MmioTransport, Registers, fresh_queues};
+use crate::{BusDevice, MmioSpace};
 
 /// The steps of a driver's start (3.1.1).
 const STATUS_ORDER: [u32; 4] = [
@@ -31,7 +31,7 @@ const STATUS_ORDER: [u32; 4] = [
 pub(super) const KNOWN_STATUS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
-impl VirtioMmio {
+impl MmioTransport {
     pub(super) fn has(&self, bits: u32) -> bool {
         self.registers.status & bits == bits
     }
@@ -226,7 +226,7 @@ impl VirtioMmio {
     }
 }
 
-impl MmioDevice for VirtioMmio {
+impl BusDevice<MmioSpace> for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         match offset.checked_sub(register::CONFIG) {
             Some(offset) => self.identity.config.read(offset, data),

@@ -12,9 +12,10 @@ use super::link::{Link, UsedLog, Vring};
 use super::log::WriteLog;
 use super::spec::{self, CONFIG_WRITE_BACK, DRAIN_LIMIT, LOG_ALL, PROTOCOL, WRITE_BACK};
 use super::table::used_ring_bytes;
-use super::{Driver, Inner, Result, State, sectors};
+use super::watchdog::ConnectionEnd;
+use super::{FrontEndState, Inner, ReadyDriver, Result, sectors};
+use crate::virtio::eventfd::notify;
 use crate::virtio::queue::QueueSnapshot;
-use crate::virtio::turn::notify;
 
 /// How often a used ring is looked at while its last requests end.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
@@ -23,32 +24,40 @@ const RING_INDEX: u64 = 2;
 
 impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     /// Takes `link` as the connection to the back end.
-    pub(super) fn adopt(self: &Arc<Self>, state: &mut State, link: Link) {
+    pub(super) fn adopt(self: &Arc<Self>, state: &mut FrontEndState, link: Link) {
         state.connection += 1;
         let (inner, connection): (Weak<Self>, _) = (Arc::downgrade(self), state.connection);
-        link.watch().on_gone(move || {
+        link.watchdog().on_end(move |end| {
             if let Some(inner) = inner.upgrade() {
-                inner.gone(connection);
+                inner.connection_ended(connection, end);
             }
         });
         state.link = Some(link);
         state.lost = None;
     }
 
-    /// The other end of a connection went away while nobody waited for it.
-    fn gone(&self, connection: u64) {
+    /// Handles the end of a connection, which the watchdog has noticed.
+    fn connection_ended(&self, connection: u64, end: ConnectionEnd) {
         let mut state = self.state();
-        if state.connection == connection && state.link.is_some() {
-            let error = VhostUserError::Closed {
-                socket: self.socket.clone(),
-                doing: "nothing was asked of it",
-            };
-            self.lose(&mut state, &error);
+        // An exchange may have noticed it first, and the device may even have a new connection by now.
+        if state.connection != connection || state.link.is_none() {
+            return;
         }
+        let socket = self.socket.clone();
+        let error = match end {
+            ConnectionEnd::Closed => VhostUserError::Closed {
+                socket,
+                doing: "no request was pending",
+            },
+            ConnectionEnd::WatchdogPanicked(message) => {
+                VhostUserError::WatchdogPanicked { socket, message }
+            }
+        };
+        self.lose(&mut state, &error);
     }
 
     /// Lets go of a back end that cannot be used any more.
-    pub(super) fn lose(&self, state: &mut State, error: &VhostUserError) {
+    pub(super) fn lose(&self, state: &mut FrontEndState, error: &VhostUserError) {
         let was_there = state.link.take().is_some();
         let why = error.to_string();
         state.started = false;
@@ -63,7 +72,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Has the back end serve the driver, if there is one that is ready.
-    pub(super) fn start(self: &Arc<Self>, state: &mut State) {
+    pub(super) fn start(self: &Arc<Self>, state: &mut FrontEndState) {
         if state.started || state.paused || state.failure.is_some() || state.driver.is_none() {
             return;
         }
@@ -74,8 +83,8 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Does what can fail of a start while nothing is served yet: for a guest that arrives.
-    pub(super) fn prepare(&self, state: &mut State) {
-        let State {
+    pub(super) fn prepare(&self, state: &mut FrontEndState) {
+        let FrontEndState {
             link: Some(link),
             driver: Some(driver),
             log,
@@ -92,11 +101,11 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         }
     }
 
-    fn begin(self: &Arc<Self>, state: &mut State) -> Result<()> {
+    fn begin(self: &Arc<Self>, state: &mut FrontEndState) -> Result<()> {
         if state.link.is_none() {
             self.reconnect(state)?;
         }
-        let State {
+        let FrontEndState {
             link: Some(link),
             driver: Some(driver),
             log,
@@ -119,7 +128,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// The back end that listens there now, if it is one like the first.
-    fn reconnect(self: &Arc<Self>, state: &mut State) -> Result<()> {
+    fn reconnect(self: &Arc<Self>, state: &mut FrontEndState) -> Result<()> {
         let (link, offer) = Link::connect(&self.socket)?;
         let mut expected = self.offer;
         // That is as the last driver left it.
@@ -141,7 +150,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Guest memory if it does not have it yet, and the log; then the features that have both used.
-    fn agree(&self, link: &mut Link, driver: &Driver, log: Option<&WriteLog>) -> Result<()> {
+    fn agree(&self, link: &mut Link, driver: &ReadyDriver, log: Option<&WriteLog>) -> Result<()> {
         link.tell_memory(&self.table)?;
         let mut features = driver.features | PROTOCOL;
         if let Some(log) = log {
@@ -153,7 +162,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
 
     /// Tells a back end that is at work that it is to log, or to log no longer; one that is not hears of it when it is
     /// started.
-    pub(super) fn switch_log(&self, state: &mut State) -> Result<()> {
+    pub(super) fn switch_log(&self, state: &mut FrontEndState) -> Result<()> {
         if !state.started {
             return Ok(());
         }
@@ -164,8 +173,8 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         switched
     }
 
-    fn switch_log_of_started(&self, state: &mut State) -> Result<()> {
-        let State {
+    fn switch_log_of_started(&self, state: &mut FrontEndState) -> Result<()> {
+        let FrontEndState {
             link: Some(link),
             driver: Some(driver),
             log,
@@ -183,7 +192,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Has the back end serve the driver no longer, when it has done what it was asked for.
-    pub(super) fn stop(&self, state: &mut State) {
+    pub(super) fn stop(&self, state: &mut FrontEndState) {
         if !state.started {
             return;
         }
@@ -194,8 +203,8 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     }
 
     /// Requests end first: a back end that has some when it is told to stop may forget them (QEMU 7.2 ends then).
-    fn end(&self, state: &mut State) -> Result<()> {
-        let State {
+    fn end(&self, state: &mut FrontEndState) -> Result<()> {
+        let FrontEndState {
             link: Some(link),
             driver: Some(driver),
             log,
@@ -238,7 +247,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     ) -> Result<()> {
         while self.ring_index(queue.used_ring) != end(self) {
             let socket = || self.socket.clone();
-            if link.watch().is_gone() {
+            if link.watchdog().has_ended() {
                 return Err(VhostUserError::Closed {
                     socket: socket(),
                     doing: "waiting for its last requests",
@@ -274,7 +283,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         found.map_or(0, u16::from_le)
     }
 
-    fn vrings<'a>(&'a self, driver: &'a Driver) -> impl Iterator<Item = Vring<'a>> {
+    fn vrings<'a>(&'a self, driver: &'a ReadyDriver) -> impl Iterator<Item = Vring<'a>> {
         let each = driver.queues.iter().zip(&self.kicks).enumerate();
         each.filter(|(_, (queue, _))| queue.ready)
             .map(|(index, (queue, kick))| Vring {
@@ -287,7 +296,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
 }
 
 impl<M> Inner<M> {
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, FrontEndState> {
         // A panic of a thread in between leaves values that are each valid by themselves.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

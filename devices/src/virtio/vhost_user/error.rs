@@ -94,6 +94,15 @@ pub enum VhostUserError {
         /// How long it had.
         limit: Duration,
     },
+    /// The thread that supervises the connection panicked. The connection was closed, because no wait for the back end
+    /// would end without that thread.
+    #[error("{}: the thread that supervises the connection panicked: {message}", .socket.display())]
+    WatchdogPanicked {
+        /// Socket of the back end.
+        socket: PathBuf,
+        /// Panic message.
+        message: String,
+    },
     /// It is gone.
     #[error("the back end is gone: {0}")]
     Gone(String),

@@ -22,7 +22,7 @@ use super::spec::{
     VERSION_1, VERSION_MASK, WRITE_BACK, wanted_protocol,
 };
 use super::table::MemoryTable;
-use super::watch::Watch;
+use super::watchdog::Watchdog;
 use crate::virtio::queue::QueueSnapshot;
 
 type Result<T> = std::result::Result<T, VhostUserError>;
@@ -44,7 +44,7 @@ pub(super) struct Link {
     frontend: Frontend,
     /// The same socket, for the one message that the crate does not read as back ends write it.
     socket: UnixStream,
-    watch: Watch,
+    watchdog: Watchdog,
     memory_is_told: bool,
 }
 
@@ -66,8 +66,9 @@ impl Link {
             socket: path.into(),
             source,
         })?;
-        let parts = Watch::start(&socket).and_then(|watch| Ok((watch, socket.try_clone()?)));
-        let (watch, again) = parts.map_err(|source| VhostUserError::Host {
+        let parts =
+            Watchdog::start(&socket).and_then(|watchdog| Ok((watchdog, socket.try_clone()?)));
+        let (watchdog, again) = parts.map_err(|source| VhostUserError::Host {
             socket: path.into(),
             what: "a thread that watches over the connection",
             source,
@@ -76,15 +77,15 @@ impl Link {
             path: path.into(),
             frontend: Frontend::from_stream(socket, 1),
             socket: again,
-            watch,
+            watchdog,
             memory_is_told: false,
         };
         let offer = link.agree()?;
         Ok((link, offer))
     }
 
-    pub(super) fn watch(&self) -> &Watch {
-        &self.watch
+    pub(super) fn watchdog(&self) -> &Watchdog {
+        &self.watchdog
     }
 
     fn agree(&mut self) -> Result<Offer> {
@@ -239,7 +240,7 @@ impl Link {
             message.extend_from_slice(&value.to_ne_bytes());
         }
         let socket = &self.socket;
-        let answered = self.watch.within(REPLY_LIMIT, || {
+        let answered = self.watchdog.within(REPLY_LIMIT, || {
             let sent = socket
                 .send_with_fd(message.as_slice(), region.mmap_handle)
                 .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
@@ -270,7 +271,7 @@ impl Link {
         work: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
         let frontend = &mut self.frontend;
-        let done = self.watch.within(limit, || work(frontend));
+        let done = self.watchdog.within(limit, || work(frontend));
         done.map_err(|error| match error {
             vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => {
                 VhostUserError::Refused {
@@ -291,7 +292,7 @@ impl Link {
     /// The connection ended: by the other side, or because that did not answer in time.
     fn over(&self, doing: &'static str, limit: Duration) -> VhostUserError {
         let socket = self.path.clone();
-        match self.watch.was_overdue() {
+        match self.watchdog.was_overdue() {
             true => VhostUserError::Silent {
                 socket,
                 doing,

@@ -1,7 +1,7 @@
 //! A block device whose queues another process serves: the front end of vhost-user.
 //!
 //! ```text
-//! vCPU ─ registers ─ VirtioMmio ─ VhostUser ─ Link ─ Unix socket ─┐
+//! vCPU ─ registers ─ MmioTransport ─ VhostUser ─ Link ─ Unix socket ─┐
 //!      └ notification ─ eventfd ──────────────────────────────────┤ back end ─ disk
 //! guest ← interrupt line ─ eventfd ───────────────────────────────┤
 //! guest memory ─ memory files ────────────────────────────────────┘
@@ -27,11 +27,11 @@ mod back_end;
 mod error;
 mod link;
 mod log;
-mod serving;
+mod queue_server;
 mod spec;
 mod state;
 mod table;
-mod watch;
+mod watchdog;
 
 #[cfg(test)]
 mod tests;
@@ -47,6 +47,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::Identity;
 use super::interrupt::Interrupt;
 use super::queue::QueueSnapshot;
+use super::queue_server::OnFailure;
 use super::state::{DeviceState, DeviceStateError};
 use link::{Link, Offer};
 use log::WriteLog;
@@ -77,9 +78,6 @@ impl<M: GuestAddressSpace> Clone for VhostUser<M> {
     }
 }
 
-/// Told why the back end was lost.
-type OnLoss = Box<dyn Fn(&str) + Send + Sync>;
-
 struct Inner<M> {
     socket: PathBuf,
     memory: M,
@@ -88,17 +86,17 @@ struct Inner<M> {
     /// For each queue: the driver has notified it.
     kicks: Vec<EventFd>,
     offer: Offer,
-    on_loss: OnceLock<OnLoss>,
-    state: Mutex<State>,
+    on_loss: OnceLock<OnFailure>,
+    state: Mutex<FrontEndState>,
 }
 
-struct State {
+struct FrontEndState {
     /// None when the back end is lost.
     link: Option<Link>,
     /// Which connection it is: the end of an older one is no matter.
     connection: u64,
     /// The queues of a driver that is ready.
-    driver: Option<Driver>,
+    driver: Option<ReadyDriver>,
     /// The back end serves the queues.
     started: bool,
     paused: bool,
@@ -110,7 +108,7 @@ struct State {
     lost: Option<String>,
 }
 
-struct Driver {
+struct ReadyDriver {
     features: u64,
     queues: Vec<QueueSnapshot>,
 }
@@ -132,7 +130,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
             what: "an event",
             source,
         })?;
-        config.interrupt.raised_elsewhere();
+        config.interrupt.raised_externally();
         let inner = Arc::new(Inner {
             socket: config.socket,
             memory: config.memory,
@@ -141,7 +139,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
             kicks: vec![kick],
             offer,
             on_loss: OnceLock::new(),
-            state: Mutex::new(State {
+            state: Mutex::new(FrontEndState {
                 link: None,
                 connection: 0,
                 driver: None,

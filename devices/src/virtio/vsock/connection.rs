@@ -8,9 +8,9 @@ use std::os::unix::net::UnixStream;
 
 use vm_memory::{GuestAddressSpace, Permissions, ReadVolatile, VolatileMemoryError, WriteVolatile};
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
 use super::super::queue::QueueError;
-use super::super::turn::Turn;
 use super::spec::{Header, NO_RECEIVE, NO_SEND};
 
 /// Bytes that a guest may send before the host has taken them: `buf_alloc`.
@@ -124,7 +124,7 @@ impl Connection {
     /// Bytes of a guest go to the host, at once or when it has room.
     pub(super) fn send<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         mut data: Buffer,
     ) -> Result<Result<(), Broken>, QueueError> {
         if self.guest_stopped & NO_SEND != 0 {
@@ -133,7 +133,7 @@ impl Connection {
         let mut result = Ok(());
         if self.waiting.is_empty() {
             let mut written = 0;
-            turn.each_slice(&data, Permissions::Read, |slice| {
+            queues.each_slice(&data, Permissions::Read, |slice| {
                 match moved(|| self.stream.write_volatile(&slice)) {
                     Ok(Some(len)) => {
                         written += len;
@@ -155,7 +155,7 @@ impl Connection {
             return Ok(Err(Broken));
         }
         let mut bytes = vec![0; usize::try_from(left).unwrap_or_default()];
-        turn.read(&mut data, &mut bytes)?;
+        queues.read(&mut data, &mut bytes)?;
         self.waiting.extend(bytes);
         Ok(result)
     }
@@ -208,7 +208,7 @@ impl Connection {
     /// Reads from the host into `room`, as much as the guest has credit for.
     pub(super) fn produce<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         room: &mut Buffer,
     ) -> Result<Result<Produced, Broken>, QueueError> {
         if self.guest_stopped & NO_RECEIVE != 0 || !self.readable {
@@ -229,7 +229,7 @@ impl Connection {
         let mut read = 0;
         let mut result = Ok(());
         let mut ended = false;
-        turn.each_slice(&part, Permissions::Write, |mut slice| {
+        queues.each_slice(&part, Permissions::Write, |mut slice| {
             match moved(|| self.stream.read_volatile(&mut slice)) {
                 Ok(Some(0)) => {
                     ended = true;

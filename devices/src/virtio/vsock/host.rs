@@ -71,7 +71,7 @@ pub(super) struct Handshake {
 
 /// How far a handshake is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum HandshakeProgress {
     /// The line is not whole.
     Waiting,
     /// It asks for this port of the guest.
@@ -89,26 +89,28 @@ impl Handshake {
     }
 
     /// Reads on, and nothing beyond the line: what follows is for the guest.
-    pub(super) fn read(&mut self) -> Progress {
+    pub(super) fn read(&mut self) -> HandshakeProgress {
         let mut byte = [0];
         while self.line.len() < LINE_MAX {
             match self.stream.read(&mut byte) {
-                Ok(0) => return Progress::Failed,
+                Ok(0) => return HandshakeProgress::Failed,
                 Ok(_) if byte == *b"\n" => return self.port(),
                 Ok(_) => self.line.push(byte[0]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Progress::Waiting,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return HandshakeProgress::Waiting;
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return Progress::Failed,
+                Err(_) => return HandshakeProgress::Failed,
             }
         }
-        Progress::Failed
+        HandshakeProgress::Failed
     }
 
-    fn port(&self) -> Progress {
+    fn port(&self) -> HandshakeProgress {
         std::str::from_utf8(&self.line)
             .ok()
             .and_then(|line| line.strip_prefix("CONNECT "))
             .and_then(|port| port.trim().parse().ok())
-            .map_or(Progress::Failed, Progress::Port)
+            .map_or(HandshakeProgress::Failed, HandshakeProgress::Port)
     }
 }

@@ -8,12 +8,12 @@ use std::os::unix::net::UnixStream;
 use event_manager::EventSet;
 use vm_memory::GuestAddressSpace;
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
-use super::super::device::{DeviceError, Token, Watch};
+use super::super::device::{DeviceError, EventRegistry, Token};
 use super::super::queue::QueueError;
-use super::super::turn::Turn;
 use super::connection::{Broken, Connection, Ports, Produced};
-use super::host::{Handshake, HostSocket, Progress};
+use super::host::{Handshake, HandshakeProgress, HostSocket};
 use super::spec::{HOST_CID, Header, Op, STREAM};
 
 /// The most connections at once, those that are being made included.
@@ -79,25 +79,25 @@ impl Hub {
     }
 
     /// Ends everything: the guest is not there any more.
-    pub(super) fn clear(&mut self, watch: &mut Watch<'_, '_>) {
+    pub(super) fn clear(&mut self, registry: &mut EventRegistry<'_, '_>) {
         let tokens: Vec<Token> = self.connections.keys().copied().collect();
         for token in tokens {
-            self.remove(token, watch);
+            self.remove(token, registry);
         }
         for (_, handshake) in self.handshakes.drain() {
-            unwatch(&handshake.stream, watch);
+            deregister(&handshake.stream, registry);
         }
         self.packets.clear();
         self.ready.clear();
     }
 
     /// Takes all hosts that have connected.
-    pub(super) fn accept(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+    pub(super) fn accept(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
         while let Some(stream) = self.socket.accept()? {
             // One too many is closed at once.
             if self.connections() < CONNECTIONS_MAX {
                 let token = self.token();
-                watch.add(&stream.as_raw_fd(), token, stream_events())?;
+                registry.add(&stream.as_raw_fd(), token, stream_events())?;
                 self.handshakes.insert(token, Handshake::new(stream));
             }
         }
@@ -109,10 +109,10 @@ impl Hub {
         &mut self,
         token: Token,
         events: EventSet,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) {
         if self.handshakes.contains_key(&token) {
-            return self.handshake_event(token, watch);
+            return self.handshake_event(token, registry);
         }
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
@@ -120,7 +120,7 @@ impl Hub {
         connection.hung_up |= events.contains(EventSet::HANG_UP);
         if connection.requested {
             if connection.hung_up {
-                self.reset(token, watch);
+                self.reset(token, registry);
             }
             return;
         }
@@ -131,28 +131,28 @@ impl Hub {
             self.ready.push_back(token);
         }
         if events.contains(EventSet::OUT) {
-            self.flush(token, watch);
+            self.flush(token, registry);
         }
     }
 
-    fn flush(&mut self, token: Token, watch: &mut Watch<'_, '_>) {
+    fn flush(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
         let result = connection.flush();
-        self.settle(token, result, watch);
+        self.settle(token, result, registry);
     }
 
-    fn handshake_event(&mut self, token: Token, watch: &mut Watch<'_, '_>) {
+    fn handshake_event(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         let Some(mut handshake) = self.handshakes.remove(&token) else {
             return;
         };
         match handshake.read() {
-            Progress::Waiting => {
+            HandshakeProgress::Waiting => {
                 self.handshakes.insert(token, handshake);
             }
-            Progress::Failed => unwatch(&handshake.stream, watch),
-            Progress::Port(guest) => {
+            HandshakeProgress::Failed => deregister(&handshake.stream, registry),
+            HandshakeProgress::Port(guest) => {
                 let ports = Ports {
                     host: self.host_port(guest),
                     guest,
@@ -168,10 +168,10 @@ impl Hub {
     /// A packet of the guest.
     pub(super) fn packet<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         header: &Header,
         data: Buffer,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
             // For or from somebody else: there is no way to them, or back.
@@ -184,23 +184,23 @@ impl Hub {
         let token = self.by_ports.get(&ports).copied();
         let (Some(token), STREAM) = (token, header.kind) else {
             match header.op {
-                Op::Request if header.kind == STREAM => self.connect(ports, header, watch)?,
+                Op::Request if header.kind == STREAM => self.connect(ports, header, registry)?,
                 // A reset is not answered by another.
                 Op::Reset => {}
                 _ => self.push(ports, Op::Reset, 0),
             }
             return Ok(());
         };
-        self.connection_packet(turn, token, header, data, watch)
+        self.connection_packet(queues, token, header, data, registry)
     }
 
     fn connection_packet<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         token: Token,
         header: &Header,
         data: Buffer,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let Some(connection) = self.connections.get_mut(&token) else {
             return Ok(());
@@ -209,13 +209,13 @@ impl Hub {
         let ports = connection.ports;
         let result = match (header.op, connection.requested) {
             (Op::Reset, _) => {
-                self.remove(token, watch);
+                self.remove(token, registry);
                 return Ok(());
             }
             (Op::Response, true) => accepted(connection),
             // Before it has answered a request, a guest says nothing else; and it does not ask twice.
             (_, true) | (Op::Request | Op::Response | Op::Unknown(_), false) => Err(Broken),
-            (Op::Data, false) => connection.send(turn, data)?,
+            (Op::Data, false) => connection.send(queues, data)?,
             (Op::Shutdown, false) => {
                 connection.stop(header.flags);
                 Ok(())
@@ -228,17 +228,22 @@ impl Hub {
         };
         // New credit, or a stream that was readable before the guest answered.
         self.make_ready(token);
-        self.settle(token, result, watch);
+        self.settle(token, result, registry);
         Ok(())
     }
 
     /// After something happened to a connection: ends it, or tells the guest of its credit.
-    fn settle(&mut self, token: Token, result: Result<(), Broken>, watch: &mut Watch<'_, '_>) {
+    fn settle(
+        &mut self,
+        token: Token,
+        result: Result<(), Broken>,
+        registry: &mut EventRegistry<'_, '_>,
+    ) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
         if result.is_err() || connection.is_over() {
-            self.reset(token, watch);
+            self.reset(token, registry);
         } else if connection.owes_credit() {
             let ports = connection.ports;
             self.push(ports, Op::CreditUpdate, 0);
@@ -250,7 +255,7 @@ impl Hub {
         &mut self,
         ports: Ports,
         header: &Header,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let stream = if self.connections() < CONNECTIONS_MAX {
             self.socket.connect(ports.host).ok()
@@ -262,7 +267,7 @@ impl Hub {
             return Ok(());
         };
         let token = self.token();
-        watch
+        registry
             .add(&stream.as_raw_fd(), token, stream_events())
             .map_err(DeviceError::host("waiting for a socket"))?;
         let mut connection = Connection::new(ports, stream);
@@ -275,9 +280,9 @@ impl Hub {
     /// The next packet for the guest, its data put into `room`. None if there is nothing to say.
     pub(super) fn next<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         room: &mut Buffer,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<Option<Header>, QueueError> {
         loop {
             if let Some(packet) = self.packets.pop_front() {
@@ -290,7 +295,7 @@ impl Hub {
                 continue;
             };
             let ports = connection.ports;
-            match connection.produce(turn, room)? {
+            match connection.produce(queues, room)? {
                 Ok(Produced::Data(len)) => {
                     self.ready.push_back(token);
                     return Ok(Some(self.header(ports, Op::Data, 0, len)));
@@ -304,7 +309,7 @@ impl Hub {
                     self.push(ports, Op::CreditUpdate, 0);
                 }
                 Ok(Produced::Nothing) => {}
-                Err(Broken) => self.reset(token, watch),
+                Err(Broken) => self.reset(token, registry),
             }
         }
     }
@@ -349,16 +354,16 @@ impl Hub {
     }
 
     /// Ends a connection, and tells the guest.
-    fn reset(&mut self, token: Token, watch: &mut Watch<'_, '_>) {
-        if let Some(ports) = self.remove(token, watch) {
+    fn reset(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
+        if let Some(ports) = self.remove(token, registry) {
             self.push(ports, Op::Reset, 0);
         }
     }
 
     /// Ends a connection: what was to be said about it is not.
-    fn remove(&mut self, token: Token, watch: &mut Watch<'_, '_>) -> Option<Ports> {
+    fn remove(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) -> Option<Ports> {
         let connection = self.connections.remove(&token)?;
-        unwatch(&connection.stream, watch);
+        deregister(&connection.stream, registry);
         let ports = connection.ports;
         self.by_ports.remove(&ports);
         self.packets.retain(|packet| packet.ports != ports);
@@ -401,6 +406,6 @@ fn accepted(connection: &mut Connection) -> Result<(), Broken> {
 }
 
 /// It is registered, so removing it fails only if epoll itself is gone.
-fn unwatch(stream: &UnixStream, watch: &mut Watch<'_, '_>) {
-    let _gone = watch.remove(&stream.as_raw_fd());
+fn deregister(stream: &UnixStream, registry: &mut EventRegistry<'_, '_>) {
+    let _gone = registry.remove(&stream.as_raw_fd());
 }

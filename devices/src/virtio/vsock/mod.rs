@@ -21,12 +21,12 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, Identity, Token, Watch, read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
-use super::turn::{Outcome, Turn};
 use host::HostSocket;
 use hub::Hub;
 use spec::{
@@ -39,7 +39,7 @@ pub use state::VsockSnapshot;
 const SOCKET_PATH_MAX: usize = 107;
 const LISTENER: Token = 0;
 /// Packets to the guest that one turn brings; then others get theirs.
-const PACKETS_A_TURN: u32 = 256;
+const PACKETS_PER_WAKEUP: u32 = 256;
 
 /// A socket device.
 #[derive(Clone, Debug)]
@@ -152,36 +152,36 @@ impl Vsock {
     /// Takes packets of the guest, as long as it takes those for it.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: &mut ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        turn.drain(TRANSMIT, |turn, chain| {
+        queues.drain(TRANSMIT, |queues, chain| {
             if self.hub.is_full() {
                 self.held = true;
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
-            let (header, data) = packet(turn, chain)?;
+            let (header, data) = packet(queues, chain)?;
             self.counters.sent.fetch_add(data.len(), Ordering::Relaxed);
-            self.hub.packet(turn, &header, data, watch)?;
-            Ok(Outcome::Done(0))
+            self.hub.packet(queues, &header, data, registry)?;
+            Ok(Completion::Used(0))
         })
     }
 
     /// Brings packets to the guest.
     fn receive<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: &mut ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        for _ in 0..PACKETS_A_TURN {
+        for _ in 0..PACKETS_PER_WAKEUP {
             if !self.hub.has_work() {
-                return self.received(turn);
+                return self.received(queues);
             }
-            let Some(mut chain) = turn.pop(RECEIVE)? else {
-                if turn.enable_notification(RECEIVE)? {
+            let Some(mut chain) = queues.pop(RECEIVE)? else {
+                if queues.enable_notification(RECEIVE)? {
                     continue;
                 }
-                return self.received(turn);
+                return self.received(queues);
             };
             let mut head = chain.writable.take(HEADER_BYTES as u64);
             if !chain.readable.is_empty() || head.len() < HEADER_BYTES as u64 {
@@ -191,43 +191,43 @@ impl Vsock {
                 }
                 .into());
             }
-            let Some(header) = self.hub.next(turn, &mut chain.writable, watch)? else {
-                turn.put_back(RECEIVE);
-                return self.received(turn);
+            let Some(header) = self.hub.next(queues, &mut chain.writable, registry)? else {
+                queues.put_back(RECEIVE);
+                return self.received(queues);
             };
-            turn.write(&mut head, &header.encode())?;
+            queues.write(&mut head, &header.encode())?;
             let bytes = u64::from(header.len);
             self.counters.received.fetch_add(bytes, Ordering::Relaxed);
             let written = header.len.saturating_add(44);
-            turn.complete(RECEIVE, chain.head, written)?;
+            queues.complete(RECEIVE, chain.head, written)?;
         }
-        turn.notify_again(RECEIVE);
-        self.received(turn)
+        queues.notify_again(RECEIVE);
+        self.received(queues)
     }
 
     fn received<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
         if self.held && !self.hub.is_full() {
             self.held = false;
-            turn.notify_again(TRANSMIT);
+            queues.notify_again(TRANSMIT);
         }
         let connections = self.hub.connections() as u64;
         self.counters
             .connections
             .store(connections, Ordering::Relaxed);
-        Ok(turn.signal(RECEIVE)?)
+        Ok(queues.signal(RECEIVE)?)
     }
 
     /// Says that all connections are gone (5.10.6.7), when the guest has room for it.
     fn tell_reset<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        turn.drain(EVENTS, |turn, mut chain| {
+        queues.drain(EVENTS, |queues, mut chain| {
             if !self.tell_reset {
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
             if chain.writable.len() < TRANSPORT_RESET.len() as u64 {
                 return Err(QueueError::Request {
@@ -237,8 +237,8 @@ impl Vsock {
                 .into());
             }
             self.tell_reset = false;
-            let written = turn.write(&mut chain.writable, &TRANSPORT_RESET)?;
-            Ok(Outcome::done(written))
+            let written = queues.write(&mut chain.writable, &TRANSPORT_RESET)?;
+            Ok(Completion::used(written))
         })
     }
 }
@@ -249,7 +249,7 @@ fn is_guest_cid(cid: u64) -> bool {
 
 /// A packet of the guest: its header, and where its data is.
 fn packet<M: GuestAddressSpace>(
-    turn: &Turn<'_, M>,
+    queues: &ActiveQueues<'_, M>,
     mut chain: Chain,
 ) -> Result<(Header, super::Buffer), QueueError> {
     let malformed = |what| QueueError::Request {
@@ -257,7 +257,7 @@ fn packet<M: GuestAddressSpace>(
         what,
     };
     let mut bytes = [0; HEADER_BYTES];
-    let read = turn.read(&mut chain.readable, &mut bytes)?;
+    let read = queues.read(&mut chain.readable, &mut bytes)?;
     if read < HEADER_BYTES || !chain.writable.is_empty() {
         return Err(malformed(
             "a packet to send is readable memory, with a header",
@@ -282,54 +282,54 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
         // By edges: a host whose connection cannot be taken must not wake the worker again and again.
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        watch.add(&self.hub.socket.listener.as_raw_fd(), LISTENER, events)
+        registry.add(&self.hub.socket.listener.as_raw_fd(), LISTENER, events)
     }
 
     fn started(
         &mut self,
-        mut turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.tell_reset(&mut turn)?;
-        self.receive(&mut turn, watch)
+        self.tell_reset(&mut queues)?;
+        self.receive(&mut queues, registry)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            TRANSMIT => self.transmit(&mut turn, watch)?,
-            EVENTS => self.tell_reset(&mut turn)?,
+            TRANSMIT => self.transmit(&mut queues, registry)?,
+            EVENTS => self.tell_reset(&mut queues)?,
             _ => {}
         }
-        self.receive(&mut turn, watch)
+        self.receive(&mut queues, registry)
     }
 
     fn ready(
         &mut self,
         token: Token,
         events: EventSet,
-        mut turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         if token == LISTENER {
-            if self.hub.accept(watch).is_err() {
+            if self.hub.accept(registry).is_err() {
                 self.counters.errors.fetch_add(1, Ordering::Relaxed);
             }
         } else {
-            self.hub.stream_event(token, events, watch);
+            self.hub.stream_event(token, events, registry);
         }
-        self.receive(&mut turn, watch)
+        self.receive(&mut queues, registry)
     }
 
-    fn reset(&mut self, watch: &mut Watch<'_, '_>) {
-        self.hub.clear(watch);
+    fn reset(&mut self, registry: &mut EventRegistry<'_, '_>) {
+        self.hub.clear(registry);
         self.tell_reset = false;
         self.held = false;
     }

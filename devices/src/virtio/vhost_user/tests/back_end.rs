@@ -51,7 +51,7 @@ pub(super) const PROTOCOL: u64 = 1 << 9 | REPLY_ACK | 1 << 1 | 1;
 
 /// What it does at a request instead of what it should.
 #[derive(Clone, Debug)]
-pub(super) enum Act {
+pub(super) enum Reaction {
     /// It says nothing.
     Silent,
     /// It closes the connection.
@@ -64,10 +64,10 @@ pub(super) enum Act {
 
 /// What a back end is and does.
 #[derive(Clone, Debug)]
-pub(super) struct Manner {
+pub(super) struct Behavior {
     pub(super) features: u64,
     pub(super) protocol: u64,
-    pub(super) acts: BTreeMap<u32, Act>,
+    pub(super) reactions: BTreeMap<u32, Reaction>,
     /// Bytes in its answer to SET_LOG_BASE: 0 as DPDK, 8 as libvhost-user, 16 as rust-vmm.
     pub(super) log_answer: usize,
     /// It takes requests and does not end them.
@@ -76,12 +76,12 @@ pub(super) struct Manner {
     pub(super) logs_late: bool,
 }
 
-impl Default for Manner {
+impl Default for Behavior {
     fn default() -> Self {
         Self {
             features: FEATURES,
             protocol: PROTOCOL,
-            acts: BTreeMap::new(),
+            reactions: BTreeMap::new(),
             log_answer: 8,
             keeps_requests: false,
             logs_late: false,
@@ -89,11 +89,11 @@ impl Default for Manner {
     }
 }
 
-impl Manner {
-    pub(super) fn with(request: u32, act: Act) -> Self {
-        let mut manner = Self::default();
-        manner.acts.insert(request, act);
-        manner
+impl Behavior {
+    pub(super) fn with(request: u32, reaction: Reaction) -> Self {
+        let mut behavior = Self::default();
+        behavior.reactions.insert(request, reaction);
+        behavior
     }
 }
 
@@ -112,23 +112,23 @@ pub(super) struct Seen {
 pub(super) struct BackEnd {
     folder: tempfile::TempDir,
     pub(super) seen: Arc<Mutex<Seen>>,
-    pub(super) manner: Arc<Mutex<Manner>>,
+    pub(super) behavior: Arc<Mutex<Behavior>>,
     /// Dropped first: then it ends.
     stop: Option<PipeWriter>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl BackEnd {
-    pub(super) fn start(manner: Manner) -> Self {
+    pub(super) fn start(behavior: Behavior) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let seen = Arc::new(Mutex::new(Seen {
             disk: vec![0; SECTORS * 512],
             ..Seen::default()
         }));
-        let manner = Arc::new(Mutex::new(manner));
+        let behavior = Arc::new(Mutex::new(behavior));
         let (told, stop) = std::io::pipe().unwrap();
-        let (all, how) = (Arc::clone(&seen), Arc::clone(&manner));
+        let (all, how) = (Arc::clone(&seen), Arc::clone(&behavior));
         let thread = thread::spawn(move || {
             while wait(&[&listener], &told) {
                 let (socket, _) = listener.accept().unwrap();
@@ -139,7 +139,7 @@ impl BackEnd {
         Self {
             folder,
             seen,
-            manner,
+            behavior,
             stop: Some(stop),
             thread: Some(thread),
         }
@@ -204,7 +204,7 @@ struct Region {
 struct Connection<'a> {
     socket: UnixStream,
     seen: &'a Mutex<Seen>,
-    manner: &'a Mutex<Manner>,
+    behavior: &'a Mutex<Behavior>,
     regions: Vec<Region>,
     memory: GuestMemoryMmap,
     ring: QueueState,
@@ -225,11 +225,11 @@ fn long(body: &[u8], at: usize) -> u64 {
 }
 
 impl<'a> Connection<'a> {
-    fn new(socket: UnixStream, seen: &'a Mutex<Seen>, manner: &'a Mutex<Manner>) -> Self {
+    fn new(socket: UnixStream, seen: &'a Mutex<Seen>, behavior: &'a Mutex<Behavior>) -> Self {
         Self {
             socket,
             seen,
-            manner,
+            behavior,
             regions: Vec::new(),
             memory: GuestMemoryMmap::new(),
             ring: QueueState {
@@ -288,12 +288,18 @@ impl<'a> Connection<'a> {
         self.socket.read_exact(&mut body).unwrap();
         let known = (request, body.clone());
         self.seen.lock().unwrap().requests.push(known);
-        let act = self.manner.lock().unwrap().acts.get(&request).cloned();
-        match act {
-            Some(Act::Silent) => true,
-            Some(Act::Close) => false,
-            Some(Act::Answer(value)) => self.answer(request, &value.to_ne_bytes()),
-            Some(Act::Bytes(bytes)) => self.socket.write_all(&bytes).is_ok(),
+        let reaction = self
+            .behavior
+            .lock()
+            .unwrap()
+            .reactions
+            .get(&request)
+            .cloned();
+        match reaction {
+            Some(Reaction::Silent) => true,
+            Some(Reaction::Close) => false,
+            Some(Reaction::Answer(value)) => self.answer(request, &value.to_ne_bytes()),
+            Some(Reaction::Bytes(bytes)) => self.socket.write_all(&bytes).is_ok(),
             None => match self.handle(request, &body, file) {
                 Some(answer) => self.answer(request, &answer),
                 None if flags & NEED_REPLY != 0 => self.answer(request, &[0; 8]),
@@ -312,12 +318,12 @@ impl<'a> Connection<'a> {
     }
 
     fn handle(&mut self, request: u32, body: &[u8], file: Option<File>) -> Option<Vec<u8>> {
-        let manner = self.manner.lock().unwrap().clone();
+        let behavior = self.behavior.lock().unwrap().clone();
         match request {
-            GET_FEATURES => return Some(manner.features.to_ne_bytes().to_vec()),
-            GET_PROTOCOL_FEATURES => return Some(manner.protocol.to_ne_bytes().to_vec()),
+            GET_FEATURES => return Some(behavior.features.to_ne_bytes().to_vec()),
+            GET_PROTOCOL_FEATURES => return Some(behavior.protocol.to_ne_bytes().to_vec()),
             SET_FEATURES => {
-                if manner.logs_late && long(body, 0) & LOG_ALL != 0 {
+                if behavior.logs_late && long(body, 0) & LOG_ALL != 0 {
                     self.work_on();
                 }
                 self.features = long(body, 0);
@@ -327,7 +333,7 @@ impl<'a> Connection<'a> {
                 let file = FileOffset::new(file.unwrap(), long(body, 8));
                 let log = MmapRegion::from_file(file, long(body, 0) as usize).unwrap();
                 self.log = Some(log);
-                return Some(vec![0; manner.log_answer]);
+                return Some(vec![0; behavior.log_answer]);
             }
             SET_VRING_NUM => self.ring.size = word(body, 4) as u16,
             SET_VRING_ADDR => self.set_rings(body),
@@ -420,7 +426,7 @@ impl<'a> Connection<'a> {
                 return;
             };
             for chain in chains {
-                if self.manner.lock().unwrap().keeps_requests {
+                if self.behavior.lock().unwrap().keeps_requests {
                     continue;
                 }
                 let head = chain.head_index();

@@ -13,8 +13,8 @@ fn losses(disk: &VhostUser<Memory>) -> Receiver<String> {
     losses
 }
 
-fn refusal(manner: Manner) -> String {
-    let back_end = BackEnd::start(manner);
+fn refusal(behavior: Behavior) -> String {
+    let back_end = BackEnd::start(behavior);
     let (interrupt, _line) = interrupt();
     let refused = try_connect(&back_end, &shared_memory(), &interrupt);
     let error = refused.err().expect("it was taken").to_string();
@@ -69,10 +69,10 @@ fn a_back_end_that_lacks_what_a_disk_needs_is_refused() {
             "VHOST_USER_PROTOCOL_F_CONFIG",
         ),
     ] {
-        let error = refusal(Manner {
+        let error = refusal(Behavior {
             features,
             protocol,
-            ..Manner::default()
+            ..Behavior::default()
         });
         assert!(error.contains("lacks") && error.contains(lacks), "{error}");
     }
@@ -81,16 +81,28 @@ fn a_back_end_that_lacks_what_a_disk_needs_is_refused() {
 #[test]
 fn a_back_end_that_answers_nonsense_is_refused() {
     let text = b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec();
-    for (request, act, why) in [
-        (GET_FEATURES, Act::Bytes(text.clone()), "makes no sense"),
-        (GET_PROTOCOL_FEATURES, Act::Bytes(text), "makes no sense"),
-        (GET_FEATURES, Act::Close, "closed the connection"),
-        (SET_PROTOCOL_FEATURES, Act::Close, "closed the connection"),
-        (GET_CONFIG, Act::Close, "closed the connection"),
+    for (request, reaction, why) in [
+        (
+            GET_FEATURES,
+            Reaction::Bytes(text.clone()),
+            "makes no sense",
+        ),
+        (
+            GET_PROTOCOL_FEATURES,
+            Reaction::Bytes(text),
+            "makes no sense",
+        ),
+        (GET_FEATURES, Reaction::Close, "closed the connection"),
+        (
+            SET_PROTOCOL_FEATURES,
+            Reaction::Close,
+            "closed the connection",
+        ),
+        (GET_CONFIG, Reaction::Close, "closed the connection"),
         // The answer of libvhost-user when it has no such space: a head alone.
         (
             GET_CONFIG,
-            Act::Bytes(
+            Reaction::Bytes(
                 [24_u32, 5, 0]
                     .iter()
                     .flat_map(|w| w.to_ne_bytes())
@@ -98,44 +110,48 @@ fn a_back_end_that_answers_nonsense_is_refused() {
             ),
             "no answer within 5 s",
         ),
-        (GET_FEATURES, Act::Silent, "no answer within 5 s"),
+        (GET_FEATURES, Reaction::Silent, "no answer within 5 s"),
     ] {
-        let error = refusal(Manner::with(request, act.clone()));
-        assert!(error.contains(why), "{request} {act:?}: {error}");
+        let error = refusal(Behavior::with(request, reaction.clone()));
+        assert!(error.contains(why), "{request} {reaction:?}: {error}");
     }
 }
 
 #[test]
 fn a_failed_start_has_the_driver_told() {
-    for (request, act, why) in [
-        (SET_FEATURES, Act::Answer(1), "refused (choosing features)"),
+    for (request, reaction, why) in [
+        (
+            SET_FEATURES,
+            Reaction::Answer(1),
+            "refused (choosing features)",
+        ),
         (
             SET_MEM_TABLE,
-            Act::Close,
+            Reaction::Close,
             "closed the connection (sharing guest memory)",
         ),
         (
             SET_VRING_NUM,
-            Act::Answer(1),
+            Reaction::Answer(1),
             "refused (setting up a queue)",
         ),
         (
             SET_VRING_KICK,
-            Act::Bytes(vec![7; 20]),
+            Reaction::Bytes(vec![7; 20]),
             "makes no sense (starting a queue)",
         ),
         (
             SET_VRING_ENABLE,
-            Act::Silent,
+            Reaction::Silent,
             "no answer within 5 s (starting a queue)",
         ),
         (
             SET_VRING_CALL,
-            Act::Close,
+            Reaction::Close,
             "closed the connection (starting a queue)",
         ),
     ] {
-        let back_end = BackEnd::start(Manner::with(request, act));
+        let back_end = BackEnd::start(Behavior::with(request, reaction));
         let (mut driver, disk) = guest(&back_end);
         let losses = losses(&disk);
         driver.negotiate(VERSION_1);
@@ -149,7 +165,7 @@ fn a_failed_start_has_the_driver_told() {
             format!("the back end is gone: {error}")
         );
         // A reset, and a back end that does better.
-        back_end.manner.lock().unwrap().acts.clear();
+        back_end.behavior.lock().unwrap().reactions.clear();
         driver.start(0);
         write_sector(&mut driver, 5, 5);
         assert_eq!(back_end.seen().connections, 2);
@@ -164,7 +180,7 @@ fn rings_outside_of_memory_never_reach_the_back_end() {
         (0xa0, LOW_END - 64),
         (0xa4, 1),
     ] {
-        let back_end = BackEnd::start(Manner::default());
+        let back_end = BackEnd::start(Behavior::default());
         let (mut driver, disk) = guest(&back_end);
         driver.negotiate(VERSION_1);
         driver.set_up_queue(0, 16);
@@ -183,7 +199,7 @@ fn rings_outside_of_memory_never_reach_the_back_end() {
 
 #[test]
 fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
-    let mut back_end = BackEnd::start(Manner::default());
+    let mut back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
     driver.start(EVENT_INDEX);
@@ -213,25 +229,48 @@ fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
     assert!(losses.try_recv().is_err(), "it was lost once");
 }
 
+/// The callback runs on the thread that supervises the connection, and must not take the device down with it.
+#[test]
+fn a_listener_that_panics_leaves_a_device_that_can_be_paused_and_dropped() {
+    let mut back_end = BackEnd::start(Behavior::default());
+    let (mut driver, disk) = guest(&back_end);
+    let (tell, told) = channel();
+    driver.device.on_failure(move |why| {
+        tell.send(why.to_owned()).unwrap();
+        panic!("injected");
+    });
+    driver.start(EVENT_INDEX);
+    write_sector(&mut driver, 1, 1);
+    back_end.kill();
+    driver.wait_needs_reset();
+    assert!(told.recv().unwrap().contains("closed the connection"));
+    driver.device.pause();
+    assert!(driver.device.save().unwrap().transport.needs_reset);
+    driver.device.resume();
+    disk.is_there().unwrap_err();
+    driver.set(0x70, 0);
+    assert_eq!(driver.get(0x70), 0);
+}
+
 #[test]
 fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
     // Any message that it does not like.
     back_end
-        .manner
+        .behavior
         .lock()
         .unwrap()
-        .acts
-        .insert(SET_FEATURES, Act::Close);
+        .reactions
+        .insert(SET_FEATURES, Reaction::Close);
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
     losses.recv().unwrap();
-    *back_end.manner.lock().unwrap() = Manner {
+    *back_end.behavior.lock().unwrap() = Behavior {
         features: FEATURES & !FLUSH,
-        ..Manner::default()
+        ..Behavior::default()
     };
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
@@ -239,7 +278,7 @@ fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
     driver.wait_needs_reset();
     let why = driver.device.failure().unwrap();
     assert!(why.contains("another one by now"), "{why}");
-    *back_end.manner.lock().unwrap() = Manner::default();
+    *back_end.behavior.lock().unwrap() = Behavior::default();
     driver.start(0);
     write_sector(&mut driver, 5, 5);
     assert!(losses.try_recv().is_err());
@@ -247,9 +286,9 @@ fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
 
 #[test]
 fn requests_that_do_not_end_hold_a_pause_up_for_a_while() {
-    let back_end = BackEnd::start(Manner {
+    let back_end = BackEnd::start(Behavior {
         keeps_requests: true,
-        ..Manner::default()
+        ..Behavior::default()
     });
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
@@ -280,7 +319,7 @@ fn a_stop_that_is_answered_with_nonsense_loses_the_back_end() {
         (0x0001_0000_0000_0000, "no index of a split queue"),
         (1000 << 32, "1000 entries from the last one"),
     ] {
-        let back_end = BackEnd::start(Manner::with(GET_VRING_BASE, Act::Answer(answer)));
+        let back_end = BackEnd::start(Behavior::with(GET_VRING_BASE, Reaction::Answer(answer)));
         let (mut driver, disk) = guest(&back_end);
         let losses = losses(&disk);
         driver.start(0);
@@ -301,10 +340,10 @@ fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
             "VHOST_USER_PROTOCOL_F_LOG_SHMFD",
         ),
     ] {
-        let back_end = BackEnd::start(Manner {
+        let back_end = BackEnd::start(Behavior {
             features,
             protocol,
-            ..Manner::default()
+            ..Behavior::default()
         });
         let (mut driver, disk) = guest(&back_end);
         driver.start(0);
@@ -321,10 +360,10 @@ fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
 #[test]
 fn whatever_is_written_once_the_log_has_begun_is_in_it() {
     for protocol in [PROTOCOL, PROTOCOL & !REPLY_ACK] {
-        let back_end = BackEnd::start(Manner {
+        let back_end = BackEnd::start(Behavior {
             protocol,
             logs_late: true,
-            ..Manner::default()
+            ..Behavior::default()
         });
         let (mut driver, disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
@@ -338,7 +377,7 @@ fn whatever_is_written_once_the_log_has_begun_is_in_it() {
 /// A vCPU is stopped between making a request available and notifying of it.
 #[test]
 fn a_pause_ends_requests_that_nobody_was_notified_of() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     // It has heard of all that it was notified of at its start.
@@ -358,9 +397,9 @@ fn a_pause_ends_requests_that_nobody_was_notified_of() {
 /// What is no request is not waited for.
 #[test]
 fn an_index_far_ahead_holds_up_no_pause() {
-    let back_end = BackEnd::start(Manner {
+    let back_end = BackEnd::start(Behavior {
         keeps_requests: true,
-        ..Manner::default()
+        ..Behavior::default()
     });
     let (mut driver, disk) = guest(&back_end);
     driver.start(0);
@@ -372,12 +411,12 @@ fn an_index_far_ahead_holds_up_no_pause() {
 #[test]
 fn a_guest_is_not_taken_by_a_back_end_that_cannot_have_its_memory() {
     for refused in [SET_MEM_TABLE, SET_FEATURES] {
-        let back_end = BackEnd::start(Manner::default());
+        let back_end = BackEnd::start(Behavior::default());
         let (mut driver, _disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
         write_sector(&mut driver, 1, 1);
         driver.device.pause();
-        let other = BackEnd::start(Manner::with(refused, Act::Close));
+        let other = BackEnd::start(Behavior::with(refused, Reaction::Close));
         let (_driver, disk) = moved(driver, &other);
         disk.is_there().unwrap_err();
     }
@@ -385,7 +424,7 @@ fn a_guest_is_not_taken_by_a_back_end_that_cannot_have_its_memory() {
 
 #[test]
 fn why_a_back_end_was_lost_is_known_after_a_reset() {
-    let back_end = BackEnd::start(Manner::with(SET_FEATURES, Act::Close));
+    let back_end = BackEnd::start(Behavior::with(SET_FEATURES, Reaction::Close));
     let (mut driver, disk) = guest(&back_end);
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
@@ -403,13 +442,19 @@ fn a_log_that_is_answered_with_nonsense_loses_the_back_end() {
         .iter()
         .flat_map(|w| w.to_ne_bytes())
         .collect();
-    for (act, why) in [
-        (Act::Bytes(other_request), "request 7"),
-        (Act::Bytes(too_long), "1073741824 bytes"),
-        (Act::Close, "closed the connection (handing over the log)"),
-        (Act::Silent, "no answer within 5 s (handing over the log)"),
+    for (reaction, why) in [
+        (Reaction::Bytes(other_request), "request 7"),
+        (Reaction::Bytes(too_long), "1073741824 bytes"),
+        (
+            Reaction::Close,
+            "closed the connection (handing over the log)",
+        ),
+        (
+            Reaction::Silent,
+            "no answer within 5 s (handing over the log)",
+        ),
     ] {
-        let back_end = BackEnd::start(Manner::with(SET_LOG_BASE, act));
+        let back_end = BackEnd::start(Behavior::with(SET_LOG_BASE, reaction));
         let (mut driver, disk) = guest(&back_end);
         driver.start(0);
         let error = disk.start_log().unwrap_err().to_string();

@@ -12,7 +12,7 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::super::testing::*;
-use super::super::{BlockSnapshot, DeviceState, Interrupt, VirtioMmio, VirtioSnapshot};
+use super::super::{BlockSnapshot, DeviceState, Interrupt, MmioTransport, VirtioSnapshot};
 use super::{Result, VhostUser, VhostUserConfig, VhostUserSnapshot, spec};
 use back_end::*;
 
@@ -57,7 +57,7 @@ fn guest(back_end: &BackEnd) -> (Driver, VhostUser<Memory>) {
     let memory = shared_memory();
     let (interrupt, line) = interrupt();
     let disk = connect(back_end, &memory, &interrupt);
-    let device = VirtioMmio::vhost_user("_disk0", &disk, interrupt);
+    let device = MmioTransport::vhost_user("_disk0", &disk, interrupt);
     (Driver::over(device, memory, line), disk)
 }
 
@@ -66,7 +66,7 @@ fn moved(driver: Driver, back_end: &BackEnd) -> (Driver, VhostUser<Memory>) {
     let saved = driver.device.save().unwrap();
     let (interrupt, line) = interrupt();
     let disk = connect(back_end, &driver.memory, &interrupt);
-    let device = VirtioMmio::restore_vhost_user("_disk0", &disk, interrupt, &saved).unwrap();
+    let device = MmioTransport::restore_vhost_user("_disk0", &disk, interrupt, &saved).unwrap();
     (driver.with(device, line), disk)
 }
 
@@ -123,7 +123,7 @@ fn taken(disk: &VhostUser<Memory>) -> BTreeSet<u64> {
 
 #[test]
 fn a_disk_is_what_its_back_end_says() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     assert_eq!(disk.sectors(), SECTORS as u64);
     assert_eq!(driver.get(0x08), 2);
@@ -142,7 +142,7 @@ fn a_disk_is_what_its_back_end_says() {
 #[test]
 fn a_driver_writes_and_reads_through_the_back_end() {
     for features in [0, EVENT_INDEX] {
-        let back_end = BackEnd::start(Manner::default());
+        let back_end = BackEnd::start(Behavior::default());
         let (mut driver, _disk) = guest(&back_end);
         driver.start(features);
         // More often than the ring has entries.
@@ -160,7 +160,7 @@ fn a_driver_writes_and_reads_through_the_back_end() {
 
 #[test]
 fn a_disk_goes_on_where_it_was_paused_and_after_a_reset_from_its_beginning() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     for round in 1..6_u8 {
@@ -197,7 +197,7 @@ fn a_disk_goes_on_where_it_was_paused_and_after_a_reset_from_its_beginning() {
 
 #[test]
 fn the_write_cache_is_switched_by_the_driver_and_back_by_a_reset() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = guest(&back_end);
     driver.start(FLUSH | WRITE_CACHE);
     assert_eq!(driver.config::<1>(32), [1]);
@@ -207,7 +207,7 @@ fn the_write_cache_is_switched_by_the_driver_and_back_by_a_reset() {
     driver.device_write(0x100, &[1; 8]);
     assert_eq!(driver.config::<1>(32), [0]);
     driver.device.pause();
-    let other = BackEnd::start(Manner::default());
+    let other = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = moved(driver, &other);
     driver.device.resume();
     assert_eq!(driver.config::<1>(32), [0]);
@@ -226,9 +226,9 @@ fn the_write_cache_is_switched_by_the_driver_and_back_by_a_reset() {
 fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
     // As DPDK, libvhost-user and rust-vmm answer.
     for log_answer in [0, 8, 16] {
-        let back_end = BackEnd::start(Manner {
+        let back_end = BackEnd::start(Behavior {
             log_answer,
-            ..Manner::default()
+            ..Behavior::default()
         });
         let (mut driver, disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
@@ -278,7 +278,7 @@ fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
 /// As at a source whose migration fails when it has stopped.
 #[test]
 fn a_log_that_ends_while_the_disk_is_paused_is_not_written_to_after_it() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     disk.start_log().unwrap();
@@ -296,7 +296,7 @@ fn a_log_that_ends_while_the_disk_is_paused_is_not_written_to_after_it() {
 
 #[test]
 fn a_log_that_began_before_the_driver_was_ready_is_used() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     disk.start_log().unwrap();
     assert!(back_end.bodies(SET_LOG_BASE).is_empty());
@@ -308,7 +308,7 @@ fn a_log_that_began_before_the_driver_was_ready_is_used() {
 
 #[test]
 fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     for sector in 0..21 {
@@ -322,7 +322,7 @@ fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
     ];
     header(&driver, 1, 99);
     let head = driver.add(0, &parts);
-    let other = BackEnd::start(Manner::default());
+    let other = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = moved(driver, &other);
     // Until the guest goes on, the new back end has its memory and no queue.
     assert_eq!(other.bodies(SET_MEM_TABLE).len(), 1);
@@ -339,13 +339,13 @@ fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
 
 #[test]
 fn a_state_that_does_not_fit_is_refused() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (driver, disk) = guest(&back_end);
     driver.device.pause();
     let saved = driver.device.save().unwrap();
     let refused = |saved: &VirtioSnapshot| {
         let (interrupt, _line) = interrupt();
-        let refused = VirtioMmio::restore_vhost_user("_disk0", &disk, interrupt, saved);
+        let refused = MmioTransport::restore_vhost_user("_disk0", &disk, interrupt, saved);
         refused.err().unwrap().to_string()
     };
     let mut larger = saved.clone();

@@ -182,7 +182,7 @@ fn a_guest_that_moved_is_told_that_its_connections_are_gone() {
     let elsewhere = tempfile::tempdir().unwrap();
     let model = Box::new(device(elsewhere.path()));
     let (interrupt, _line) = interrupt();
-    let result = VirtioMmio::restore("_vsock0", model, memory(), interrupt, &broken);
+    let result = MmioTransport::restore("_vsock0", model, memory(), interrupt, &broken);
     assert!(result.err().unwrap().to_string().contains("no address"));
 }
 

@@ -15,7 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 
 use super::super::testing::*;
-use super::super::{DeviceState, VirtioMmio};
+use super::super::{DeviceState, MmioTransport};
 use super::spec::Op;
 use super::*;
 

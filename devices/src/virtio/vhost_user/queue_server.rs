@@ -5,13 +5,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::spec::{CONFIG_WRITE_BACK, WRITE_BACK};
 use super::state::VhostUserSnapshot;
-use super::{Driver, Inner, VhostUser};
+use super::{Inner, ReadyDriver, VhostUser};
 use crate::virtio::device::{ConfigSpace, read_config};
 use crate::virtio::queue::{QueueError, QueueSnapshot, in_use};
-use crate::virtio::serve::Serve;
+use crate::virtio::queue_server::{OnFailure, QueueServer};
 use crate::virtio::state::DeviceState;
 
-impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
+impl<M: GuestAddressSpace + Send + Sync + 'static> QueueServer for VhostUser<M> {
     fn notifiers(&self) -> &[EventFd] {
         &self.0.kicks
     }
@@ -29,7 +29,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
         let mut state = inner.state();
         // A back end that was lost before this driver was ready is looked for again.
         state.failure = None;
-        state.driver = Some(Driver {
+        state.driver = Some(ReadyDriver {
             features,
             queues: queues.to_vec(),
         });
@@ -85,11 +85,11 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
             .unwrap_or_default()
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::new(&VhostUserSnapshot {
+    fn save(&self) -> std::result::Result<DeviceState, String> {
+        Ok(DeviceState::new(&VhostUserSnapshot {
             sectors: self.sectors(),
             write_back: self.0.state().write_back != 0,
-        })
+        }))
     }
 
     fn fail(&self, error: &QueueError) {
@@ -99,6 +99,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
 
     fn failure(&self) -> Option<String> {
         self.0.state().failure.clone()
+    }
+
+    fn on_failure(&self, tell: OnFailure) {
+        self.0.on_loss.get_or_init(|| tell);
     }
 }
 
