@@ -139,7 +139,9 @@ fn states_that_do_not_fit_are_refused_with_the_reason() {
             state.transport.driver_features |= 1 << 50
         }),
         ("queues", |state| state.transport.queues.truncate(1)),
-        ("entries", |state| state.transport.queues[0].max_size = 7),
+        ("maximum sizes", |state| {
+            state.transport.queues[0].max_size = 7
+        }),
         ("7 entries", |state| state.transport.queues[0].size = 7),
         ("guest memory", |state| {
             state.transport.queues[0].used_ring = LOW_END;

@@ -1,14 +1,14 @@
-//! virtio over MMIO, version 2 (virtio 1.2, 4.2): the register file and its status machine.
+//! Registers of virtio over MMIO, version 2 (virtio 1.2, 4.2), and the state machine of the device status.
 //!
 //! ```text
-//! 0 ── ACKNOWLEDGE ── DRIVER ── FEATURES_OK ── DRIVER_OK     a driver's way, bit after bit
+//! 0 ── ACKNOWLEDGE ── DRIVER ── FEATURES_OK ── DRIVER_OK     status bits, in the order in which a driver sets them
 //!                       │            │             │
-//!                    features      queues     the worker has the queues
+//!                    features      queues     the queues are served
 //! ```
 //!
-//! Registers can be written only in the state in which the driver has to write them; all other writes,
-//! and accesses of a wrong width, do nothing and are counted. Writing 0 to `Status` resets the device:
-//! when the write is over, the device touches nothing of the driver's any more.
+//! A driver can write a register only in the state that is drawn above it. All other writes, and accesses of a wrong
+//! width, have no effect and are counted in [`MmioTransport::refused`]. Writing 0 to `Status` resets the device: when
+//! the write returns, nothing accesses the driver's memory any more.
 
 use std::sync::atomic::Ordering;
 
@@ -20,14 +20,14 @@ use super::super::spec::{MAGIC, VENDOR, VERSION, register, status};
 use super::{MmioTransport, Registers, fresh_queues};
 use crate::{BusDevice, MmioSpace};
 
-/// The steps of a driver's start (3.1.1).
+/// Status bits in the order in which a driver sets them (3.1.1).
 const STATUS_ORDER: [u32; 4] = [
     status::ACKNOWLEDGE,
     status::DRIVER,
     status::FEATURES_OK,
     status::DRIVER_OK,
 ];
-/// What a driver can write to `Status`, beside DEVICE_NEEDS_RESET as it read it.
+/// Status bits that a driver may write. A driver may also write DEVICE_NEEDS_RESET back, which is ignored.
 pub(super) const KNOWN_STATUS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
@@ -52,7 +52,7 @@ impl MmioTransport {
             register::INTERRUPT_STATUS => interrupt.status(),
             register::STATUS => self.status(),
             register::CONFIG_GENERATION => interrupt.generation(),
-            // No shared memory region: a length and base of all ones (4.2.2).
+            // There is no shared memory region, so length and base are all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
             _ => {
                 self.refuse();
@@ -91,14 +91,14 @@ impl MmioTransport {
         self.registers.status | needs_reset
     }
 
-    /// 3.1.1: each step needs the one before; bits are only added (2.1.1), but for the reset.
+    /// Handles a write to `Status`. Each bit requires the one before it (3.1.1), and only a reset clears bits (2.1.1).
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             return self.reset();
         }
         let value = value & !status::DEVICE_NEEDS_RESET;
         let old = self.registers.status;
-        // Of the steps, those that are there without the one before.
+        // True if a bit is set whose predecessor is not.
         let skips = STATUS_ORDER
             .windows(2)
             .any(|pair| value & pair[1] != 0 && value & pair[0] == 0);
@@ -107,7 +107,7 @@ impl MmioTransport {
         }
         let new = value & !old;
         if new & status::FEATURES_OK != 0 && !self.features_fit() {
-            // The driver reads the status back, and gives up (3.1.1, steps 5 and 6).
+            // The driver reads the status back and gives up (3.1.1, steps 5 and 6).
             self.registers.status = value & !(status::FEATURES_OK | status::DRIVER_OK);
             return;
         }
@@ -147,13 +147,13 @@ impl MmioTransport {
         match self.registers.driver_features_select {
             0 => set_low(features, value),
             1 => set_high(features, value),
-            // There are no more than 64 feature bits yet: a driver that knows more chooses none of them.
+            // A driver may know more than 64 feature bits. It can only reject those that are not offered.
             _ if value == 0 => {}
             _ => self.refuse(),
         }
     }
 
-    /// Queues are set up between FEATURES_OK and DRIVER_OK, each before it is ready.
+    /// Returns whether the driver may configure queues: between FEATURES_OK and DRIVER_OK.
     fn can_set_up_queues(&self) -> bool {
         self.has(status::FEATURES_OK)
             && self.registers.status & (status::DRIVER_OK | status::FAILED) == 0
@@ -187,7 +187,7 @@ impl MmioTransport {
             return self.refuse();
         };
         match value {
-            // A driver may take a queue back at any time; it comes into use again only by a reset.
+            // A driver may stop a queue at any time. Only a reset makes it usable again.
             0 => {
                 queue.ready = false;
                 self.server.stop_queue(index);
@@ -197,7 +197,7 @@ impl MmioTransport {
         }
     }
 
-    /// The way of notifications for which there is no ioeventfd.
+    /// Handles a write to `QueueNotify` that no ioeventfd has caught.
     fn notify(&self, value: u32) {
         let queue = usize::try_from(value)
             .ok()
