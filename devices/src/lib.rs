@@ -1,9 +1,9 @@
-//! Device models of the monitor Ferry, over vm-memory, event-manager and plain file descriptors.
+//! Device models for a virtual machine monitor, over vm-memory, event-manager and plain file descriptors.
 //!
-//! A device here is three things: its specification (constants with their source), its state (a plain
-//! struct whose fields are all named in save and restore), and its behaviour. No device knows KVM: an
-//! interrupt is an [`EventFd`](vmm_sys_util::eventfd::EventFd) that somebody else wires up, and a
-//! register access arrives through the traits [`PortDevice`] and [`MmioDevice`].
+//! Each device consists of constants with their source in a specification, a snapshot type with its saved state
+//! ([`SavedState`]), and its behavior. No device knows KVM: an interrupt is an
+//! [`EventFd`](vmm_sys_util::eventfd::EventFd) that the monitor connects to an interrupt controller, and the monitor
+//! passes register accesses to a [`Bus`], which calls a [`BusDevice`].
 
 pub mod acpi;
 mod bus;

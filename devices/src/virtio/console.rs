@@ -1,7 +1,8 @@
-//! The console device (virtio 1.2, 5.3), with one port: what the guest writes goes to a sink, what it reads
-//! comes from [`ConsoleInput`].
+//! Console device with one port (virtio 1.2, 5.3): the guest's output goes to a sink, and its input comes from
+//! [`ConsoleInput`].
 //!
-//! The sink is waited for, as a serial port's is. A sink that fails loses output, which is counted.
+//! Writes to the sink block the worker, as they do for the serial port. If the sink returns an error, the output is
+//! dropped and counted in `lost_bytes`.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -15,25 +16,26 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::active_queues::{ActiveQueues, Completion};
-use super::device::{ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token};
+use super::buffer::Buffer;
+use super::device::{Counters, Device, DeviceError, EventRegistry, Identity, Token};
 use super::eventfd::{drain, notify};
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
 use crate::SavedState;
 
-/// The queues of port 0 (5.3.2), from the driver's point of view.
+/// Queues of port 0 (5.3.2), named from the driver's point of view.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes of input that wait for the guest; a restored state may hold as many.
+/// Maximum number of bytes of input that the guest has not read, also of a restored console.
 const INPUT_LIMIT: usize = 64 * 1024;
-/// Bytes that are moved at once.
+/// Size of the buffer for a copy in bytes.
 const PIECE: usize = 4096;
 
-/// Where a console's output goes.
+/// Sink for a console's output.
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
-/// The state of a console.
+/// Saved state of a console.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct ConsoleSnapshot {
@@ -47,12 +49,13 @@ impl SavedState for ConsoleSnapshot {
     const VERSION: u16 = 1;
 }
 
-/// Gives input to a console. Clones are the same.
+/// Input side of a console. Clones feed the same console.
 #[derive(Clone)]
 pub struct ConsoleInput {
     shared: Arc<InputBuffer>,
 }
 
+/// Input that the guest has not read, shared by the console and its input side.
 struct InputBuffer {
     bytes: Mutex<VecDeque<u8>>,
     arrived: EventFd,
@@ -65,8 +68,8 @@ impl InputBuffer {
 }
 
 impl ConsoleInput {
-    /// Gives `bytes` to the guest, now or when it reads. Returns how many were taken: fewer than all when
-    /// too much waits already.
+    /// Sends `bytes` to the guest, or keeps them until it reads. Returns the number of bytes taken, which is smaller if
+    /// too many are waiting.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut waiting = self.shared.lock();
         let taken = bytes.len().min(INPUT_LIMIT - waiting.len());
@@ -88,16 +91,7 @@ impl Counters for ConsoleCounters {
     }
 }
 
-/// 5.3.4: all of its fields belong to features that are not offered.
-struct NoConfig;
-
-impl ConfigSpace for NoConfig {
-    fn read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-}
-
-/// A console with one port.
+/// Console with one port.
 pub struct Console {
     output: ConsoleOutput,
     input: Arc<InputBuffer>,
@@ -105,10 +99,10 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console that writes to `output`, and the way to its input.
+    /// Creates a console that writes to `output`, and its input side.
     ///
     /// # Errors
-    /// Descriptors that cannot be had.
+    /// Returns the kernel's error if an eventfd cannot be created.
     pub fn new(output: ConsoleOutput) -> io::Result<(Self, ConsoleInput)> {
         let shared = Arc::new(InputBuffer {
             bytes: Mutex::default(),
@@ -127,7 +121,7 @@ impl Console {
         queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
         queues.drain(TRANSMIT, |queues, mut chain| {
-            one_way(&chain, chain.writable.is_empty())?;
+            must_be_empty(&chain, &chain.writable)?;
             while !chain.readable.is_empty() {
                 let mut piece = [0; PIECE];
                 let len = queues.read(&mut chain.readable, &mut piece)?;
@@ -147,7 +141,7 @@ impl Console {
         queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
         queues.drain(RECEIVE, |queues, mut chain| {
-            one_way(&chain, chain.readable.is_empty())?;
+            must_be_empty(&chain, &chain.readable)?;
             let mut waiting = self.input.lock();
             if waiting.is_empty() {
                 return Ok(Completion::Deferred);
@@ -160,14 +154,15 @@ impl Console {
     }
 }
 
-/// Each queue has memory of one direction only (5.3.6).
-fn one_way(chain: &Chain, is_so: bool) -> Result<(), QueueError> {
-    if is_so {
+/// Rejects a chain unless its `buffer` for the other direction is empty: each queue has one direction (virtio 1.2,
+/// 5.3.6).
+fn must_be_empty(chain: &Chain, buffer: &Buffer) -> Result<(), QueueError> {
+    if buffer.is_empty() {
         return Ok(());
     }
     Err(QueueError::Request {
         head: chain.head,
-        what: "memory of the wrong direction for this queue of a console",
+        what: "this queue of a console takes buffers of the other direction",
     })
 }
 
@@ -177,7 +172,7 @@ impl<M: GuestAddressSpace> Device<M> for Console {
             device_type: VIRTIO_ID_CONSOLE,
             features: 0,
             queue_sizes: vec![QUEUE_SIZE; 2],
-            config: Arc::new(NoConfig),
+            config: Arc::new(()),
             counters: Arc::clone(&self.counters) as _,
         }
     }
@@ -229,7 +224,7 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         if bytes > INPUT_LIMIT {
             return Err(DeviceStateError::Mismatch {
                 device: "console",
-                what: format!("{bytes} bytes of waiting input, at most {INPUT_LIMIT} are possible"),
+                what: format!("waiting_input has {bytes} bytes, but the maximum is {INPUT_LIMIT}"),
             });
         }
         *self.input.lock() = state.waiting_input.iter().copied().collect();

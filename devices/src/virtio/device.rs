@@ -87,6 +87,13 @@ pub trait ConfigSpace: Send + Sync {
     }
 }
 
+/// Configuration space of a device without one.
+impl ConfigSpace for () {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+}
+
 /// Fills `data` from the bytes of `config` at `offset`. Bytes beyond the end of `config` are zero.
 pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);

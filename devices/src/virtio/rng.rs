@@ -1,4 +1,4 @@
-//! The entropy device (virtio 1.2, 5.4): the host's random bytes, as many as the guest asks for.
+//! Entropy device (virtio 1.2, 5.4), which fills the driver's buffers with random bytes of the host.
 
 use std::io;
 use std::sync::Arc;
@@ -9,17 +9,17 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::GuestAddressSpace;
 
 use super::active_queues::{ActiveQueues, Completion};
-use super::device::{ConfigSpace, Device, DeviceError, EventRegistry, Identity};
+use super::device::{Device, DeviceError, EventRegistry, Identity};
 use super::queue::{Chain, QueueError};
 use super::state::{DeviceState, DeviceStateError};
 use crate::SavedState;
 
 const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = 64;
-/// The most bytes that one request gets; a driver asks again for more.
+/// Maximum number of bytes for one request. A driver that wants more sends another request.
 const REQUEST_LIMIT: usize = 4096;
 
-/// Saved state of an entropy device, which has none.
+/// Saved state of an entropy device. It has no fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct RngSnapshot {}
@@ -28,24 +28,15 @@ impl SavedState for RngSnapshot {
     const VERSION: u16 = 1;
 }
 
-/// An entropy device.
+/// Entropy device.
 #[derive(Debug, Default)]
 pub struct Rng;
 
 impl Rng {
-    /// An entropy device that takes from getrandom(2).
+    /// Creates an entropy device that reads from getrandom(2).
     #[must_use]
     pub fn new() -> Self {
         Self
-    }
-}
-
-/// 5.4.4: there is none.
-struct NoConfig;
-
-impl ConfigSpace for NoConfig {
-    fn read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 }
 
@@ -55,7 +46,7 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
             device_type: VIRTIO_ID_RNG,
             features: 0,
             queue_sizes: vec![QUEUE_SIZE],
-            config: Arc::new(NoConfig),
+            config: Arc::new(()),
             counters: Arc::new(()),
         }
     }
@@ -79,7 +70,7 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
     }
 }
 
-/// 5.4.6: the driver gives writable memory, the device at least one byte of entropy.
+/// Fills a request, which is writable memory only, with at least one random byte (virtio 1.2, 5.4.6).
 fn fill<M: GuestAddressSpace>(
     queues: &mut ActiveQueues<'_, M>,
     mut chain: Chain,
@@ -87,7 +78,7 @@ fn fill<M: GuestAddressSpace>(
     if !chain.readable.is_empty() || chain.writable.is_empty() {
         return Err(QueueError::Request {
             head: chain.head,
-            what: "a request for entropy has writable memory only",
+            what: "a request for entropy must have writable memory only",
         }
         .into());
     }
