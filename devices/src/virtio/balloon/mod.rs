@@ -1,8 +1,8 @@
-//! The memory balloon (virtio 1.2, 5.5): the guest gives pages to the host, and takes them back by touching
-//! them. With free-page reporting it also says which of its pages hold nothing.
+//! Memory balloon (virtio 1.2, 5.5). Inflating gives guest pages to the host, and the guest gets a page back by
+//! touching it. With free page reporting, the guest also reports pages that it does not use.
 //!
-//! How a page leaves is the monitor's business ([`Discard`]). It may have to stop vCPUs for it, and one of
-//! them may be about to reset this very device: pages are discarded outside of the turn.
+//! The monitor implements [`Discard`], which frees the pages. That may have to stop vCPUs, and a vCPU may be about to
+//! reset this device, so the worker does not hold the queues while it discards.
 
 mod spec;
 mod state;
@@ -31,31 +31,32 @@ use spec::{
 
 pub use state::BalloonSnapshot;
 
-/// Requests that one turn works on; then others get theirs.
+/// Maximum number of requests that one wake-up of the worker handles, before it looks at its other events.
 const REQUESTS_PER_WAKEUP: u32 = 64;
 
-/// Takes pages away from a guest.
+/// Frees guest pages on the host.
 pub trait Discard: Send {
-    /// Gives the memory in `ranges` of guest-physical addresses back to the host: it reads as zeros from
-    /// now on. That is a change of memory like any other, so it is made known to whoever tracks changes.
-    /// The ranges are whole pages of 4 KiB in guest memory, ascending, and do not touch each other.
+    /// Frees the memory in `ranges`, which are guest-physical addresses. The memory then reads as zeros.
     ///
-    /// The guest may take its pages back by a reset meanwhile: `taken_back` is asked when no vCPU can do that any more
-    /// before the memory is gone. Then all of it stays as it is.
+    /// The ranges are whole pages of 4 KiB in guest memory, in ascending order, and not adjacent. The implementation
+    /// must mark the pages as dirty, because their content changes.
+    ///
+    /// The guest may take its pages back by a reset during the call. The implementation must call `taken_back` when no
+    /// vCPU can reset the device any more and before it frees the memory, and must free nothing if that returns true.
     ///
     /// # Errors
-    /// The kernel's. Memory that could not be given back stays as it is.
+    /// Returns the kernel's error if the memory could not be freed. Its content must be unchanged then.
     fn discard(&mut self, ranges: &[Range<u64>], taken_back: &dyn Fn() -> bool) -> io::Result<()>;
 }
 
-/// A balloon.
+/// Configuration of a memory balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonConfig {
-    /// Pages of 4 KiB that the guest should give at once.
+    /// Initial target: number of 4 KiB pages that the guest should give to the balloon.
     pub target_pages: u32,
-    /// The guest may take pages back before it kills a process for want of memory.
+    /// Allows the guest to take pages back before its OOM killer runs.
     pub deflate_on_oom: bool,
-    /// The guest says which of its pages hold nothing.
+    /// Offers free page reporting to the guest.
     pub free_page_reporting: bool,
 }
 
@@ -70,7 +71,7 @@ impl ConfigSpace for Config {
         read_config(&spec::config(target, actual), offset, data);
     }
 
-    /// 5.5.4: the driver writes `actual`, at any time.
+    /// The driver may write `actual` at any time (virtio 1.2, 5.5.4).
     fn write(&self, offset: u64, data: &[u8]) {
         if let (ACTUAL_OFFSET, Ok(value)) = (offset, data.try_into()) {
             let value = u32::from_le_bytes(value);
@@ -78,7 +79,7 @@ impl ConfigSpace for Config {
         }
     }
 
-    /// After a reset the guest has all of its pages (5.5.5).
+    /// After a reset, the guest owns all of its pages (virtio 1.2, 5.5.5).
     fn reset(&self) {
         self.actual.store(0, Ordering::SeqCst);
     }
@@ -104,7 +105,7 @@ impl Counters for BalloonCounters {
     }
 }
 
-/// Says how large a balloon should be, and is. Clones are the same.
+/// Controls the size of a balloon. Clones control the same balloon.
 #[derive(Clone)]
 pub struct BalloonControl {
     config: Arc<Config>,
@@ -112,26 +113,26 @@ pub struct BalloonControl {
 }
 
 impl BalloonControl {
-    /// Asks the guest to have `pages` of 4 KiB in the balloon; it does so when and if it can.
+    /// Sets the target to `pages` of 4 KiB. The guest follows when and if it can.
     pub fn set_target(&self, pages: u32) {
         self.config.target.store(pages, Ordering::SeqCst);
         self.interrupt.config_changed();
     }
 
-    /// Pages of 4 KiB that the balloon should have.
+    /// Returns the target in pages of 4 KiB.
     #[must_use]
     pub fn target(&self) -> u32 {
         self.config.target.load(Ordering::SeqCst)
     }
 
-    /// Pages of 4 KiB that the guest says are in the balloon.
+    /// Returns the number of 4 KiB pages in the balloon, as the guest reports it.
     #[must_use]
     pub fn actual(&self) -> u32 {
         self.config.actual.load(Ordering::SeqCst)
     }
 }
 
-/// A memory balloon.
+/// Memory balloon.
 pub struct Balloon {
     features: u64,
     config: Arc<Config>,
@@ -139,15 +140,14 @@ pub struct Balloon {
     counters: Arc<BalloonCounters>,
 }
 
-/// What a request asks for: ranges to discard, and how many pages they have.
+/// Request to free pages.
 struct Request {
     head: u16,
     ranges: Vec<Range<u64>>,
 }
 
 impl Balloon {
-    /// The balloon that `config` describes, and the way to change its size. `interrupt` is the one that the
-    /// device gets.
+    /// Creates the balloon that `config` describes, and the control of its size. `interrupt` must be the device's own.
     #[must_use]
     pub fn new(
         config: BalloonConfig,
@@ -178,7 +178,7 @@ impl Balloon {
         (balloon, control)
     }
 
-    /// Works on the requests of a queue that gives pages away.
+    /// Handles the requests of a queue with which the guest gives pages away.
     fn take_pages<'a, M: GuestAddressSpace>(
         &mut self,
         queue: usize,
@@ -222,7 +222,7 @@ impl Balloon {
         counter.fetch_add(more, Ordering::Relaxed);
     }
 
-    /// Pages that come back need nothing: the guest touches them, and they are there.
+    /// Handles requests to deflate. They need no work, because the guest gets a page back by touching it.
     fn deflate<M: GuestAddressSpace>(
         &self,
         queues: &mut ActiveQueues<'_, M>,
@@ -237,7 +237,7 @@ impl Balloon {
     }
 }
 
-/// The pages that a request to inflate names, as ranges.
+/// Returns the pages that a request to inflate names, as ranges.
 fn inflated<M: GuestAddressSpace>(
     queues: &ActiveQueues<'_, M>,
     chain: Chain,
@@ -252,7 +252,7 @@ fn inflated<M: GuestAddressSpace>(
         if !queues.has_memory(start, PAGE_BYTES) {
             return Err(QueueError::Request {
                 head,
-                what: "a page for the balloon that is not guest memory",
+                what: "a page for the balloon is not guest memory",
             });
         }
         match ranges.last_mut() {
@@ -273,11 +273,13 @@ fn page_numbers<M: GuestAddressSpace>(
     };
     let bytes = chain.readable.len();
     if !chain.writable.is_empty() {
-        return Err(malformed("page numbers are readable memory only"));
+        return Err(malformed("page numbers must be in readable memory only"));
     }
     let entry = PAGE_NUMBER_BYTES as u64;
     if !bytes.is_multiple_of(entry) || bytes / entry > PAGES_MAX {
-        return Err(malformed("page numbers of 4 bytes, at most 16384 of them"));
+        return Err(malformed(
+            "page numbers must be 4 bytes each, and at most 16384",
+        ));
     }
     let mut numbers = vec![0; usize::try_from(bytes).unwrap_or_default()];
     queues.read(&mut chain.readable, &mut numbers)?;
@@ -289,12 +291,12 @@ fn page_numbers<M: GuestAddressSpace>(
         .collect())
 }
 
-/// The memory that a report names (5.5.6.7), in whole pages.
+/// Returns the memory that a report names (virtio 1.2, 5.5.6.7), rounded inwards to whole pages.
 fn reported(chain: Chain) -> Result<Request, QueueError> {
     if !chain.readable.is_empty() {
         return Err(QueueError::Request {
             head: chain.head,
-            what: "free pages are writable memory only",
+            what: "free pages must be writable memory only",
         });
     }
     let mut ranges: Vec<Range<u64>> = chain

@@ -1,17 +1,17 @@
-//! The state of a balloon.
+//! Saved state of a memory balloon.
 
 use minicbor::{Decode, Encode};
 
 use crate::SavedState;
 
-/// How large a balloon is. Which pages are in it only the guest knows.
+/// Saved state of a memory balloon. Only the guest knows which pages are in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct BalloonSnapshot {
-    /// Pages of 4 KiB that it should have.
+    /// Target in pages of 4 KiB.
     #[n(0)]
     pub target_pages: u32,
-    /// Pages of 4 KiB that the driver says it has.
+    /// Number of 4 KiB pages in the balloon, as the driver reported it.
     #[n(1)]
     pub actual_pages: u32,
 }

@@ -1,8 +1,8 @@
-//! The block device (virtio 1.2, 5.2) over a raw file.
+//! Block device (virtio 1.2, 5.2) over a raw image.
 //!
-//! One worker serves requests in the order in which they were made available, each to its end; the driver
-//! is told after each. What the host refuses (a full file system, a file that became too short) is an I/O
-//! error of that request, and the disk lives on.
+//! The worker handles one request at a time, in the order of the available ring, and signals the driver after each. If
+//! the host refuses an operation, for example because the file system is full or the file has become shorter, the
+//! request fails with an I/O error, and the device goes on.
 
 mod image;
 mod request;
@@ -33,29 +33,29 @@ pub use state::BlockSnapshot;
 
 const TIMER: Token = 0;
 
-/// Whether a guest may write to its disk.
+/// Whether the guest may write to its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// It may not.
+    /// The guest may only read.
     ReadOnly,
-    /// It may.
+    /// The guest may read and write.
     ReadWrite,
 }
 
-/// A disk.
+/// Configuration of a block device.
 pub struct BlockConfig {
-    /// The raw image: a file or block device, open for what `access` says. Its position belongs to the
-    /// device: the descriptor is not a duplicate of another that is in use.
+    /// Raw image: a file or block device, opened for `access`. The device uses the file position, so the descriptor
+    /// must not be a duplicate of one that is used elsewhere.
     pub file: File,
-    /// What the guest may do.
+    /// Whether the guest may write.
     pub access: Access,
-    /// The identification that the guest reads (a serial number); what is beyond 20 bytes is cut off.
+    /// Identification that the guest can read, for example a serial number. Only the first 20 bytes are used.
     pub id: String,
-    /// How much it may move.
+    /// Limit on bytes and requests.
     pub rate_limit: RateLimit,
 }
 
-/// What a disk has done.
+/// Counters of a block device.
 #[derive(Debug, Default)]
 struct BlockCounters {
     read_bytes: AtomicU64,
@@ -78,6 +78,7 @@ impl Counters for BlockCounters {
     }
 }
 
+/// Configuration space.
 struct Config([u8; 60]);
 
 impl ConfigSpace for Config {
@@ -86,7 +87,7 @@ impl ConfigSpace for Config {
     }
 }
 
-/// A block device.
+/// Block device.
 pub struct Block {
     image: Image,
     access: Access,
@@ -96,10 +97,10 @@ pub struct Block {
 }
 
 impl Block {
-    /// The disk that `config` describes.
+    /// Creates the block device that `config` describes.
     ///
     /// # Errors
-    /// A file whose size cannot be told, and descriptors that cannot be had.
+    /// Returns the kernel's error if the size of the file cannot be determined, or a timer cannot be created.
     pub fn new(config: BlockConfig) -> io::Result<Self> {
         let mut id = config.id.into_bytes();
         id.truncate(ID_BYTES);
@@ -112,13 +113,14 @@ impl Block {
         })
     }
 
-    /// Its size, in sectors of 512 bytes. A last part of the file that is no whole sector is not seen by
-    /// the guest.
+    /// Returns the size of the disk in sectors of 512 bytes. Bytes behind the last whole sector are not visible to the
+    /// guest.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         self.image.sectors()
     }
 
+    /// Handles available requests until the rate limit is reached.
     fn serve<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
@@ -126,7 +128,7 @@ impl Block {
         queues.drain(REQUESTS, |queues, chain| {
             let bytes = chain.readable.len() + chain.writable.len();
             let admitted = self.limiter.admit(bytes);
-            if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
+            if !admitted.map_err(DeviceError::host("cannot use the timer of the rate limit"))? {
                 return Ok(Completion::Deferred);
             }
             let head = chain.head;
@@ -140,12 +142,11 @@ impl Block {
 
 impl<M: GuestAddressSpace> Device<M> for Block {
     fn identity(&self) -> Identity {
-        let read_only = self.access == Access::ReadOnly;
         Identity {
             device_type: VIRTIO_ID_BLOCK,
-            features: spec::features(read_only),
+            features: spec::features(self.access),
             queue_sizes: vec![QUEUE_SIZE],
-            config: Arc::new(Config(spec::config(self.image.sectors(), 512, read_only))),
+            config: Arc::new(Config(spec::config(self.image.sectors(), self.access))),
             counters: Arc::clone(&self.counters) as _,
         }
     }
@@ -172,7 +173,7 @@ impl<M: GuestAddressSpace> Device<M> for Block {
     ) -> Result<(), DeviceError> {
         self.limiter
             .timer_ran_out()
-            .map_err(DeviceError::host("the timer of the rate limit"))?;
+            .map_err(DeviceError::host("cannot use the timer of the rate limit"))?;
         self.serve(&mut queues)
     }
 
@@ -183,7 +184,7 @@ impl<M: GuestAddressSpace> Device<M> for Block {
         })
     }
 
-    /// The identification goes with the guest; the image has to be the same size here.
+    /// Loads the identification, and checks that the image has the same size as that of the saved disk.
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
         let error = |what| DeviceStateError::Mismatch {
             device: "block",
@@ -192,14 +193,14 @@ impl<M: GuestAddressSpace> Device<M> for Block {
         let state: BlockSnapshot = state.decode("block")?;
         if state.sectors != self.image.sectors() {
             return Err(error(format!(
-                "a disk of {} sectors, the image here has {}",
+                "the saved disk has {} sectors, but the image here has {}",
                 state.sectors,
                 self.image.sectors()
             )));
         }
         if state.id.len() > ID_BYTES {
             return Err(error(format!(
-                "an identification of {} bytes, at most {ID_BYTES} are possible",
+                "id has {} bytes, but the maximum is {ID_BYTES}",
                 state.id.len()
             )));
         }

@@ -1,4 +1,4 @@
-//! One request of a driver (virtio 1.2, 5.2.6): header and data, then a status byte.
+//! Requests to a block device (virtio 1.2, 5.2.6). A request consists of a header, data, and a status byte.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,28 +16,28 @@ use super::spec::{
 };
 use super::{Access, Block};
 
-/// A request whose parts were found.
+/// Request whose parts have been separated.
 struct Request {
     kind: RequestType,
     sector: u64,
-    /// What the driver sends: data to write, or ranges.
+    /// Data from the driver: sectors to write, or ranges.
     outgoing: Buffer,
-    /// Where it wants data.
+    /// Room for data to the driver.
     incoming: Buffer,
 }
 
-/// A range to discard or to write zeroes to.
+/// Range to discard, or to fill with zeros.
 #[derive(Clone, Copy)]
 struct Range {
     extent: Extent,
     may_shrink: MayShrink,
 }
 
-/// The status of a request, and how many bytes of its data were written to guest memory.
-type Answer = (Status, u64);
+/// Status of a request, and the number of data bytes written to guest memory.
+type Reply = (Status, u64);
 
 impl Block {
-    /// Does what `chain` asks for. Returns how many bytes of its writable memory were written.
+    /// Executes the request in `chain`. Returns the number of bytes written to its writable memory.
     pub(super) fn execute<M: GuestAddressSpace>(
         &self,
         queues: &ActiveQueues<'_, M>,
@@ -54,11 +54,11 @@ impl Block {
         } = chain;
         let mut header = [0; HEADER_BYTES];
         if queues.read(&mut readable, &mut header)? < HEADER_BYTES {
-            return Err(malformed("no room for a header in the readable memory").into());
+            return Err(malformed("the readable memory is too small for a request header").into());
         }
         let mut status_byte = writable.take_last(1);
         if status_byte.is_empty() {
-            return Err(malformed("no room for a status in the writable memory").into());
+            return Err(malformed("the writable memory is too small for a status byte").into());
         }
         let [kind, _reserved] = [0, 4].map(|at| word(&header, at));
         let request = Request {
@@ -72,7 +72,8 @@ impl Block {
             count(&self.counters.errors, 1);
         }
         queues.write(&mut status_byte, &[status as u8])?;
-        // 2.7.8: the bytes from the start; the status is behind all of the data.
+        // The length in the used ring counts from the start of the writable memory (virtio 1.2, 2.7.8). The status byte
+        // follows all of the data.
         let all = request.incoming.len();
         let written = if written == all { all + 1 } else { written };
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
@@ -82,7 +83,7 @@ impl Block {
         &self,
         queues: &ActiveQueues<'_, M>,
         request: &Request,
-    ) -> Result<Answer, QueueError> {
+    ) -> Result<Reply, QueueError> {
         let read_only = self.access == Access::ReadOnly;
         match request.kind {
             RequestType::Read => self.read(queues, request),
@@ -103,7 +104,7 @@ impl Block {
         &self,
         queues: &ActiveQueues<'_, M>,
         request: &Request,
-    ) -> Result<Answer, QueueError> {
+    ) -> Result<Reply, QueueError> {
         let bytes = request.incoming.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok((Status::IoError, 0));
@@ -127,7 +128,7 @@ impl Block {
             return Ok(Status::IoError);
         };
         let mut result = self.image.write(extent.offset, &request.outgoing, queues)?;
-        // 5.2.6.2: a driver that cannot flush is told of nothing that is not on the disk.
+        // A write must be durable when it completes if the driver cannot flush (virtio 1.2, 5.2.6.2).
         if result.is_ok() && queues.features() & FLUSH_FEATURE == 0 {
             result = self.image.flush();
         }
@@ -142,7 +143,7 @@ impl Block {
         &self,
         queues: &ActiveQueues<'_, M>,
         request: &Request,
-    ) -> Result<Answer, QueueError> {
+    ) -> Result<Reply, QueueError> {
         if request.incoming.len() < ID_BYTES as u64 {
             return Ok((Status::IoError, 0));
         }
@@ -152,7 +153,7 @@ impl Block {
         Ok((Status::Ok, written as u64))
     }
 
-    /// Discards, or writes zeroes. All ranges are looked at before anything is done.
+    /// Discards ranges, or fills them with zeros. Checks all ranges before it changes any.
     fn ranges<M: GuestAddressSpace>(
         &self,
         queues: &ActiveQueues<'_, M>,

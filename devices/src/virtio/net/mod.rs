@@ -1,8 +1,8 @@
-//! The network device (virtio 1.2, 5.1) over a tap: one pair of queues, checksum and TCP segmentation
-//! offloads, mergeable receive buffers, and a rate limit for each direction.
+//! Network device (virtio 1.2, 5.1) over a tap interface: one pair of queues, checksum and TCP segmentation offloads,
+//! mergeable receive buffers, and a rate limit for each direction.
 //!
-//! A packet is one read or write of the tap, and so it is copied once: what a guest offers is in pieces,
-//! and to read or write pieces at once takes raw pointers, which this crate does not use.
+//! Each packet is one read or write of the tap, and is copied once. The guest's buffers are in several pieces; a
+//! vectored read or write into guest memory would need raw pointers, which this crate does not use.
 
 mod receive;
 mod spec;
@@ -40,21 +40,21 @@ const TAP: Token = 0;
 const RECEIVE_TIMER: Token = 1;
 const TRANSMIT_TIMER: Token = 2;
 
-/// A network interface.
+/// Configuration of a network device.
 pub struct NetConfig {
-    /// The host's side.
+    /// Tap interface on the host.
     pub tap: Box<dyn Tap>,
-    /// The guest's address.
+    /// MAC address of the guest.
     pub mac: [u8; 6],
-    /// The largest packet that the guest should send, in bytes; none leaves it to the guest.
+    /// MTU in bytes that the guest is told to use. `None` does not offer one.
     pub mtu: Option<u16>,
-    /// How much may come to the guest.
+    /// Limit on packets to the guest.
     pub receive_limit: RateLimit,
-    /// How much the guest may send.
+    /// Limit on packets from the guest.
     pub transmit_limit: RateLimit,
 }
 
-/// What an interface has done.
+/// Counters of a network device.
 #[derive(Default)]
 struct NetCounters {
     received_bytes: AtomicU64,
@@ -66,7 +66,7 @@ struct NetCounters {
 }
 
 impl Counters for NetCounters {
-    /// By Cloud Hypervisor's names where it has them.
+    /// The names are those of Cloud Hypervisor where it has the same counter.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
@@ -105,31 +105,31 @@ impl ConfigSpace for Config {
     }
 }
 
-/// A network device.
+/// Network device.
 pub struct Net {
     tap: Box<dyn Tap>,
     config: Arc<Config>,
     has_mtu: bool,
     receive_limiter: RateLimiter,
     transmit_limiter: RateLimiter,
-    /// From the host, on its way to the guest.
+    /// Packet from the host that the guest has not received yet.
     waiting: PendingPacket,
-    /// From the guest, on its way to the host.
+    /// Buffer for a packet from the guest.
     outgoing: Vec<u8>,
-    /// The tap had no room for it.
+    /// The tap had no room for the last packet, which is still in the available ring.
     blocked: bool,
-    /// What the tap was told.
+    /// Offloads that the tap was set to.
     offloads: Option<Offloads>,
-    /// The guest came from another host, and its network does not know yet.
+    /// The guest was restored here, and the network has to learn its new location.
     announce: bool,
     counters: Arc<NetCounters>,
 }
 
 impl Net {
-    /// The interface that `config` describes.
+    /// Creates the network device that `config` describes.
     ///
     /// # Errors
-    /// Descriptors that cannot be had.
+    /// Returns the kernel's error if a timer cannot be created.
     pub fn new(config: NetConfig) -> io::Result<Self> {
         Ok(Self {
             tap: config.tap,
@@ -165,7 +165,7 @@ impl Net {
         if !chain.writable.is_empty() || len < HEADER_BYTES {
             return Err(QueueError::Request {
                 head: chain.head,
-                what: "a packet to send is readable memory, with a header",
+                what: "a packet to send must be in readable memory only, and have a header",
             }
             .into());
         }
@@ -175,7 +175,7 @@ impl Net {
         }
         let bytes = len - HEADER_BYTES;
         let admitted = self.transmit_limiter.admit(bytes as u64);
-        if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
+        if !admitted.map_err(DeviceError::host("cannot use the timer of the rate limit"))? {
             return Ok(Completion::Deferred);
         }
         let packet = &mut self.outgoing[..len];
@@ -185,18 +185,18 @@ impl Net {
                 count(&self.counters.sent_bytes, bytes);
                 count(&self.counters.sent_packets, 1);
             }
-            // The tap says when there is room.
+            // The tap becomes writable when it has room.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.blocked = true;
                 return Ok(Completion::Deferred);
             }
-            // A header that the kernel does not take, or an interface that is down.
+            // The kernel rejected the packet's header, or the interface is down.
             Err(_) => count(&self.counters.sent_dropped, 1),
         }
         Ok(Completion::Used(0))
     }
 
-    /// Tells the tap what the guest can take.
+    /// Sets the tap's offloads to those that the guest accepts.
     fn agree(&mut self, features: u64) -> Result<(), DeviceError> {
         let offloads = Offloads {
             checksum: features & GUEST_CSUM != 0,
@@ -212,8 +212,8 @@ impl Net {
         Ok(())
     }
 
-    /// Has the switches learn where the guest is now, by a reverse ARP request of its own address (RFC
-    /// 903), as other monitors do. It may get lost as any packet may.
+    /// Announces the guest's location to the switches after a migration, by a reverse ARP request for its own address
+    /// (RFC 903). Like any packet, it may be lost.
     fn announce(&mut self) {
         if std::mem::take(&mut self.announce)
             && retried(|| self.tap.send(&announcement(*self.config.mac()))).is_err()
@@ -228,7 +228,7 @@ fn announcement(mac: [u8; 6]) -> [u8; HEADER_BYTES + 60] {
     let frame = &mut packet[HEADER_BYTES..];
     frame[..6].fill(0xff);
     frame[6..12].copy_from_slice(&mac);
-    // Reverse ARP; Ethernet, IPv4, 6 and 4 bytes of address, request reverse.
+    // EtherType for reverse ARP, then: Ethernet, IPv4, address lengths of 6 and 4 bytes, "request reverse".
     frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
     frame[22..28].copy_from_slice(&mac);
     frame[32..38].copy_from_slice(&mac);
@@ -247,7 +247,7 @@ impl<M: GuestAddressSpace> Device<M> for Net {
     }
 
     fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
-        // By edges: a packet for which the guest has no room must not wake the worker again and again.
+        // Edge-triggered: a packet for which the guest has no room must not wake the worker again and again.
         let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
         registry.add(&self.tap.as_raw_fd(), TAP, both)?;
         registry.add(self.receive_limiter.timer(), RECEIVE_TIMER, EventSet::IN)?;
@@ -283,7 +283,7 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         mut queues: ActiveQueues<'_, M>,
         _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        let failed = DeviceError::host("the timer of the rate limit");
+        let failed = DeviceError::host("cannot use the timer of the rate limit");
         match token {
             RECEIVE_TIMER => self.receive_limiter.timer_ran_out().map_err(failed)?,
             TRANSMIT_TIMER => self.transmit_limiter.timer_ran_out().map_err(failed)?,
@@ -316,7 +316,7 @@ impl<M: GuestAddressSpace> Device<M> for Net {
             return Err(DeviceStateError::Mismatch {
                 device: "net",
                 what: format!(
-                    "a waiting packet of {} bytes, from {HEADER_BYTES} to {PACKET_MAX} are possible",
+                    "the waiting packet has {} bytes, but must have {HEADER_BYTES} to {PACKET_MAX}",
                     state.waiting_packet.len()
                 ),
             });

@@ -1,18 +1,18 @@
-//! The state of a network device.
+//! Saved state of a network device.
 
 use minicbor::{Decode, Encode};
 
 use crate::SavedState;
 
-/// What a network interface is to its guest.
+/// Saved state of a network device.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct NetSnapshot {
-    /// Its address.
+    /// MAC address of the guest.
     #[n(0)]
     #[cbor(with = "minicbor::bytes")]
     pub mac: [u8; 6],
-    /// A packet from the host that waits for room in the guest, with its virtio header; empty if none does.
+    /// Packet from the host that waits for buffers of the guest, with its virtio header. Empty if there is none.
     #[n(1)]
     #[cbor(with = "minicbor::bytes")]
     pub waiting_packet: Vec<u8>,

@@ -1,4 +1,4 @@
-//! A device is stopped, saved, restored, and ends.
+//! Pause, save, restore and drop of a device.
 
 use proptest::prelude::*;
 
@@ -29,7 +29,7 @@ fn a_guest_moves_with_its_requests_and_its_interrupt() {
         for _ in 0..20 {
             echo_once(&mut driver, 0);
         }
-        // One is done and not yet seen by the driver, one comes too late for the source.
+        // The first chain is used, but the driver has not seen it. The second is made available after the pause.
         driver.add(1, &[Part::Out(DATA, 1)]);
         driver.notify(1);
         driver.wait_until("the interrupt", |driver| driver.get(0x60) == 1);
@@ -80,7 +80,7 @@ fn a_device_moves_in_every_state_of_its_driver() {
 fn a_device_moves_while_its_queues_are_set_up() {
     let (mut driver, _) = echo();
     driver.negotiate(VERSION_1);
-    // Anything goes, as long as the driver is not ready.
+    // Before DRIVER_OK, the addresses may have any value.
     driver.set(0x80, 0x1235);
     driver.set(0xa4, u32::MAX);
     driver.device.pause();
@@ -178,7 +178,7 @@ fn the_thread_has_the_name_of_its_device_and_ends_with_it() {
     let device =
         MmioTransport::new("_echo77", Box::new(Echo::default()), memory(), interrupt).unwrap();
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    // A thread names itself when it starts.
+    // The thread sets its name when it starts.
     while named() == 0 && std::time::Instant::now() < deadline {
         std::thread::yield_now();
     }
@@ -193,7 +193,7 @@ proptest! {
         ..ProptestConfig::with_cases(128)
     })]
 
-    /// A guest that writes anything to registers and rings ends in a state from which a reset recovers.
+    /// Whatever a guest writes to registers and rings, a reset makes the device usable again.
     #[test]
     fn any_writes_leave_a_device_that_a_reset_mends(
         writes in prop::collection::vec((0_u64..0x108, any::<u32>(), prop::bool::ANY), 0..60),

@@ -1,4 +1,4 @@
-//! The transport, the queues and the worker, with a device that does no more than they need.
+//! Transport, queues and worker, tested with a minimal device model.
 
 mod lifecycle;
 mod panics;
@@ -15,7 +15,7 @@ use super::testing::*;
 use super::*;
 use crate::{BusDevice, SavedState};
 
-/// Gives back what it is sent, in capitals; counts what happens to it.
+/// Device model that returns the data of each chain in upper case, and counts its calls.
 #[derive(Default)]
 struct Echo {
     log: Arc<Log>,
@@ -41,7 +41,7 @@ impl ConfigSpace for Log {
                 .store(u64::from_le_bytes(value), Ordering::SeqCst);
         }
     }
-    /// Feature 1 needs feature 0.
+    /// Feature 1 requires feature 0.
     fn accepts(&self, features: u64) -> bool {
         features & 2 == 0 || features & 1 != 0
     }
@@ -203,7 +203,7 @@ fn descriptor(address: u64, bytes: u32, flags: u16, next: u16) -> Raw {
     }
 }
 
-/// Chains that no driver may make, as descriptors from 0 on, and the head.
+/// Malformed chains: a name, descriptors from index 0 on, and the head.
 fn broken_chains() -> Vec<(&'static str, Vec<Raw>, u16)> {
     let good = descriptor(DATA, 8, 0, 0);
     let table = |bytes| descriptor(DATA + 0x3000, bytes, TABLE, 0);
@@ -287,7 +287,7 @@ fn broken_chains_need_a_reset_and_a_reset_mends() {
             driver.wait_needs_reset();
             assert_eq!(log.served.load(Ordering::SeqCst), 0, "{what}");
             assert_eq!(driver.used(queue), None, "{what}");
-            // The broken device serves nothing more.
+            // The device must not serve any queue after a failure.
             driver.add(1 - queue, &[Part::Out(DATA, 1)]);
             driver.notify(1 - queue);
             driver.start(0);
