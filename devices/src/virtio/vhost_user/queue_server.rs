@@ -1,4 +1,4 @@
-//! The front end as the transport sees it: in a worker's place, and as a configuration space.
+//! The front end as the transport sees it: as a server of the queues, and as a configuration space.
 
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -27,7 +27,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> QueueServer for VhostUser<M> 
             inner.table.rings(queue)?;
         }
         let mut state = inner.state();
-        // A back end that was lost before this driver was ready is looked for again.
+        // If the back end was lost before the driver set DRIVER_OK, the front end reconnects.
         state.failure = None;
         state.driver = Some(ReadyDriver {
             features,
@@ -42,7 +42,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> QueueServer for VhostUser<M> 
 
     fn stop_queue(&self, index: usize) {
         let mut state = self.0.state();
-        // There is one queue: without it there is nothing to serve.
+        // There is only one queue, so the whole back end can be stopped.
         self.0.stop(&mut state);
         let queues = state.driver.as_mut().map(|driver| &mut driver.queues);
         if let Some(queue) = queues.and_then(|queues| queues.get_mut(index)) {
@@ -113,7 +113,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> ConfigSpace for Inner<M> {
         read_config(&config, offset, data);
     }
 
-    /// Of all fields the driver writes `writeback` alone, 0 or 1 (virtio 1.2, 5.2.5.1).
+    /// The only field that a driver can write is `writeback`, which is 0 or 1 (virtio 1.2, 5.2.5.1).
     fn write(&self, offset: u64, data: &[u8]) {
         let [value @ (0 | 1)] = *data else {
             return;
@@ -123,7 +123,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> ConfigSpace for Inner<M> {
         }
         let mut state = self.state();
         state.write_back = value;
-        // One that is not started hears of it when it is.
+        // A back end that is not running gets the value at its start.
         let started = state.started;
         let switched = match &mut state.link {
             Some(link) if started => link.set_write_back(value),

@@ -1,4 +1,4 @@
-//! All connections of a device, and what is to be told to the guest.
+//! All connections of a socket device, and the queue of packets to the guest.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
@@ -16,16 +16,16 @@ use super::connection::{Broken, Connection, Ports, Produced};
 use super::host::{Handshake, HandshakeProgress, HostSocket};
 use super::spec::{HOST_CID, Header, Op, STREAM};
 
-/// The most connections at once, those that are being made included.
+/// Maximum number of connections, including those in the handshake.
 pub(super) const CONNECTIONS_MAX: usize = 1024;
-/// Packets that wait for the guest to make room. Beyond that, nothing more is taken from it.
+/// Maximum number of packets that wait for buffers of the guest. When it is reached, no packet is taken from the guest.
 const PACKETS_MAX: usize = 1024;
-/// Ports that the host's ends of its own connections get; below are those that guests ask for.
+/// First port for the host's end of a connection that the host requests. The guest connects to smaller port numbers.
 const FIRST_HOST_PORT: u32 = 1 << 30;
-/// The first token of a connection; below are the device's own.
+/// First token of a connection. Smaller tokens belong to the device itself.
 const FIRST_TOKEN: Token = 16;
 
-/// A packet without data, on its way to the guest.
+/// Packet without data for the guest.
 struct Packet {
     ports: Ports,
     op: Op,
@@ -39,13 +39,13 @@ pub(super) struct Hub {
     by_ports: HashMap<Ports, Token>,
     handshakes: HashMap<Token, Handshake>,
     packets: VecDeque<Packet>,
-    /// Connections that may have data for the guest.
+    /// Connections that may have data for the guest, in the order in which they are served.
     ready: VecDeque<Token>,
     next_token: Token,
     next_port: u32,
 }
 
-/// Streams are looked at when something changes: what is left unread is remembered.
+/// Events of a stream. They are edge-triggered, so [`Connection::readable`] remembers data that was not read.
 fn stream_events() -> EventSet {
     EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED
 }
@@ -69,7 +69,7 @@ impl Hub {
         self.connections.len() + self.handshakes.len()
     }
 
-    /// Whether so much waits for the guest that nothing more can be taken from it.
+    /// Returns whether so many packets wait for the guest that no packet can be taken from it.
     pub(super) fn is_full(&self) -> bool {
         self.packets.len() >= PACKETS_MAX
     }
@@ -78,7 +78,7 @@ impl Hub {
         !self.packets.is_empty() || !self.ready.is_empty()
     }
 
-    /// Ends everything: the guest is not there any more.
+    /// Closes all connections, because the driver has reset the device.
     pub(super) fn clear(&mut self, registry: &mut EventRegistry<'_, '_>) {
         let tokens: Vec<Token> = self.connections.keys().copied().collect();
         for token in tokens {
@@ -91,10 +91,10 @@ impl Hub {
         self.ready.clear();
     }
 
-    /// Takes all hosts that have connected.
+    /// Accepts all pending connections of the host.
     pub(super) fn accept(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
         while let Some(stream) = self.socket.accept()? {
-            // One too many is closed at once.
+            // A connection above the limit is closed at once.
             if self.connections() < CONNECTIONS_MAX {
                 let token = self.token();
                 registry.add(&stream.as_raw_fd(), token, stream_events())?;
@@ -104,7 +104,7 @@ impl Hub {
         Ok(())
     }
 
-    /// Something changed at the stream of `token`.
+    /// Handles `events` of the stream that was registered with `token`.
     pub(super) fn stream_event(
         &mut self,
         token: Token,
@@ -165,7 +165,7 @@ impl Hub {
         }
     }
 
-    /// A packet of the guest.
+    /// Handles a packet from the guest.
     pub(super) fn packet<M: GuestAddressSpace>(
         &mut self,
         queues: &ActiveQueues<'_, M>,
@@ -174,7 +174,7 @@ impl Hub {
         registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
-            // For or from somebody else: there is no way to them, or back.
+            // The packet's addresses are not those of this guest and this host, so there is nobody to answer.
             return Ok(());
         }
         let ports = Ports {
@@ -185,7 +185,7 @@ impl Hub {
         let (Some(token), STREAM) = (token, header.kind) else {
             match header.op {
                 Op::Request if header.kind == STREAM => self.connect(ports, header, registry)?,
-                // A reset is not answered by another.
+                // A reset is not answered.
                 Op::Reset => {}
                 _ => self.push(ports, Op::Reset, 0),
             }
@@ -213,7 +213,8 @@ impl Hub {
                 return Ok(());
             }
             (Op::Response, true) => accepted(connection),
-            // Before it has answered a request, a guest says nothing else; and it does not ask twice.
+            // Before the guest has answered a request, it may send nothing else. It must not request a connection
+            // twice.
             (_, true) | (Op::Request | Op::Response | Op::Unknown(_), false) => Err(Broken),
             (Op::Data, false) => connection.send(queues, data)?,
             (Op::Shutdown, false) => {
@@ -226,13 +227,13 @@ impl Hub {
             }
             (Op::CreditUpdate, false) => Ok(()),
         };
-        // New credit, or a stream that was readable before the guest answered.
+        // The guest may have sent credit, or answered the request for a stream that has data already.
         self.make_ready(token);
         self.settle(token, result, registry);
         Ok(())
     }
 
-    /// After something happened to a connection: ends it, or tells the guest of its credit.
+    /// Closes a connection if it has failed or ended, and sends a credit update if the guest needs one.
     fn settle(
         &mut self,
         token: Token,
@@ -250,7 +251,7 @@ impl Hub {
         }
     }
 
-    /// The guest asks for a connection to whoever listens on the host.
+    /// Handles a request of the guest for a connection to a socket of the host.
     fn connect(
         &mut self,
         ports: Ports,
@@ -269,7 +270,7 @@ impl Hub {
         let token = self.token();
         registry
             .add(&stream.as_raw_fd(), token, stream_events())
-            .map_err(DeviceError::host("waiting for a socket"))?;
+            .map_err(DeviceError::host("cannot wait for a socket of the host"))?;
         let mut connection = Connection::new(ports, stream);
         connection.take_credit(header);
         self.insert(token, connection);
@@ -277,7 +278,8 @@ impl Hub {
         Ok(())
     }
 
-    /// The next packet for the guest, its data put into `room`. None if there is nothing to say.
+    /// Returns the header of the next packet for the guest, and writes its data to `room`. Returns `None` if there is
+    /// no packet.
     pub(super) fn next<M: GuestAddressSpace>(
         &mut self,
         queues: &ActiveQueues<'_, M>,
@@ -301,9 +303,9 @@ impl Hub {
                     return Ok(Some(self.header(ports, Op::Data, 0, len)));
                 }
                 Ok(Produced::Shutdown(flags)) => self.push(ports, Op::Shutdown, flags),
-                // An update of the guest makes it ready again.
+                // A credit update of the guest makes the connection ready again.
                 Ok(Produced::NoCredit) => self.push(ports, Op::CreditRequest, 0),
-                // A packet without data takes the buffer, so that the next one's turn comes.
+                // A packet without data uses up the buffer, so that the next buffer can take data.
                 Ok(Produced::NoRoom) => {
                     self.ready.push_back(token);
                     self.push(ports, Op::CreditUpdate, 0);
@@ -319,7 +321,7 @@ impl Hub {
             .by_ports
             .get(&ports)
             .and_then(|token| self.connections.get_mut(token));
-        let (buf_alloc, fwd_cnt) = connection.map_or((0, 0), Connection::tell_credit);
+        let (buf_alloc, fwd_cnt) = connection.map_or((0, 0), Connection::credit_to_send);
         Header {
             src_cid: HOST_CID,
             dst_cid: self.guest_cid,
@@ -353,14 +355,14 @@ impl Hub {
         self.connections.insert(token, connection);
     }
 
-    /// Ends a connection, and tells the guest.
+    /// Closes a connection, and sends a reset to the guest.
     fn reset(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         if let Some(ports) = self.remove(token, registry) {
             self.push(ports, Op::Reset, 0);
         }
     }
 
-    /// Ends a connection: what was to be said about it is not.
+    /// Closes a connection, and discards the packets that are queued for it.
     fn remove(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) -> Option<Ports> {
         let connection = self.connections.remove(&token)?;
         deregister(&connection.stream, registry);
@@ -393,19 +395,20 @@ impl Hub {
     }
 }
 
-/// The guest took a connection that the host asked for. What the host has sent meanwhile is read now.
+/// Handles the guest's acceptance of a connection that the host requested. The stream counts as readable, because the
+/// host may have sent data already.
 fn accepted(connection: &mut Connection) -> Result<(), Broken> {
     connection.requested = false;
     connection.readable = true;
     let line = format!("OK {}\n", connection.ports.host);
-    // A stream on which nothing was written yet has room for a line.
+    // Nothing was written to the stream before, so it has room for a line.
     connection
         .stream
         .write_all(line.as_bytes())
         .map_err(|_| Broken)
 }
 
-/// It is registered, so removing it fails only if epoll itself is gone.
+/// Removes a stream from the event loop. The stream is registered, so the call fails only if epoll itself fails.
 fn deregister(stream: &UnixStream, registry: &mut EventRegistry<'_, '_>) {
     let _gone = registry.remove(&stream.as_raw_fd());
 }

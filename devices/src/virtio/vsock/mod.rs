@@ -1,5 +1,5 @@
-//! The socket device (virtio 1.2, 5.10), whose host side is Unix sockets: stream connections in both
-//! directions, each half closed by itself, with credit both ways.
+//! Socket device (virtio 1.2, 5.10) whose host side are Unix sockets. It supports stream connections in both
+//! directions, separate shutdown of each half, and credit-based flow control.
 
 mod connection;
 mod host;
@@ -35,34 +35,36 @@ use spec::{
 
 pub use state::VsockSnapshot;
 
-/// Bytes of `sun_path` without the zero at its end (unix(7)).
+/// Maximum length of a socket path: `sun_path` without its terminating zero (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
 const LISTENER: Token = 0;
-/// Packets to the guest that one turn brings; then others get theirs.
+/// Maximum number of packets to the guest that one wake-up of the worker delivers, before it looks at its other events.
 const PACKETS_PER_WAKEUP: u32 = 256;
 
-/// A socket device.
+/// Configuration of a socket device.
 #[derive(Clone, Debug)]
 pub struct VsockConfig {
-    /// The guest's address: 3 or more, below 2^32 - 1.
+    /// Address (CID) of the guest: from 3 to 2^32 - 2.
     pub guest_cid: u64,
-    /// Where the host asks for connections to the guest; for those to port N of the host, somebody listens
-    /// on this path with `_N` behind it.
+    /// Path of the socket on which the host requests connections to the guest. For connections from the guest to port
+    /// N, a process listens on this path with `_N` appended.
     pub path: PathBuf,
 }
 
-/// Why a socket device could not be made.
+/// Reason for which a socket device could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum VsockError {
-    /// An address that is reserved.
-    #[error("a guest cannot have the vsock address {0}: from {GUEST_CID_MIN} to 4294967294")]
+    /// The address of the guest is reserved.
+    #[error(
+        "{0} cannot be the vsock address of a guest, which is from {GUEST_CID_MIN} to 4294967294"
+    )]
     Cid(u64),
-    /// The socket of the host's side.
+    /// The listening socket could not be created.
     #[error("{}: {source}{}", .path.display(), socket_hint(.path, .source))]
     Socket {
-        /// Where it was to be.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
 }
@@ -71,7 +73,7 @@ fn socket_hint(path: &Path, error: &io::Error) -> String {
     let bytes = path.as_os_str().len();
     if bytes > SOCKET_PATH_MAX {
         return format!(
-            "; a socket's path has at most {SOCKET_PATH_MAX} bytes, this one has {bytes}"
+            "; the path of a socket has at most {SOCKET_PATH_MAX} bytes, but this one has {bytes}"
         );
     }
     if error.kind() != io::ErrorKind::AddrInUse {
@@ -79,13 +81,13 @@ fn socket_hint(path: &Path, error: &io::Error) -> String {
     }
     let is_socket = |metadata: Metadata| metadata.file_type().is_socket();
     match std::fs::symlink_metadata(path).map(is_socket) {
-        Ok(false) => "; there is something else at this path: choose another, or remove it",
-        _ => "; another guest has it, or one that was killed has left it: remove it then",
+        Ok(false) => "; another file exists at this path: choose another path, or remove the file",
+        _ => "; another guest uses the socket, or a guest that was killed has left it behind: then remove it",
     }
     .into()
 }
 
-/// The guest's address, which is all of the configuration space (5.10.4).
+/// Configuration space, which consists of the guest's address (virtio 1.2, 5.10.4).
 struct Config(AtomicU64);
 
 impl ConfigSpace for Config {
@@ -115,22 +117,23 @@ impl Counters for VsockCounters {
     }
 }
 
-/// A socket device.
+/// Socket device.
 pub struct Vsock {
     hub: Hub,
     config: Arc<Config>,
     counters: Arc<VsockCounters>,
-    /// The guest came from elsewhere, and does not know yet that its connections are gone.
-    tell_reset: bool,
-    /// The guest's packets wait until it has taken what is for it.
+    /// The guest was restored here, and does not know yet that its connections are closed.
+    announce_reset: bool,
+    /// No packet is taken from the guest until it has received packets that wait for it.
     held: bool,
 }
 
 impl Vsock {
-    /// The device that `config` describes, with its socket, whose file is removed at the end.
+    /// Creates the socket device that `config` describes, and its listening socket. Dropping the device removes the
+    /// socket's file.
     ///
     /// # Errors
-    /// See [`VsockError`].
+    /// Returns [`VsockError`] if the guest's address is reserved, or the socket cannot be created.
     pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
         let cid = config.guest_cid;
         if !is_guest_cid(cid) {
@@ -144,12 +147,12 @@ impl Vsock {
             hub: Hub::new(socket, cid),
             config: Arc::new(Config(AtomicU64::new(cid))),
             counters: Arc::default(),
-            tell_reset: false,
+            announce_reset: false,
             held: false,
         })
     }
 
-    /// Takes packets of the guest, as long as it takes those for it.
+    /// Handles packets from the guest, until too many packets wait for the guest.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
@@ -167,7 +170,7 @@ impl Vsock {
         })
     }
 
-    /// Brings packets to the guest.
+    /// Delivers packets to the guest.
     fn receive<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
@@ -187,7 +190,7 @@ impl Vsock {
             if !chain.readable.is_empty() || head.len() < HEADER_BYTES as u64 {
                 return Err(QueueError::Request {
                     head: chain.head,
-                    what: "a buffer for packets is writable memory, with room for a header",
+                    what: "a buffer for packets must be writable memory only, with room for a header",
                 }
                 .into());
             }
@@ -220,23 +223,23 @@ impl Vsock {
         Ok(queues.signal(RECEIVE)?)
     }
 
-    /// Says that all connections are gone (5.10.6.7), when the guest has room for it.
-    fn tell_reset<M: GuestAddressSpace>(
+    /// Tells the guest that all connections are closed (virtio 1.2, 5.10.6.7), if it has a buffer for events.
+    fn announce_reset<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
         queues.drain(EVENTS, |queues, mut chain| {
-            if !self.tell_reset {
+            if !self.announce_reset {
                 return Ok(Completion::Deferred);
             }
             if chain.writable.len() < TRANSPORT_RESET.len() as u64 {
                 return Err(QueueError::Request {
                     head: chain.head,
-                    what: "an event is 4 bytes of writable memory",
+                    what: "a buffer for events must have 4 bytes of writable memory",
                 }
                 .into());
             }
-            self.tell_reset = false;
+            self.announce_reset = false;
             let written = queues.write(&mut chain.writable, &TRANSPORT_RESET)?;
             Ok(Completion::used(written))
         })
@@ -247,7 +250,7 @@ fn is_guest_cid(cid: u64) -> bool {
     (GUEST_CID_MIN..u64::from(u32::MAX)).contains(&cid)
 }
 
-/// A packet of the guest: its header, and where its data is.
+/// Returns the header of a packet from the guest, and its data.
 fn packet<M: GuestAddressSpace>(
     queues: &ActiveQueues<'_, M>,
     mut chain: Chain,
@@ -260,13 +263,13 @@ fn packet<M: GuestAddressSpace>(
     let read = queues.read(&mut chain.readable, &mut bytes)?;
     if read < HEADER_BYTES || !chain.writable.is_empty() {
         return Err(malformed(
-            "a packet to send is readable memory, with a header",
+            "a packet to send must be in readable memory only, and have a header",
         ));
     }
     let header = Header::decode(&bytes);
     let data = chain.readable.take(header.len.into());
     if data.len() < u64::from(header.len) {
-        return Err(malformed("a packet shorter than its header says"));
+        return Err(malformed("the packet is shorter than its header says"));
     }
     Ok((header, data))
 }
@@ -283,7 +286,7 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
     }
 
     fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
-        // By edges: a host whose connection cannot be taken must not wake the worker again and again.
+        // Edge-triggered: a connection that cannot be accepted must not wake the worker again and again.
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         registry.add(&self.hub.socket.listener.as_raw_fd(), LISTENER, events)
     }
@@ -293,7 +296,7 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
         mut queues: ActiveQueues<'_, M>,
         registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.tell_reset(&mut queues)?;
+        self.announce_reset(&mut queues)?;
         self.receive(&mut queues, registry)
     }
 
@@ -305,7 +308,7 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
     ) -> Result<(), DeviceError> {
         match queue {
             TRANSMIT => self.transmit(&mut queues, registry)?,
-            EVENTS => self.tell_reset(&mut queues)?,
+            EVENTS => self.announce_reset(&mut queues)?,
             _ => {}
         }
         self.receive(&mut queues, registry)
@@ -330,7 +333,7 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
 
     fn reset(&mut self, registry: &mut EventRegistry<'_, '_>) {
         self.hub.clear(registry);
-        self.tell_reset = false;
+        self.announce_reset = false;
         self.held = false;
     }
 
@@ -345,12 +348,15 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
         if !is_guest_cid(state.guest_cid) {
             return Err(DeviceStateError::Mismatch {
                 device: "vsock",
-                what: format!("{} is no address of a guest", state.guest_cid),
+                what: format!(
+                    "guest_cid is {}, which cannot be the address of a guest",
+                    state.guest_cid
+                ),
             });
         }
         self.hub.guest_cid = state.guest_cid;
         self.config.0.store(state.guest_cid, Ordering::SeqCst);
-        self.tell_reset = true;
+        self.announce_reset = true;
         Ok(())
     }
 }

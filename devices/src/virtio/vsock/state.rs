@@ -1,15 +1,15 @@
-//! The state of a socket device.
+//! Saved state of a socket device.
 
 use minicbor::{Decode, Encode};
 
 use crate::SavedState;
 
-/// What a socket device is to its guest. Connections end where the guest leaves: they are between it and a
-/// process of that host. The guest is told by a transport reset.
+/// Saved state of a socket device. Connections are not saved, because their other ends are processes of the host. After
+/// a restore, the guest is told by a transport reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct VsockSnapshot {
-    /// The guest's address.
+    /// Address (CID) of the guest.
     #[n(0)]
     pub guest_cid: u64,
 }

@@ -1,5 +1,5 @@
-//! A back end for the tests, in threads of this process. It speaks vhost-user in bare messages, so that it shares
-//! nothing with what is tested, and can be made to misbehave at any request.
+//! Back end for the tests, in a thread of this process. It implements the vhost-user messages by itself, so that it
+//! shares no code with the front end, and can misbehave at any request.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +22,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::SECTORS;
 
-/// Requests, by their numbers in the specification.
+/// Numbers of requests in the specification.
 pub(super) const GET_FEATURES: u32 = 1;
 pub(super) const SET_FEATURES: u32 = 2;
 pub(super) const SET_MEM_TABLE: u32 = 5;
@@ -42,37 +42,38 @@ pub(super) const SET_CONFIG: u32 = 25;
 const NEED_REPLY: u32 = 8;
 const REPLY: u32 = 4 | 1;
 pub(super) const LOG_ALL: u64 = 1 << 26;
-/// VERSION_1, PROTOCOL_FEATURES, LOG_ALL, EVENT_IDX; FLUSH, CONFIG_WCE and MQ, which is not passed on.
+/// VERSION_1, PROTOCOL_FEATURES, LOG_ALL, EVENT_IDX, FLUSH, CONFIG_WCE, and MQ, which the front end does not offer to
+/// the driver.
 pub(super) const FEATURES: u64 = 1 << 32 | 1 << 30 | LOG_ALL | 1 << 29 | 1 << 9 | 1 << 11 | 1 << 12;
-/// The protocol feature by which each message can be answered.
+/// VHOST_USER_PROTOCOL_F_REPLY_ACK.
 pub(super) const REPLY_ACK: u64 = 1 << 3;
 /// CONFIG, REPLY_ACK, LOG_SHMFD, MQ.
 pub(super) const PROTOCOL: u64 = 1 << 9 | REPLY_ACK | 1 << 1 | 1;
 
-/// What it does at a request instead of what it should.
+/// Reaction to a request instead of the correct one.
 #[derive(Clone, Debug)]
 pub(super) enum Reaction {
-    /// It says nothing.
+    /// The back end does not reply.
     Silent,
-    /// It closes the connection.
+    /// The back end closes the connection.
     Close,
-    /// It answers with this number.
+    /// The back end replies with this number.
     Answer(u64),
-    /// It answers with these bytes.
+    /// The back end sends these bytes.
     Bytes(Vec<u8>),
 }
 
-/// What a back end is and does.
+/// Features and behavior of a back end.
 #[derive(Clone, Debug)]
 pub(super) struct Behavior {
     pub(super) features: u64,
     pub(super) protocol: u64,
     pub(super) reactions: BTreeMap<u32, Reaction>,
-    /// Bytes in its answer to SET_LOG_BASE: 0 as DPDK, 8 as libvhost-user, 16 as rust-vmm.
+    /// Size of the reply to SET_LOG_BASE: 0 for DPDK, 8 for libvhost-user, 16 for rust-vmm.
     pub(super) log_answer: usize,
-    /// It takes requests and does not end them.
+    /// Requests are popped but never completed.
     pub(super) keeps_requests: bool,
-    /// Its queue has a thread of its own, which works on for a while when it is told to log.
+    /// The queue is served for a while after the request to log, before logging starts, as by a thread of its own.
     pub(super) logs_late: bool,
 }
 
@@ -97,23 +98,23 @@ impl Behavior {
     }
 }
 
-/// What all its connections share.
+/// State that all connections of a back end share.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// Requests with their bodies, in order.
+    /// Received requests with their payloads, in order.
     pub(super) requests: Vec<(u32, Vec<u8>)>,
-    /// Pages that it wrote while it was to log, by its own account.
+    /// Pages that the back end wrote while logging was enabled.
     pub(super) written: BTreeSet<u64>,
     pub(super) disk: Vec<u8>,
     pub(super) connections: usize,
 }
 
-/// A back end that listens until it is dropped.
+/// Back end that accepts connections until it is dropped.
 pub(super) struct BackEnd {
     folder: tempfile::TempDir,
     pub(super) seen: Arc<Mutex<Seen>>,
     pub(super) behavior: Arc<Mutex<Behavior>>,
-    /// Dropped first: then it ends.
+    /// Closing the pipe ends the thread.
     stop: Option<PipeWriter>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -153,7 +154,7 @@ impl BackEnd {
         self.seen.lock().unwrap()
     }
 
-    /// The bodies of all requests of this number.
+    /// Returns the payloads of all requests with this number.
     pub(super) fn bodies(&self, request: u32) -> Vec<Vec<u8>> {
         let seen = self.seen();
         let those = seen
@@ -163,7 +164,7 @@ impl BackEnd {
         those.map(|(_, body)| body.clone()).collect()
     }
 
-    /// Ends, as by SIGKILL.
+    /// Ends the back end, as SIGKILL would.
     pub(super) fn kill(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
@@ -178,7 +179,7 @@ impl Drop for BackEnd {
     }
 }
 
-/// Waits until one of `what` can be read. False when the back end is to end.
+/// Waits until one of `what` is readable. Returns false if the back end has to end.
 fn wait(what: &[&dyn std::os::fd::AsFd], told: &PipeReader) -> bool {
     let mut watched: Vec<_> = what
         .iter()
@@ -276,7 +277,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Reads one message and answers it. False at the end of the connection.
+    /// Reads one message and replies to it. Returns false at the end of the connection.
     fn message(&mut self) -> bool {
         let mut head = [0; 12];
         let (bytes, file) = match self.socket.recv_with_fd(&mut head) {
@@ -357,7 +358,7 @@ impl<'a> Connection<'a> {
         None
     }
 
-    /// All regions of the tests' memory are of one file.
+    /// Maps guest memory. All regions of the tests' memory are in one file.
     fn map(&mut self, body: &[u8], file: File) {
         let file = Arc::new(file);
         let mut mapped = Vec::new();
@@ -402,7 +403,7 @@ impl<'a> Connection<'a> {
         self.ring.next_used = index;
     }
 
-    /// Serves the queue for a fifth of a second longer, as it did.
+    /// Serves the queue with the old features for 200 ms.
     fn work_on(&mut self) {
         for _ in 0..100 {
             thread::sleep(Duration::from_millis(2));
@@ -414,14 +415,14 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// A disk that knows reads (0), writes (1) and nothing else.
+    /// Serves the queue as a disk that supports reads (0) and writes (1) only.
     fn work(&mut self) {
         self.ring.event_idx_enabled = self.features & 1 << 29 != 0;
         let mut queue = Queue::try_from(self.ring).unwrap();
         let memory = self.memory.clone();
         loop {
             queue.disable_notification(&memory).unwrap();
-            // A ring that is broken is left alone, as by libvhost-user.
+            // Like libvhost-user, the back end ignores a broken ring.
             let Ok(chains) = queue.iter(&memory).map(Iterator::collect::<Vec<_>>) else {
                 return;
             };
@@ -475,7 +476,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Logs a write byte by byte of the bitmap, and keeps its own account of it.
+    /// Sets bits of the log byte by byte, and records the pages in `written`.
     fn wrote(&self, start: u64, bytes: u64) {
         let Some(log) = self.log.as_ref().filter(|_| self.features & LOG_ALL != 0) else {
             return;

@@ -1,4 +1,4 @@
-//! Back ends that are not there, do not behave, or go away.
+//! Back ends that are not running, misbehave, or end.
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{Receiver, channel};
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::*;
 
-/// Has the reasons for which back ends are lost sent here.
+/// Registers a callback that sends the reasons for which the back end is lost.
 fn losses(disk: &VhostUser<Memory>) -> Receiver<String> {
     let (tell, losses) = channel();
     disk.on_loss(move |why| tell.send(why.to_owned()).unwrap());
@@ -45,7 +45,7 @@ fn a_back_end_that_is_not_there_or_is_none_is_named() {
         "{absent}"
     );
     let listener = UnixListener::bind(&socket).unwrap();
-    assert!(error(memory()).contains("leave it shared"));
+    assert!(error(memory()).contains("use shared guest memory"));
     drop(listener);
     let nobody = error(shared_memory());
     assert!(
@@ -82,15 +82,11 @@ fn a_back_end_that_lacks_what_a_disk_needs_is_refused() {
 fn a_back_end_that_answers_nonsense_is_refused() {
     let text = b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec();
     for (request, reaction, why) in [
-        (
-            GET_FEATURES,
-            Reaction::Bytes(text.clone()),
-            "makes no sense",
-        ),
+        (GET_FEATURES, Reaction::Bytes(text.clone()), "invalid reply"),
         (
             GET_PROTOCOL_FEATURES,
             Reaction::Bytes(text),
-            "makes no sense",
+            "invalid reply",
         ),
         (GET_FEATURES, Reaction::Close, "closed the connection"),
         (
@@ -99,7 +95,7 @@ fn a_back_end_that_answers_nonsense_is_refused() {
             "closed the connection",
         ),
         (GET_CONFIG, Reaction::Close, "closed the connection"),
-        // The answer of libvhost-user when it has no such space: a head alone.
+        // Reply of libvhost-user if it has no configuration space: a header without payload.
         (
             GET_CONFIG,
             Reaction::Bytes(
@@ -123,7 +119,7 @@ fn a_failed_start_has_the_driver_told() {
         (
             SET_FEATURES,
             Reaction::Answer(1),
-            "refused (choosing features)",
+            "refused (setting features)",
         ),
         (
             SET_MEM_TABLE,
@@ -138,12 +134,12 @@ fn a_failed_start_has_the_driver_told() {
         (
             SET_VRING_KICK,
             Reaction::Bytes(vec![7; 20]),
-            "makes no sense (starting a queue)",
+            "invalid reply (starting a queue)",
         ),
         (
             SET_VRING_ENABLE,
             Reaction::Silent,
-            "no answer within 5 s (starting a queue)",
+            "no answer within 5 s (starting a queue;",
         ),
         (
             SET_VRING_CALL,
@@ -161,10 +157,10 @@ fn a_failed_start_has_the_driver_told() {
         let error = losses.recv().unwrap();
         assert!(error.contains(why), "{request}: {error}");
         assert_eq!(
-            disk.is_there().unwrap_err().to_string(),
+            disk.check_connected().unwrap_err().to_string(),
             format!("the back end is gone: {error}")
         );
-        // A reset, and a back end that does better.
+        // After a reset, the driver can use a back end that works.
         back_end.behavior.lock().unwrap().reactions.clear();
         driver.start(0);
         write_sector(&mut driver, 5, 5);
@@ -190,8 +186,8 @@ fn rings_outside_of_memory_never_reach_the_back_end() {
         driver.set(0x70, RUNNING);
         driver.wait_needs_reset();
         assert!(back_end.bodies(SET_VRING_ADDR).is_empty());
-        // That was the driver's fault: the back end is there for the next one.
-        disk.is_there().unwrap();
+        // The driver caused the failure, so the back end is still connected.
+        disk.check_connected().unwrap();
         driver.start(0);
         write_sector(&mut driver, 5, 5);
     }
@@ -221,7 +217,7 @@ fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
     driver.notify(0);
     driver.set(0x70, 0);
     assert!(began.elapsed() < spec::REPLY_LIMIT);
-    // Nobody is there for the next driver either.
+    // The next driver finds no back end either.
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
@@ -247,7 +243,7 @@ fn a_listener_that_panics_leaves_a_device_that_can_be_paused_and_dropped() {
     driver.device.pause();
     assert!(driver.device.save().unwrap().transport.needs_reset);
     driver.device.resume();
-    disk.is_there().unwrap_err();
+    disk.check_connected().unwrap_err();
     driver.set(0x70, 0);
     assert_eq!(driver.get(0x70), 0);
 }
@@ -257,7 +253,7 @@ fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
     let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
-    // Any message that it does not like.
+    // The back end closes the connection at this message.
     back_end
         .behavior
         .lock()
@@ -277,7 +273,7 @@ fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
     driver.set(0x70, RUNNING);
     driver.wait_needs_reset();
     let why = driver.device.failure().unwrap();
-    assert!(why.contains("another one by now"), "{why}");
+    assert!(why.contains("the back end has changed"), "{why}");
     *back_end.behavior.lock().unwrap() = Behavior::default();
     driver.start(0);
     write_sector(&mut driver, 5, 5);
@@ -310,14 +306,14 @@ fn requests_that_do_not_end_hold_a_pause_up_for_a_while() {
         "{error}"
     );
     assert!(driver.device.save().unwrap().transport.needs_reset);
-    disk.is_there().unwrap_err();
+    disk.check_connected().unwrap_err();
 }
 
 #[test]
 fn a_stop_that_is_answered_with_nonsense_loses_the_back_end() {
     for (answer, why) in [
-        (0x0001_0000_0000_0000, "no index of a split queue"),
-        (1000 << 32, "1000 entries from the last one"),
+        (0x0001_0000_0000_0000, "not an index of a split queue"),
+        (1000 << 32, "1000 entries ahead"),
     ] {
         let back_end = BackEnd::start(Behavior::with(GET_VRING_BASE, Reaction::Answer(answer)));
         let (mut driver, disk) = guest(&back_end);
@@ -326,7 +322,7 @@ fn a_stop_that_is_answered_with_nonsense_loses_the_back_end() {
         driver.device.pause();
         let error = losses.recv().unwrap();
         assert!(error.contains(why), "{error}");
-        disk.is_there().unwrap_err();
+        disk.check_connected().unwrap_err();
     }
 }
 
@@ -356,7 +352,7 @@ fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
     }
 }
 
-/// A back end without acknowledgements may still be switching when it has been told.
+/// A back end without REPLY_ACK may still be handling the request to log when the front end has sent it.
 #[test]
 fn whatever_is_written_once_the_log_has_begun_is_in_it() {
     for protocol in [PROTOCOL, PROTOCOL & !REPLY_ACK] {
@@ -374,13 +370,13 @@ fn whatever_is_written_once_the_log_has_begun_is_in_it() {
     }
 }
 
-/// A vCPU is stopped between making a request available and notifying of it.
+/// A vCPU may be stopped after it made a request available and before it notified the queue.
 #[test]
 fn a_pause_ends_requests_that_nobody_was_notified_of() {
     let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
-    // It has heard of all that it was notified of at its start.
+    // After this request, the back end has handled the notifications of its start.
     write_sector(&mut driver, 1, 1);
     header(&driver, 1, 1);
     let parts = [
@@ -390,11 +386,11 @@ fn a_pause_ends_requests_that_nobody_was_notified_of() {
     ];
     let head = driver.add(0, &parts);
     driver.device.pause();
-    disk.is_there().unwrap();
+    disk.check_connected().unwrap();
     assert_eq!(driver.used(0), Some((head, 1)));
 }
 
-/// What is no request is not waited for.
+/// An invalid available index does not count as a request.
 #[test]
 fn an_index_far_ahead_holds_up_no_pause() {
     let back_end = BackEnd::start(Behavior {
@@ -405,7 +401,7 @@ fn an_index_far_ahead_holds_up_no_pause() {
     driver.start(0);
     driver.set_available_index(0, 1000);
     driver.device.pause();
-    disk.is_there().unwrap();
+    disk.check_connected().unwrap();
 }
 
 #[test]
@@ -418,7 +414,7 @@ fn a_guest_is_not_taken_by_a_back_end_that_cannot_have_its_memory() {
         driver.device.pause();
         let other = BackEnd::start(Behavior::with(refused, Reaction::Close));
         let (_driver, disk) = moved(driver, &other);
-        disk.is_there().unwrap_err();
+        disk.check_connected().unwrap_err();
     }
 }
 
@@ -431,7 +427,7 @@ fn why_a_back_end_was_lost_is_known_after_a_reset() {
     driver.set(0x70, RUNNING);
     driver.wait_needs_reset();
     driver.set(0x70, 0);
-    let error = disk.is_there().unwrap_err().to_string();
+    let error = disk.check_connected().unwrap_err().to_string();
     assert!(error.contains("closed the connection"), "{error}");
 }
 
@@ -447,11 +443,11 @@ fn a_log_that_is_answered_with_nonsense_loses_the_back_end() {
         (Reaction::Bytes(too_long), "1073741824 bytes"),
         (
             Reaction::Close,
-            "closed the connection (handing over the log)",
+            "closed the connection (sharing the dirty log)",
         ),
         (
             Reaction::Silent,
-            "no answer within 5 s (handing over the log)",
+            "no answer within 5 s (sharing the dirty log;",
         ),
     ] {
         let back_end = BackEnd::start(Behavior::with(SET_LOG_BASE, reaction));
