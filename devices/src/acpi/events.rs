@@ -192,7 +192,10 @@ mod tests {
         assert_eq!(take(&mut restored), GenericEvent::PowerButton as u32);
         let other = interrupt.try_clone().unwrap();
         drop(GenericEvents::restore(restored.save(), other).unwrap());
-        assert!(interrupt.read().is_err(), "nothing waits, nothing is told");
+        assert!(
+            interrupt.read().is_err(),
+            "an interrupt without a pending event"
+        );
     }
 
     #[test]

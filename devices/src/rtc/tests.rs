@@ -89,7 +89,11 @@ fn a_time_that_was_set_runs_on() {
         set(&mut rtc, index, value);
     }
     hand.advance(5_000_000);
-    assert_eq!(time(&mut rtc)[..7], wanted, "it stands while it is set");
+    assert_eq!(
+        time(&mut rtc)[..7],
+        wanted,
+        "the clock stops while SET is 1"
+    );
     set(&mut rtc, 0xb, B_24_HOURS);
     assert_eq!(time(&mut rtc)[..7], wanted);
     hand.advance(1_000_000);
@@ -107,11 +111,11 @@ fn an_update_is_announced_and_told() {
     assert_eq!(get(&mut rtc, 0xc), 0);
     hand.advance(1);
     assert_eq!(get(&mut rtc, 0xa), A_RESET | A_UPDATE_IN_PROGRESS);
-    assert_eq!(get(&mut rtc, 0), 0x58, "not over yet");
+    assert_eq!(get(&mut rtc, 0), 0x58, "the second has not ended");
     hand.advance(244);
     assert_eq!((get(&mut rtc, 0xa), get(&mut rtc, 0)), (A_RESET, 0x59));
     assert_eq!(get(&mut rtc, 0xc), C_UPDATE_ENDED);
-    assert_eq!(get(&mut rtc, 0xc), 0, "told once");
+    assert_eq!(get(&mut rtc, 0xc), 0, "the flag is cleared by a read");
 }
 
 #[test]
@@ -120,7 +124,11 @@ fn registers_keep_what_a_guest_may_write_and_nothing_else() {
     set(&mut rtc, 0xa, 0xff);
     assert_eq!(get(&mut rtc, 0xa), 0x7f);
     set(&mut rtc, 0xb, 0x7f);
-    assert_eq!(get(&mut rtc, 0xb), 0x07, "no interrupts");
+    assert_eq!(
+        get(&mut rtc, 0xb),
+        0x07,
+        "the interrupt enable bits read as 0"
+    );
     set(&mut rtc, 0xc, 0xff);
     set(&mut rtc, 0xd, 0);
     assert_eq!((get(&mut rtc, 0xc), get(&mut rtc, 0xd)), (0, D_VALID));

@@ -109,6 +109,8 @@ pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
 ///
 /// [`Self::identity`] and [`Self::register`] are called when the device is created. All other methods are called on its
 /// worker thread, or while the worker is paused.
+///
+/// If a method panics on the worker thread, the thread ends and the device needs a reset, which cannot succeed any more.
 pub trait Device<M: GuestAddressSpace>: Send {
     /// Returns the fixed properties of the device.
     fn identity(&self) -> Identity;

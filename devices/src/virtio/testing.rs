@@ -222,7 +222,10 @@ impl Driver {
 
     /// Takes the driver to DRIVER_OK, with queues of 16 entries.
     pub(crate) fn start(&mut self, features: u64) {
-        assert!(self.negotiate(features | VERSION_1), "features refused");
+        assert!(
+            self.negotiate(features | VERSION_1),
+            "the device did not accept the features"
+        );
         self.rings.clear();
         for index in 0..self.device.notifiers().len() {
             self.set_up_queue(index, 16);
@@ -367,7 +370,10 @@ impl Driver {
         while self.get(0x70) & NEEDS_RESET == 0 || self.get(0x60) & 2 == 0 {
             self.wait_line(deadline);
         }
-        let why = self.device.failure().expect("no reason for the reset");
+        let why = self
+            .device
+            .failure()
+            .expect("the device does not say why it needs a reset");
         assert!(!why.is_empty());
     }
 
@@ -375,7 +381,7 @@ impl Driver {
     pub(crate) fn wait_until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !condition(self) {
-            assert!(Instant::now() < deadline, "{what} did not come");
+            assert!(Instant::now() < deadline, "{what} did not happen in time");
             std::thread::sleep(Duration::from_millis(1));
         }
     }

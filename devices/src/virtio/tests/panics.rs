@@ -136,7 +136,7 @@ fn a_panic_needs_a_reset_and_is_reported_once() {
         driver.wait_needs_reset();
         assert_eq!(driver.device.failure(), Some(why));
         drop(driver);
-        assert!(losses.try_recv().is_err(), "reported twice");
+        assert!(losses.try_recv().is_err(), "the panic was reported twice");
     }
 }
 

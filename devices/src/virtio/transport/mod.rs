@@ -23,7 +23,7 @@ use registers::KNOWN_STATUS;
 #[derive(Debug, thiserror::Error)]
 pub enum VirtioError {
     /// The worker thread, or a descriptor that it needs, could not be created.
-    #[error("{name}: {source}")]
+    #[error("{name}: cannot start the worker thread: {source}")]
     Thread {
         /// Name of the device.
         name: String,
@@ -31,7 +31,7 @@ pub enum VirtioError {
         source: io::Error,
     },
     /// The device model rejected its saved state.
-    #[error("{name}: {source}")]
+    #[error("{name}: cannot restore: {source}")]
     Device {
         /// Name of the device.
         name: String,
@@ -39,7 +39,7 @@ pub enum VirtioError {
         source: DeviceStateError,
     },
     /// The saved registers are invalid, or do not match the device.
-    #[error("{name}: state: {what}")]
+    #[error("{name}: cannot restore: {what}")]
     Transport {
         /// Name of the device.
         name: String,
@@ -47,7 +47,7 @@ pub enum VirtioError {
         what: String,
     },
     /// The saved queues are invalid.
-    #[error("{name}: state: {source}")]
+    #[error("{name}: cannot restore: {source}")]
     Queue {
         /// Name of the device.
         name: String,
@@ -67,6 +67,7 @@ pub enum VirtioError {
     },
 }
 
+/// Registers that the driver writes, except those of the queues.
 #[derive(Clone, Copy, Debug, Default)]
 struct Registers {
     status: u32,

@@ -382,7 +382,7 @@ impl<'a> Connection<'a> {
             .regions
             .iter()
             .find(inside)
-            .expect("an address of a region");
+            .expect("the address is not in the memory table");
         user - region.user + region.guest
     }
 

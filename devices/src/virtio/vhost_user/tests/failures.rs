@@ -17,7 +17,10 @@ fn refusal(behavior: Behavior) -> String {
     let back_end = BackEnd::start(behavior);
     let (interrupt, _line) = interrupt();
     let refused = try_connect(&back_end, &shared_memory(), &interrupt);
-    let error = refused.err().expect("it was taken").to_string();
+    let error = refused
+        .err()
+        .expect("the back end was accepted")
+        .to_string();
     assert!(
         error.starts_with(&back_end.socket().display().to_string()),
         "{error}"
@@ -222,7 +225,7 @@ fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
     driver.wait_needs_reset();
-    assert!(losses.try_recv().is_err(), "it was lost once");
+    assert!(losses.try_recv().is_err(), "the loss was reported twice");
 }
 
 /// The callback runs on the thread that supervises the connection, and must not take the device down with it.

@@ -233,7 +233,7 @@ fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
         let (mut driver, disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
         read_sector(&mut driver, 1, DATA);
-        assert!(taken(&disk).is_empty(), "there is no log yet");
+        assert!(taken(&disk).is_empty(), "logging is not enabled");
         disk.can_log().unwrap();
         disk.start_log().unwrap();
         for round in 0..20 {

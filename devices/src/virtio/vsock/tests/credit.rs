@@ -58,7 +58,7 @@ fn a_host_that_does_not_read_holds_the_guest_back() {
             assert_eq!(header.op, Op::CreditUpdate);
             forwarded = Some(header.fwd_cnt);
         }
-        forwarded.expect("no answer")
+        forwarded.expect("no credit update")
     };
     // Sends until the credit is used up, which fills the socket's buffer and the device's buffer.
     let mut sent: u32 = 0;
