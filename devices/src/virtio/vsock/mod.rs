@@ -56,7 +56,7 @@ pub struct VsockConfig {
 pub enum VsockError {
     /// The address of the guest is reserved.
     #[error(
-        "{0} cannot be the vsock address of a guest, which is from {GUEST_CID_MIN} to 4294967294"
+        "the vsock address {0} is reserved: that of a guest is from {GUEST_CID_MIN} to 4294967294"
     )]
     Cid(u64),
     /// The listening socket could not be created.
@@ -81,7 +81,7 @@ fn socket_hint(path: &Path, error: &io::Error) -> String {
     }
     let is_socket = |metadata: Metadata| metadata.file_type().is_socket();
     match std::fs::symlink_metadata(path).map(is_socket) {
-        Ok(false) => "; another file exists at this path: choose another path, or remove the file",
+        Ok(false) => "; something else exists at this path: choose another path, or remove it",
         _ => "; another guest uses the socket, or a guest that was killed has left it behind: then remove it",
     }
     .into()

@@ -217,7 +217,7 @@ fn a_device_that_cannot_be_says_why() {
     assert!(!path.exists());
     std::fs::write(&path, "no socket").unwrap();
     let error = Vsock::new(config).err().unwrap().to_string();
-    assert!(error.contains("another file exists"), "{error}");
+    assert!(error.contains("something else exists"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
     let config = VsockConfig {
         guest_cid: CID,
