@@ -201,6 +201,7 @@ impl<S: AddressSpace> Bus<S> {
         self.unclaimed.load(Ordering::Relaxed)
     }
 
+    /// Returns the device that claims an access of `len` bytes at `address`, and the offset within its range.
     fn find(&self, address: S::Address, len: usize) -> Option<(S::Address, &SharedBusDevice<S>)> {
         let len = u64::try_from(len).ok()?;
         self.devices

@@ -32,6 +32,7 @@ pub struct RateLimit {
 /// nanosecond.
 const NANO: i128 = 1_000_000_000;
 
+/// Token bucket for bytes or operations.
 #[derive(Debug)]
 struct Bucket {
     rate: Rate,
@@ -53,6 +54,7 @@ impl Bucket {
         }
     }
 
+    /// Adds the tokens that the bucket has gained since the last call.
     fn fill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.filled).as_nanos();
         let elapsed = i128::try_from(elapsed).unwrap_or(i128::MAX);
@@ -77,6 +79,7 @@ impl Bucket {
     }
 }
 
+/// Both token buckets of a rate limit.
 #[derive(Debug)]
 struct Buckets {
     bytes: Option<Bucket>,
@@ -151,6 +154,7 @@ impl RateLimiter {
         &self.timer
     }
 
+    /// Disarms the timer after it has expired, so that [`Self::admit`] tries again.
     pub(crate) fn timer_ran_out(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.waiting) {
             // The timer is readable, so this does not block.

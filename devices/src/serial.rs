@@ -106,6 +106,7 @@ impl Trigger for InterruptLine {
     }
 }
 
+/// State of the port, behind a lock.
 struct Port {
     uart: Uart<InterruptLine, NoEvents, SerialOutput>,
     /// Input that does not fit into the FIFO yet.

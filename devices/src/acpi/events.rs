@@ -31,6 +31,7 @@ pub enum GenericEvent {
     GenerationChanged = 1 << 1,
 }
 
+/// Bits of all events.
 const ALL: u32 = GenericEvent::PowerButton as u32 | GenericEvent::GenerationChanged as u32;
 
 /// Reason for which the register could not be restored, or an event not be raised.
@@ -109,6 +110,7 @@ impl GenericEvents {
         self.pulse()
     }
 
+    /// Raises the interrupt.
     fn pulse(&self) -> Result<(), EventsError> {
         self.interrupt.write(1).map_err(EventsError::Interrupt)
     }

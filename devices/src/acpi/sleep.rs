@@ -19,6 +19,7 @@ pub const SLEEP_TYPE_OFF: u8 = 5;
 const CONTROL: u16 = 0;
 /// SLP_TYP, bits 2 to 4 of the control register.
 const TYPE_SHIFT: u32 = 2;
+/// Mask of SLP_TYP after the shift.
 const TYPE_MASK: u8 = 7;
 /// SLP_EN: writing 1 enters the sleep state. The bit reads as 0.
 const ENABLE: u8 = 1 << 5;

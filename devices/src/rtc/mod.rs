@@ -38,6 +38,7 @@ const DAY: usize = 7;
 const MONTH: usize = 8;
 const YEAR: usize = 9;
 const CENTURY: usize = RTC_CENTURY as usize;
+/// Registers that hold the time.
 const TIME: [usize; 8] = [SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY];
 
 const REGISTER_A: usize = 0xa;
@@ -47,10 +48,13 @@ const A_UPDATE_IN_PROGRESS: u8 = 1 << 7;
 const A_RESET: u8 = 0x26;
 
 const REGISTER_B: usize = 0xb;
+/// SET: the guest sets the time, and the clock stands still.
 const B_SET: u8 = 1 << 7;
 /// PIE, AIE, UIE and SQWE. No interrupt or square wave is connected.
 const B_INTERRUPTS: u8 = 0x78;
+/// DM: values are binary instead of BCD.
 const B_BINARY: u8 = 1 << 2;
+/// 24/12: hours are 0 to 23.
 const B_24_HOURS: u8 = 1 << 1;
 
 const REGISTER_C: usize = 0xc;
@@ -189,20 +193,24 @@ impl Rtc {
         self.host_us().saturating_add(self.offset_us)
     }
 
+    /// Returns the time of the guest's clock, in seconds since 1970.
     fn second(&self) -> i64 {
         self.now_us().div_euclid(MICROSECONDS)
     }
 
+    /// Returns the time of the host's clock, in microseconds since 1970.
     fn host_us(&self) -> i64 {
         // A host clock before 1970 counts as 1970.
         let since = (self.host)().duration_since(UNIX_EPOCH).unwrap_or_default();
         i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
     }
 
+    /// Returns whether a bit of register B is set.
     fn is_set(&self, bit_of_b: u8) -> bool {
         self.cmos[REGISTER_B] & bit_of_b != 0
     }
 
+    /// Handles a read of the data port.
     fn read_byte(&mut self) -> u8 {
         let index = usize::from(self.index);
         match index {
@@ -218,6 +226,7 @@ impl Rtc {
         }
     }
 
+    /// Handles a write to the data port.
     fn write_byte(&mut self, value: u8) {
         let index = usize::from(self.index);
         match index {
@@ -245,6 +254,7 @@ impl Rtc {
         }
     }
 
+    /// Returns the bit of register A for an update that is about to begin.
     fn update_in_progress(&self) -> u8 {
         let into_second = self.now_us().rem_euclid(MICROSECONDS);
         match !self.is_set(B_SET) && into_second >= MICROSECONDS - UPDATE_WARNING {
@@ -253,6 +263,7 @@ impl Rtc {
         }
     }
 
+    /// Returns the bit of register C for an update since the last call.
     fn take_update_ended(&mut self) -> u8 {
         let second = self.second();
         if self.is_set(B_SET) || second == self.update_seen_s {
@@ -309,6 +320,7 @@ impl Rtc {
         }
     }
 
+    /// Decodes a register from BCD or binary as register B says.
     fn decode(&self, value: u8) -> i64 {
         let value = i64::from(value);
         match self.is_set(B_BINARY) {

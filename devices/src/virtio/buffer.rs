@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::queue::QueueError;
 
+/// Contiguous guest-physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
     address: u64,

@@ -80,6 +80,7 @@ impl ConsoleInput {
     }
 }
 
+/// Counters of a console.
 #[derive(Default)]
 struct ConsoleCounters {
     lost: AtomicU64,
@@ -116,6 +117,7 @@ impl Console {
         Ok((console, ConsoleInput { shared }))
     }
 
+    /// Writes the guest's output to the sink.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
@@ -136,6 +138,7 @@ impl Console {
         })
     }
 
+    /// Delivers input to the guest.
     fn receive<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,

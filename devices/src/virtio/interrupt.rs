@@ -134,6 +134,7 @@ impl Interrupt {
         }
     }
 
+    /// Sets the bits of `cause` and signals the line, unless the driver has not set DRIVER_OK yet.
     fn raise(&self, cause: u32) {
         if !self.inner.driver_ready.load(Ordering::SeqCst) {
             return;

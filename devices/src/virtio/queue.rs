@@ -116,6 +116,7 @@ pub struct QueueSnapshot {
 }
 
 impl QueueSnapshot {
+    /// Returns whether the size is a power of two and at most the maximum.
     pub(super) fn size_is_possible(&self) -> bool {
         self.size.is_power_of_two() && self.size <= self.max_size
     }
@@ -184,6 +185,7 @@ impl VirtQueue {
         self.ring.ready()
     }
 
+    /// Stops the queue until the driver resets the device.
     pub(super) fn stop(&mut self) {
         self.ring.set_ready(false);
     }
@@ -287,6 +289,7 @@ impl VirtQueue {
         value.map(u16::from_le).map_err(|_| QueueError::RingOutside)
     }
 
+    /// Tells the driver that it need not notify this queue for now.
     pub(super) fn disable_notification<M: GuestAddressSpace>(
         &mut self,
         memory: &M,

@@ -91,6 +91,7 @@ fn fill<M: GuestAddressSpace>(
     Ok(Completion::used(written))
 }
 
+/// Fills `bytes` from getrandom(2), and returns the number of bytes written.
 fn random(bytes: &mut [u8]) -> io::Result<usize> {
     loop {
         match getrandom(&mut *bytes, GetRandomFlags::empty()) {

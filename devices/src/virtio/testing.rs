@@ -65,6 +65,7 @@ pub(crate) enum Part {
     In(u64, u32),
 }
 
+/// Rings of one queue, as the driver keeps track of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Ring {
     pub(crate) base: u64,
@@ -92,6 +93,7 @@ impl Ring {
     }
 }
 
+/// Driver of one device.
 pub(crate) struct Driver {
     pub(crate) device: MmioTransport,
     pub(crate) memory: Memory,
@@ -100,6 +102,7 @@ pub(crate) struct Driver {
     line_epoll: Epoll,
 }
 
+/// Returns an interrupt, and the eventfd that it signals.
 pub(crate) fn interrupt() -> (Interrupt, EventFd) {
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     (Interrupt::new(line.try_clone().unwrap()), line)
@@ -156,12 +159,14 @@ impl Driver {
         self.with(device, line)
     }
 
+    /// Reads a register.
     pub(crate) fn get(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.device.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
+    /// Writes a register.
     pub(crate) fn set(&mut self, offset: u64, value: u32) {
         self.device.write(offset, &value.to_le_bytes());
     }
@@ -170,12 +175,14 @@ impl Driver {
         self.device.write(offset, data);
     }
 
+    /// Reads from the configuration space.
     pub(crate) fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         self.device.read(0x100 + offset, &mut data);
         data
     }
 
+    /// Reads the feature bits that the device offers.
     pub(crate) fn offered(&mut self) -> u64 {
         self.set(0x14, 0);
         let low = self.get(0x10);
@@ -197,6 +204,7 @@ impl Driver {
         self.get(0x70) == 11
     }
 
+    /// Sets up a queue with empty rings.
     pub(crate) fn set_up_queue(&mut self, index: usize, size: u16) {
         let ring = Ring::new(index, size);
         // The driver initializes rings with zeros.

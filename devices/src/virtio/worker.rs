@@ -23,6 +23,7 @@ use super::queue_server::{OnFailure, QueueServer};
 use super::state::DeviceState;
 use super::worker_state::{WorkerShared, WorkerTask};
 
+/// Device model, shared by the worker thread and the handle of the worker.
 type DeviceHandle<M> = Arc<Mutex<Box<dyn Device<M>>>>;
 
 /// Handle of a device's worker thread. Dropping it ends the thread and joins it.
@@ -174,6 +175,7 @@ struct EventDispatcher<M: GuestAddressSpace> {
 }
 
 impl<M: GuestAddressSpace> EventDispatcher<M> {
+    /// Calls the method of the device model for an event.
     fn dispatch(
         &self,
         source: &EventSource,

@@ -26,6 +26,7 @@ pub(super) struct WorkerShared<M> {
     on_failure: OnceLock<OnFailure>,
 }
 
+/// State of the worker that changes, behind a lock.
 pub(super) struct WorkerState {
     pub(super) queues: Vec<VirtQueue>,
     /// Feature bits that the driver accepted.
@@ -188,6 +189,7 @@ impl<M: GuestAddressSpace> WorkerShared<M> {
         }
     }
 
+    /// Lets the worker handle events again, and raises the interrupt for causes that the driver has not acknowledged.
     pub(super) fn resume(&self) {
         self.lock().paused = false;
         self.interrupt.raise_pending();
@@ -255,6 +257,7 @@ impl<M: GuestAddressSpace> WorkerShared<M> {
         &self.wake
     }
 
+    /// Clears the event that wakes the worker.
     pub(super) fn drain_wake(&self) {
         drain(&self.wake);
     }

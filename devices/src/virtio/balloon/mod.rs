@@ -60,6 +60,7 @@ pub struct BalloonConfig {
     pub free_page_reporting: bool,
 }
 
+/// Configuration space, which the control of the balloon shares.
 struct Config {
     target: AtomicU32,
     actual: AtomicU32,
@@ -85,6 +86,7 @@ impl ConfigSpace for Config {
     }
 }
 
+/// Counters of a memory balloon.
 #[derive(Default)]
 struct BalloonCounters {
     inflated: AtomicU64,
@@ -206,6 +208,7 @@ impl Balloon {
         Ok(())
     }
 
+    /// Counts the pages of a request, or its failure.
     fn count(&self, queue: usize, request: &Request, result: &io::Result<()>) {
         let pages = |range: &Range<u64>| (range.end - range.start) / PAGE_BYTES;
         let (counter, more) = match (result, queue) {
@@ -263,6 +266,7 @@ fn inflated<M: GuestAddressSpace>(
     Ok(Request { head, ranges })
 }
 
+/// Reads the page numbers in a request to inflate or deflate.
 fn page_numbers<M: GuestAddressSpace>(
     queues: &ActiveQueues<'_, M>,
     mut chain: Chain,

@@ -39,6 +39,7 @@ impl Image {
         })
     }
 
+    /// Returns the size of the image in sectors.
     pub(super) fn sectors(&self) -> u64 {
         self.sectors
     }
@@ -124,6 +125,7 @@ impl Image {
         }
     }
 
+    /// Deallocates `extent`.
     fn punch(&self, extent: Extent) -> rustix::io::Result<()> {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, punch, extent.offset, extent.bytes)

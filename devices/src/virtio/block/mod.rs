@@ -31,6 +31,7 @@ use spec::{ID_BYTES, QUEUE_SIZE, REQUESTS};
 
 pub use state::BlockSnapshot;
 
+/// Token of the rate limit's timer.
 const TIMER: Token = 0;
 
 /// Whether the guest may write to its disk.

@@ -67,7 +67,7 @@ impl Block {
             outgoing: readable,
             incoming: writable,
         };
-        let (status, written) = self.answer(queues, &request)?;
+        let (status, written) = self.perform(queues, &request)?;
         if status == Status::IoError {
             count(&self.counters.errors, 1);
         }
@@ -79,7 +79,8 @@ impl Block {
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
 
-    fn answer<M: GuestAddressSpace>(
+    /// Executes a request. Returns its status and the number of data bytes written.
+    fn perform<M: GuestAddressSpace>(
         &self,
         queues: &ActiveQueues<'_, M>,
         request: &Request,
@@ -139,6 +140,7 @@ impl Block {
         Ok(status_of(&result))
     }
 
+    /// Writes the identification of the disk, padded with zeros.
     fn identify<M: GuestAddressSpace>(
         &self,
         queues: &ActiveQueues<'_, M>,
@@ -186,6 +188,7 @@ impl Block {
         Ok(Status::Ok)
     }
 
+    /// Decodes and checks a range. Returns the status of the request if the range is invalid.
     fn range(&self, kind: RequestType, entry: &[u8; RANGE_BYTES]) -> Result<Range, Status> {
         let (sector, sectors, flags) = (long(entry, 0), word(entry, 8), word(entry, 12));
         let known = match kind {
@@ -211,6 +214,7 @@ impl Block {
     }
 }
 
+/// Returns the status for the result of an operation on the image.
 fn status_of(result: &io::Result<()>) -> Status {
     match result {
         Ok(()) => Status::Ok,
@@ -223,10 +227,12 @@ fn count(counter: &AtomicU64, more: u64) {
     counter.fetch_add(more, Ordering::Relaxed);
 }
 
+/// Returns the little-endian 32-bit value at byte `at`.
 fn word(bytes: &[u8; 16], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// Returns the little-endian 64-bit value at byte `at`.
 fn long(bytes: &[u8; 16], at: usize) -> u64 {
     u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32
 }

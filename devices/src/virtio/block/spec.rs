@@ -23,10 +23,13 @@ pub(super) const RANGE_SECTORS_MAX: u32 = 1 << 21;
 /// Flag of a range that may be deallocated.
 pub(super) const RANGE_UNMAP: u32 = virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
+/// VIRTIO_BLK_F_FLUSH: the driver can flush.
 pub(super) const FLUSH_FEATURE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_FLUSH;
 const READ_ONLY: u64 = 1 << virtio_blk::VIRTIO_BLK_F_RO;
+/// Features of every disk.
 const ALWAYS: u64 =
     1 << virtio_blk::VIRTIO_BLK_F_SEG_MAX | 1 << virtio_blk::VIRTIO_BLK_F_BLK_SIZE | FLUSH_FEATURE;
+/// Features of a writable disk.
 const WRITABLE: u64 =
     1 << virtio_blk::VIRTIO_BLK_F_DISCARD | 1 << virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES;
 

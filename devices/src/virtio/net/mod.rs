@@ -36,6 +36,7 @@ use tap::retried;
 pub use state::NetSnapshot;
 pub use tap::{Offloads, Tap};
 
+/// Token of the tap.
 const TAP: Token = 0;
 const RECEIVE_TIMER: Token = 1;
 const TRANSMIT_TIMER: Token = 2;
@@ -84,6 +85,7 @@ fn count(counter: &AtomicU64, more: usize) {
     counter.fetch_add(more as u64, Ordering::Relaxed);
 }
 
+/// Configuration space.
 struct Config {
     mac: Mutex<[u8; 6]>,
     mtu: u16,
@@ -149,6 +151,7 @@ impl Net {
         })
     }
 
+    /// Sends available packets to the tap until it has no room or the rate limit is reached.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
@@ -156,6 +159,7 @@ impl Net {
         queues.drain(TRANSMIT, |queues, chain| self.send(queues, chain))
     }
 
+    /// Sends one packet to the tap.
     fn send<M: GuestAddressSpace>(
         &mut self,
         queues: &ActiveQueues<'_, M>,
@@ -223,6 +227,7 @@ impl Net {
     }
 }
 
+/// Returns the reverse ARP request of a guest, with a virtio header.
 fn announcement(mac: [u8; 6]) -> [u8; HEADER_BYTES + 60] {
     let mut packet = [0; HEADER_BYTES + 60];
     let frame = &mut packet[HEADER_BYTES..];

@@ -114,6 +114,7 @@ impl Net {
         Ok(queues.signal(RECEIVE)?)
     }
 
+    /// Drops the pending packet, and counts it.
     fn drop_waiting(&mut self) {
         self.counters
             .received_dropped
@@ -121,6 +122,7 @@ impl Net {
         self.waiting.clear();
     }
 
+    /// Returns whether the rate limit admits the pending packet now. Each packet is charged once.
     fn admit(&mut self) -> Result<bool, DeviceError> {
         if !self.waiting.admitted {
             let bytes = self.waiting.len - HEADER_BYTES;

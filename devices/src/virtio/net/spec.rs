@@ -16,12 +16,14 @@ pub(super) const ETHERNET_BYTES: usize = 14;
 /// Size of the largest packet: header, Ethernet header with two VLAN tags, and 64 KiB (5.1.6.3.1).
 pub(super) const PACKET_MAX: usize = HEADER_BYTES + ETHERNET_BYTES + 8 + 65_536;
 
+/// Offloads of packets to the guest.
 pub(super) const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 pub(super) const GUEST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
 pub(super) const GUEST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO6;
 const CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_CSUM;
 const HOST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO4;
 const HOST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO6;
+/// The driver accepts packets that are spread over several buffers.
 pub(super) const MERGEABLE: u64 = 1 << virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 pub(super) const MTU: u64 = 1 << virtio_net::VIRTIO_NET_F_MTU;
 const MAC: u64 = 1 << virtio_net::VIRTIO_NET_F_MAC;

@@ -152,6 +152,7 @@ impl MmioTransport {
         Self::restored(name, identity, interrupt, Box::new(back_end.clone()), saved)
     }
 
+    /// Creates a transport whose registers are in their reset state.
     fn with_reset_state(
         name: &str,
         identity: Identity,
@@ -169,6 +170,7 @@ impl MmioTransport {
         }
     }
 
+    /// Creates a transport with saved registers and queues, whose server is paused.
     fn restored(
         name: &str,
         identity: Identity,
@@ -318,6 +320,7 @@ fn identity<M: GuestAddressSpace>(device: &dyn Device<M>) -> Identity {
     identity
 }
 
+/// Starts the worker thread of `device`.
 fn spawn<M: GuestAddressSpace + Send + Sync + 'static>(
     name: &str,
     device: Box<dyn Device<M>>,
@@ -340,6 +343,7 @@ fn state_error(name: &str) -> impl Fn(DeviceStateError) -> VirtioError {
     }
 }
 
+/// Returns the state of the queues after a reset.
 fn fresh_queues(identity: &Identity) -> Vec<QueueSnapshot> {
     identity
         .queue_sizes

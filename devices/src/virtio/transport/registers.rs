@@ -32,6 +32,7 @@ pub(super) const KNOWN_STATUS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
 impl MmioTransport {
+    /// Returns whether all of `bits` are set in the device status.
     pub(super) fn has(&self, bits: u32) -> bool {
         self.registers.status & bits == bits
     }
@@ -82,6 +83,7 @@ impl MmioTransport {
         }
     }
 
+    /// Returns the value of `Status`, including DEVICE_NEEDS_RESET.
     fn status(&self) -> u32 {
         let needs_reset = if self.interrupt.is_reset_needed() {
             status::DEVICE_NEEDS_RESET
@@ -120,6 +122,7 @@ impl MmioTransport {
         }
     }
 
+    /// Returns whether the device agrees with the features that the driver has accepted.
     fn features_fit(&self) -> bool {
         let chosen = self.registers.driver_features;
         chosen & !self.identity.features == 0
@@ -127,6 +130,7 @@ impl MmioTransport {
             && self.identity.config.accepts(chosen)
     }
 
+    /// Hands the queues to the server.
     pub(super) fn activate(&self) -> Result<(), QueueError> {
         self.server
             .activate(&self.queues, self.registers.driver_features)
@@ -159,6 +163,7 @@ impl MmioTransport {
             && self.registers.status & (status::DRIVER_OK | status::FAILED) == 0
     }
 
+    /// Handles a write to a register of the selected queue, which is allowed until the queue is ready.
     fn write_queue(&mut self, offset: u64, value: u32) {
         let allowed = self.can_set_up_queues();
         let Some(queue) = self.queue_mut().filter(|queue| allowed && !queue.ready) else {
@@ -221,6 +226,7 @@ impl MmioTransport {
         self.queues.get_mut(index)
     }
 
+    /// Counts an access that has no effect.
     fn refuse(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
@@ -256,6 +262,7 @@ impl BusDevice<MmioSpace> for MmioTransport {
     }
 }
 
+/// Returns the 32 bits of `value` that `select` selects: 0 for the low half, 1 for the high half.
 fn half(value: u64, select: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
     match select {

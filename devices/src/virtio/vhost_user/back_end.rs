@@ -24,7 +24,7 @@ const RING_INDEX: u64 = 2;
 
 impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
     /// Stores `link` as the connection to the back end.
-    pub(super) fn adopt(self: &Arc<Self>, state: &mut FrontEndState, link: Link) {
+    pub(super) fn set_connection(self: &Arc<Self>, state: &mut FrontEndState, link: Link) {
         state.connection += 1;
         let (inner, connection): (Weak<Self>, _) = (Arc::downgrade(self), state.connection);
         link.watchdog().on_end(move |end| {
@@ -58,7 +58,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
 
     /// Drops the connection to a back end that cannot be used any more, and reports the loss.
     pub(super) fn lose(&self, state: &mut FrontEndState, error: &VhostUserError) {
-        let was_there = state.link.take().is_some();
+        let was_connected = state.link.take().is_some();
         let why = error.to_string();
         state.started = false;
         state.failure = Some(why.clone());
@@ -66,7 +66,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         if state.driver.is_some() {
             self.interrupt.needs_reset();
         }
-        if was_there && let Some(tell) = self.on_loss.get() {
+        if was_connected && let Some(tell) = self.on_loss.get() {
             tell(&why);
         }
     }
@@ -76,7 +76,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         if state.started || state.paused || state.failure.is_some() || state.driver.is_none() {
             return;
         }
-        match self.begin(state) {
+        match self.start_queues(state) {
             Ok(()) => state.started = true,
             Err(error) => self.lose(state, &error),
         }
@@ -102,7 +102,8 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         }
     }
 
-    fn begin(self: &Arc<Self>, state: &mut FrontEndState) -> Result<()> {
+    /// Connects if necessary, and starts all queues.
+    fn start_queues(self: &Arc<Self>, state: &mut FrontEndState) -> Result<()> {
         if state.link.is_none() {
             self.reconnect(state)?;
         }
@@ -146,7 +147,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
                 ),
             });
         }
-        self.adopt(state, link);
+        self.set_connection(state, link);
         Ok(())
     }
 
@@ -168,14 +169,14 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         if !state.started {
             return Ok(());
         }
-        let switched = self.switch_log_of_started(state);
+        let switched = self.switch_log_of_running(state);
         if let Err(error) = &switched {
             self.lose(state, error);
         }
         switched
     }
 
-    fn switch_log_of_started(&self, state: &mut FrontEndState) -> Result<()> {
+    fn switch_log_of_running(&self, state: &mut FrontEndState) -> Result<()> {
         let FrontEndState {
             link: Some(link),
             driver: Some(driver),
@@ -198,7 +199,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         if !state.started {
             return;
         }
-        if let Err(error) = self.end(state) {
+        if let Err(error) = self.stop_queues(state) {
             self.lose(state, &error);
         }
         state.started = false;
@@ -206,7 +207,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
 
     /// Waits for the requests before it stops the queues, because a back end may forget requests in flight (QEMU 7.2
     /// does).
-    fn end(&self, state: &mut FrontEndState) -> Result<()> {
+    fn stop_queues(&self, state: &mut FrontEndState) -> Result<()> {
         let FrontEndState {
             link: Some(link),
             driver: Some(driver),
@@ -286,6 +287,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Inner<M> {
         found.map_or(0, u16::from_le)
     }
 
+    /// Returns the queues that the driver has set up, with their eventfds.
     fn vrings<'a>(&'a self, driver: &'a ReadyDriver) -> impl Iterator<Item = Vring<'a>> {
         let each = driver.queues.iter().zip(&self.kicks).enumerate();
         each.filter(|(_, (queue, _))| queue.ready)

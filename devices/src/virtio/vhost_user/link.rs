@@ -90,6 +90,7 @@ impl Link {
         &self.watchdog
     }
 
+    /// Negotiates protocol features, and reads the configuration space.
     fn negotiate(&mut self) -> Result<Offer> {
         let features = self.exchange("reading features", |frontend| {
             frontend.set_owner()?;
@@ -124,6 +125,7 @@ impl Link {
         })
     }
 
+    /// Reads the configuration space.
     fn config(&mut self) -> Result<[u8; CONFIG_BYTES]> {
         const DOING: &str = "reading the configuration space";
         let (_, found) = self.exchange(DOING, |frontend| {
@@ -246,22 +248,23 @@ impl Link {
             message.extend_from_slice(&value.to_ne_bytes());
         }
         let socket = &self.socket;
-        let answered = self.watchdog.within(REPLY_LIMIT, || {
+        let replied = self.watchdog.within(REPLY_LIMIT, || {
             let sent = socket
                 .send_with_fd(message.as_slice(), region.mmap_handle)
                 .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
             match sent == message.len() {
-                true => read_answer(socket),
+                true => read_reply(socket),
                 false => Err(io::ErrorKind::WriteZero.into()),
             }
         });
-        match answered {
+        match replied {
             Ok(None) => Ok(()),
             Ok(Some(what)) => Err(self.violation(DOING, what)),
-            Err(_) => Err(self.over(DOING, REPLY_LIMIT)),
+            Err(_) => Err(self.ended(DOING, REPLY_LIMIT)),
         }
     }
 
+    /// Runs `work`, which sends a message and may wait for the reply, within the usual time limit.
     fn exchange<T>(
         &mut self,
         doing: &'static str,
@@ -270,6 +273,7 @@ impl Link {
         self.exchange_within(REPLY_LIMIT, doing, work)
     }
 
+    /// Runs `work`, which sends a message and may wait for the reply, within `limit`.
     fn exchange_within<T>(
         &mut self,
         limit: Duration,
@@ -290,13 +294,13 @@ impl Link {
                 | ProtocolError::Disconnected
                 | ProtocolError::SocketBroken(_)
                 | ProtocolError::SocketError(_),
-            ) => self.over(doing, limit),
+            ) => self.ended(doing, limit),
             other => self.violation(doing, other.to_string()),
         })
     }
 
     /// Returns the error for a connection that ended: a missed deadline, or an end by the back end.
-    fn over(&self, doing: &'static str, limit: Duration) -> VhostUserError {
+    fn ended(&self, doing: &'static str, limit: Duration) -> VhostUserError {
         let socket = self.path.clone();
         match self.watchdog.was_overdue() {
             true => VhostUserError::Silent {
@@ -350,15 +354,15 @@ fn connected(path: &Path) -> io::Result<UnixStream> {
 }
 
 /// Reads the reply to [`SET_LOG_BASE`]. Returns a description of what is wrong with it, if anything is.
-fn read_answer(mut socket: &UnixStream) -> io::Result<Option<String>> {
+fn read_reply(mut socket: &UnixStream) -> io::Result<Option<String>> {
     let mut head = [0; 12];
     socket.read_exact(&mut head)?;
     let [request, flags, bytes] = [0, 4, 8]
         .map(|at| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]));
-    let is_answer = request == SET_LOG_BASE
+    let is_reply = request == SET_LOG_BASE
         && flags & (VERSION_MASK | REPLY) == VERSION | REPLY
         && bytes <= MESSAGE_BYTES_MAX;
-    if !is_answer {
+    if !is_reply {
         return Ok(Some(format!(
             "it is for request {request}, with flags {flags:#x} and {bytes} bytes"
         )));

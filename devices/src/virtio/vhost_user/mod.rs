@@ -79,6 +79,7 @@ impl<M: GuestAddressSpace> Clone for VhostUser<M> {
     }
 }
 
+/// State that the clones of a [`VhostUser`] share.
 struct Inner<M> {
     socket: PathBuf,
     memory: M,
@@ -91,6 +92,7 @@ struct Inner<M> {
     state: Mutex<FrontEndState>,
 }
 
+/// State of the front end that changes, behind a lock.
 struct FrontEndState {
     /// Connection to the back end. `None` after the back end was lost.
     link: Option<Link>,
@@ -109,6 +111,7 @@ struct FrontEndState {
     lost: Option<String>,
 }
 
+/// Features and queues of a driver that has set DRIVER_OK.
 struct ReadyDriver {
     features: u64,
     queues: Vec<QueueSnapshot>,
@@ -153,7 +156,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
                 lost: None,
             }),
         });
-        inner.adopt(&mut inner.state(), link);
+        inner.set_connection(&mut inner.state(), link);
         Ok(Self(inner))
     }
 
@@ -282,6 +285,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
     }
 }
 
+/// Returns the capacity in the configuration space, in sectors of 512 bytes.
 fn sectors(offer: &Offer) -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = offer.config;
     u64::from_le_bytes([a, b, c, d, e, f, g, h])

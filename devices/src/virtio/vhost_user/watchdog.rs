@@ -35,6 +35,7 @@ pub(super) struct Watchdog {
     shared: Arc<WatchdogShared>,
 }
 
+/// State that the owner of the connection and the watchdog thread share.
 struct WatchdogShared {
     socket: UnixStream,
     wake: OwnedFd,
@@ -174,6 +175,7 @@ impl WatchdogShared {
         let _over = self.socket.shutdown(Shutdown::Both);
     }
 
+    /// Wakes the watchdog thread, so that it looks at the deadline.
     fn wake(&self) {
         // The write fails only if the counter is full, and then the thread wakes up anyway.
         let _woken = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());

@@ -44,6 +44,7 @@ pub(super) enum Produced {
     Nothing,
 }
 
+/// Connection between a socket of the guest and a Unix socket of the host.
 pub(super) struct Connection {
     pub(super) ports: Ports,
     pub(super) stream: UnixStream,
@@ -112,6 +113,7 @@ impl Connection {
         owes && !std::mem::replace(&mut self.update_queued, true)
     }
 
+    /// Returns the number of bytes that the guest's buffer has room for.
     fn credit(&self) -> u32 {
         let in_flight = self.sent.wrapping_sub(self.peer_forwarded);
         self.peer_alloc.saturating_sub(in_flight)
@@ -161,6 +163,7 @@ impl Connection {
         Ok(result)
     }
 
+    /// Counts bytes that were passed to the host.
     fn forward(&mut self, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         self.forwarded = self.forwarded.wrapping_add(bytes);
@@ -193,6 +196,7 @@ impl Connection {
         self.close_write_half();
     }
 
+    /// Shuts down the writing half of the stream after the guest has shut it down and all data has been written.
     fn close_write_half(&mut self) {
         let stopped = self.guest_stopped & NO_SEND != 0;
         if stopped && self.waiting.is_empty() && !self.write_half_closed {

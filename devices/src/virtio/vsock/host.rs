@@ -20,6 +20,7 @@ pub(super) struct HostSocket {
 }
 
 impl HostSocket {
+    /// Creates the socket at `path`, and listens on it.
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         let socket = Self {
@@ -106,6 +107,7 @@ impl Handshake {
         HandshakeProgress::Failed
     }
 
+    /// Decodes the line.
     fn port(&self) -> HandshakeProgress {
         std::str::from_utf8(&self.line)
             .ok()

@@ -32,6 +32,7 @@ struct Packet {
     flags: u32,
 }
 
+/// Connections of a socket device, by token and by ports, with the packets and data for the guest.
 pub(super) struct Hub {
     pub(super) socket: HostSocket,
     pub(super) guest_cid: u64,
@@ -65,6 +66,7 @@ impl Hub {
         }
     }
 
+    /// Returns the number of connections, including those in the handshake.
     pub(super) fn connections(&self) -> usize {
         self.connections.len() + self.handshakes.len()
     }
@@ -74,6 +76,7 @@ impl Hub {
         self.packets.len() >= PACKETS_MAX
     }
 
+    /// Returns whether there may be a packet for the guest.
     pub(super) fn has_work(&self) -> bool {
         !self.packets.is_empty() || !self.ready.is_empty()
     }
@@ -135,14 +138,16 @@ impl Hub {
         }
     }
 
+    /// Writes buffered data of a connection to the host, whose socket has room again.
     fn flush(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
         let result = connection.flush();
-        self.settle(token, result, registry);
+        self.after_event(token, result, registry);
     }
 
+    /// Reads the line of a connection in the handshake, and requests the connection from the guest if it is complete.
     fn handshake_event(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         let Some(mut handshake) = self.handshakes.remove(&token) else {
             return;
@@ -194,6 +199,7 @@ impl Hub {
         self.connection_packet(queues, token, header, data, registry)
     }
 
+    /// Handles a packet for an existing connection.
     fn connection_packet<M: GuestAddressSpace>(
         &mut self,
         queues: &ActiveQueues<'_, M>,
@@ -229,12 +235,12 @@ impl Hub {
         };
         // The guest may have sent credit, or answered the request for a stream that has data already.
         self.make_ready(token);
-        self.settle(token, result, registry);
+        self.after_event(token, result, registry);
         Ok(())
     }
 
     /// Closes a connection if it has failed or ended, and sends a credit update if the guest needs one.
-    fn settle(
+    fn after_event(
         &mut self,
         token: Token,
         result: Result<(), Broken>,
@@ -316,6 +322,7 @@ impl Hub {
         }
     }
 
+    /// Returns the header of a packet for the guest, with the current credit of its connection.
     fn header(&mut self, ports: Ports, op: Op, flags: u32, len: u32) -> Header {
         let connection = self
             .by_ports
@@ -336,6 +343,7 @@ impl Hub {
         }
     }
 
+    /// Queues a connection for delivery to the guest, if its stream is readable.
     fn make_ready(&mut self, token: Token) {
         let readable = self
             .connections
@@ -346,6 +354,7 @@ impl Hub {
         }
     }
 
+    /// Queues a packet without data for the guest.
     fn push(&mut self, ports: Ports, op: Op, flags: u32) {
         self.packets.push_back(Packet { ports, op, flags });
     }
@@ -372,6 +381,7 @@ impl Hub {
         Some(ports)
     }
 
+    /// Returns a token that is not in use.
     fn token(&mut self) -> Token {
         loop {
             let token = self.next_token;
@@ -384,6 +394,7 @@ impl Hub {
         }
     }
 
+    /// Returns a port of the host that is not connected to port `guest`.
     fn host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_port;

@@ -37,6 +37,7 @@ pub use state::VsockSnapshot;
 
 /// Maximum length of a socket path: `sun_path` without its terminating zero (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
+/// Token of the listening socket.
 const LISTENER: Token = 0;
 /// Maximum number of packets to the guest that one wake-up of the worker delivers, before it looks at its other events.
 const PACKETS_PER_WAKEUP: u32 = 256;
@@ -69,6 +70,7 @@ pub enum VsockError {
     },
 }
 
+/// Returns what the user can do about `error`, for the end of its message.
 fn socket_hint(path: &Path, error: &io::Error) -> String {
     let bytes = path.as_os_str().len();
     if bytes > SOCKET_PATH_MAX {
@@ -97,6 +99,7 @@ impl ConfigSpace for Config {
     }
 }
 
+/// Counters of a socket device.
 #[derive(Default)]
 struct VsockCounters {
     connections: AtomicU64,
@@ -208,6 +211,8 @@ impl Vsock {
         self.received(queues)
     }
 
+    /// Ends the delivery of packets to the guest: raises the interrupt, and takes packets from the guest again if it
+    /// was stopped.
     fn received<M: GuestAddressSpace>(
         &mut self,
         queues: &mut ActiveQueues<'_, M>,
@@ -246,6 +251,7 @@ impl Vsock {
     }
 }
 
+/// Returns whether `cid` can be the address of a guest.
 fn is_guest_cid(cid: u64) -> bool {
     (GUEST_CID_MIN..u64::from(u32::MAX)).contains(&cid)
 }
