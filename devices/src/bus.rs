@@ -1,8 +1,8 @@
 //! Buses: which device handles an access to a port or a guest-physical address.
 //!
-//! The port bus and the MMIO bus are one type, [`Bus`], over two address spaces. An access that no device claims reads as
-//! all ones and writes nowhere, as on a PC, and is counted: a guest may probe for hardware, and the counter shows that it
-//! did.
+//! The port bus and the MMIO bus are one type, [`Bus`], over two address spaces. An access that no device claims reads
+//! as all ones and writes nowhere, as on a PC, and is counted: a guest may probe for hardware, and the counter shows
+//! that it did.
 
 use std::fmt::{self, Debug, LowerHex};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -153,8 +153,8 @@ impl<S: AddressSpace> Bus<S> {
     /// Adds `device`, which claims `range`.
     ///
     /// # Errors
-    /// Returns [`BusError`] if the range is empty, passes the end of the address space, or overlaps the range of another
-    /// device.
+    /// Returns [`BusError`] if the range is empty, passes the end of the address space, or overlaps the range of
+    /// another device.
     pub fn insert(
         &mut self,
         range: BusRange<S>,

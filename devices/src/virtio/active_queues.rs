@@ -11,8 +11,8 @@ use super::eventfd::notify;
 use super::queue::{Chain, QueueError, Used, VirtQueue};
 use super::worker_state::{WorkerShared, WorkerState};
 
-/// Maximum number of chains that one wake-up of the worker handles. The worker then looks at its other events, so that a
-/// driver that never stops cannot delay a pause or a reset.
+/// Maximum number of chains that one wake-up of the worker handles. The worker then looks at its other events, so that
+/// a driver that never stops cannot delay a pause or a reset.
 const CHAINS_PER_WAKEUP: u32 = 256;
 
 /// How a device returns a chain to the driver.
@@ -35,8 +35,8 @@ impl Completion {
 
 /// Exclusive access to the queues of a device whose driver has set DRIVER_OK.
 ///
-/// A reset by the driver blocks until this value is dropped, so that the device does not access the driver's memory after
-/// the reset.
+/// A reset by the driver blocks until this value is dropped, so that the device does not access the driver's memory
+/// after the reset.
 pub struct ActiveQueues<'a, M: GuestAddressSpace> {
     shared: &'a WorkerShared<M>,
     state: MutexGuard<'a, WorkerState>,
@@ -137,9 +137,9 @@ impl<'a, M: GuestAddressSpace> ActiveQueues<'a, M> {
         }
     }
 
-    /// Calls `serve` for each available chain of `queue`, in order, until the queue is empty, `serve` defers a chain, or
-    /// the limit for one wake-up is reached; in the last case the queue is notified again. Raises the interrupt at the
-    /// end if the driver wants one.
+    /// Calls `serve` for each available chain of `queue`, in order, until the queue is empty, `serve` defers a chain,
+    /// or the limit for one wake-up is reached; in the last case the queue is notified again. Raises the interrupt at
+    /// the end if the driver wants one.
     pub fn drain(
         &mut self,
         queue: usize,
@@ -204,8 +204,8 @@ impl<'a, M: GuestAddressSpace> ActiveQueues<'a, M> {
 
     /// Calls `work` without holding the queues, and takes them again afterwards.
     ///
-    /// For work that may wait for a vCPU thread: the vCPU may be about to reset this device, and its reset would wait for
-    /// the queues. `work` gets a function that returns whether the driver has reset the device in the meantime.
+    /// For work that may wait for a vCPU thread: the vCPU may be about to reset this device, and its reset would wait
+    /// for the queues. `work` gets a function that returns whether the driver has reset the device in the meantime.
     ///
     /// # Errors
     /// Returns [`DeviceError::Reset`] if the driver reset the device. Chains that were popped before are then invalid.

@@ -71,7 +71,8 @@ pub trait ConfigSpace: Send + Sync {
     /// Fills `data` from the bytes at `offset`. Bytes beyond the end of the space are zero.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// Handles a write by the driver of `data` at `offset`. The default ignores it, for a space without writable fields.
+    /// Handles a write by the driver of `data` at `offset`. The default ignores it, for a space without writable
+    /// fields.
     fn write(&self, offset: u64, data: &[u8]) {
         let _ignored = (offset, data);
     }
@@ -110,7 +111,8 @@ pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
 /// [`Self::identity`] and [`Self::register`] are called when the device is created. All other methods are called on its
 /// worker thread, or while the worker is paused.
 ///
-/// If a method panics on the worker thread, the thread ends and the device needs a reset, which cannot succeed any more.
+/// If a method panics on the worker thread, the thread ends and the device needs a reset, which cannot succeed any
+/// more.
 pub trait Device<M: GuestAddressSpace>: Send {
     /// Returns the fixed properties of the device.
     fn identity(&self) -> Identity;

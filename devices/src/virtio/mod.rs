@@ -12,9 +12,9 @@
 //!
 //! [`VhostUser`] replaces the worker thread by another process that serves the queues.
 //!
-//! If the driver breaks a rule, the device sets DEVICE_NEEDS_RESET and stops until the driver resets it; nothing else is
-//! affected. A chain is checked as a whole before a device model sees it, and one wake-up of the worker does a bounded
-//! amount of work. If a device model panics, the device also needs a reset, and
+//! If the driver breaks a rule, the device sets DEVICE_NEEDS_RESET and stops until the driver resets it; nothing else
+//! is affected. A chain is checked as a whole before a device model sees it, and one wake-up of the worker does a
+//! bounded amount of work. If a device model panics, the device also needs a reset, and
 //! [`on_failure`](MmioTransport::on_failure) reports it.
 
 mod active_queues;

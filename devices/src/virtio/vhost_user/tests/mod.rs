@@ -1,7 +1,9 @@
 //! The vhost-user front end, with back ends that work and with back ends that do not.
 
 mod back_end;
+mod connection;
 mod failures;
+mod refusals;
 
 use std::collections::BTreeSet;
 use std::fs::File;
