@@ -13,13 +13,10 @@ use std::time::Duration;
 
 use ept::{Gpa, Source};
 use guest::{Guest, Place, World};
-use migration::decide::{Limits, TimeoutStrategy};
-use migration::destination::{ReceiveError, Received, receive};
-use migration::guest::SourceGuest;
-use migration::progress::{Phase, Progress};
-use migration::source::{DigestCheck, SendError, SendOptions, send};
-use migration::transport::Connection;
-use migration::wire::Tag;
+use migration::{
+    Attempt, Deadlines, DigestCheck, Limits, ReceiveError, ReceiveOptions, Received, SendError,
+    SendOptions, SourceGuest, Tag, TimeoutStrategy, receive, send,
+};
 use relay::{Fault, Harm, Relay};
 
 const OPTIONS: SendOptions = SendOptions {
@@ -30,6 +27,17 @@ const OPTIONS: SendOptions = SendOptions {
         throttle_max: 0,
     },
     digest: DigestCheck::Compare,
+    deadlines: DEADLINES,
+};
+
+const DEADLINES: Deadlines = Deadlines {
+    message: Duration::from_secs(5),
+    agreeing: Duration::from_secs(10),
+    ready: Duration::from_secs(10),
+};
+
+const RECEIVE_OPTIONS: ReceiveOptions = ReceiveOptions {
+    deadlines: DEADLINES,
 };
 
 /// What came of one attempt.
@@ -42,16 +50,15 @@ struct Outcome {
 
 /// Sends `source` to `place` through a relay with one fault or none.
 fn attempt(source: &mut Guest, mut place: Place, fault: Option<Fault>) -> Outcome {
-    let (near, relay_near) = socket_pair();
-    let (far, relay_far) = socket_pair();
+    let (near, relay_near) = UnixStream::pair().unwrap();
+    let (far, relay_far) = UnixStream::pair().unwrap();
     let relay = Relay::start(relay_near, relay_far, fault);
-    let progress = Progress::new();
-    progress.begin(Phase::Connecting, "test".into()).unwrap();
     let receiver = thread::spawn(move || {
-        let received = receive(&mut place, &Connection::Unix(far), &Progress::new());
+        let attempt = Attempt::arriving("test");
+        let received = receive(&mut place, far, &RECEIVE_OPTIONS, &attempt);
         (received, place.take())
     });
-    let sent = send(source, Connection::Unix(near), &OPTIONS, &progress);
+    let sent = send(source, near, &OPTIONS, &Attempt::new("test"));
     let (received, arrived) = receiver.join().unwrap();
     Outcome {
         sent,
@@ -59,14 +66,6 @@ fn attempt(source: &mut Guest, mut place: Place, fault: Option<Fault>) -> Outcom
         arrived,
         struck: relay.join(),
     }
-}
-
-fn socket_pair() -> (UnixStream, UnixStream) {
-    let (near, far) = UnixStream::pair().unwrap();
-    near.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    near.set_write_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
-    (near, far)
 }
 
 fn running_guest() -> (Arc<World>, Guest) {
@@ -252,7 +251,7 @@ fn a_changed_frame_is_named_on_both_sides() {
     let outcome = attempt(&mut source, Place::new(&world), Some(fault));
     let here = outcome.received.unwrap_err().to_string();
     assert!(
-        here.contains("State frame") && here.contains("at offset"),
+        here.contains("STATE frame") && here.contains("at offset"),
         "{here}"
     );
     match outcome.sent {
@@ -264,9 +263,8 @@ fn a_changed_frame_is_named_on_both_sides() {
 #[test]
 fn a_cancelled_migration_leaves_the_guest_at_the_source() {
     let (world, mut source) = running_guest();
-    let (near, far) = socket_pair();
-    let progress = Arc::new(Progress::new());
-    progress.begin(Phase::Connecting, "test".into()).unwrap();
+    let (near, far) = UnixStream::pair().unwrap();
+    let attempt = Attempt::new("test");
     // A downtime that is never reached keeps it in the rounds, as does a page that is always dirty.
     let options = SendOptions {
         limits: Limits {
@@ -277,19 +275,25 @@ fn a_cancelled_migration_leaves_the_guest_at_the_source() {
     };
     let mut place = Place::new(&world);
     let receiver = thread::spawn(move || {
-        receive(&mut place, &Connection::Unix(far), &Progress::new()).map(drop)
+        receive(
+            &mut place,
+            far,
+            &RECEIVE_OPTIONS,
+            &Attempt::arriving("test"),
+        )
+        .map(drop)
     });
     source.on_sync = {
-        let (tracker, progress) = (Arc::clone(&source.tracker), Arc::clone(&progress));
+        let (tracker, attempt) = (Arc::clone(&source.tracker), attempt.clone());
         Some(Box::new(move |syncs| {
             tracker.mark(Gpa(0), 1, Source::Monitor);
             if syncs == 4 {
-                progress.cancel().unwrap();
+                attempt.cancel().unwrap();
             }
         }))
     };
-    let sent = send(&mut source, Connection::Unix(near), &options, &progress);
-    assert_eq!(progress.snapshot().rounds.len(), 3);
+    let sent = send(&mut source, near, &options, &attempt);
+    assert_eq!(attempt.report().rounds.len(), 3);
     source.on_sync = None;
     assert!(matches!(sent, Err(SendError::Cancelled)), "{sent:?}");
     receiver.join().unwrap().unwrap_err();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use migration::wire::Tag;
+use migration::Tag;
 
 /// What is done to one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
