@@ -255,6 +255,7 @@ impl<G: DestinationGuest> Receiver<'_, G> {
             .map_err(|error| ReceiveError::Refused(error.to_string()))?;
         self.announce(&description);
         self.announced = description.sections;
+        self.check_for_cancel()?;
         Ok(self.reply(Tag::Accept, &[])?)
     }
     fn announce(&self, description: &Description) {
@@ -315,7 +316,16 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                 doing: "restoring state",
                 source,
             })?;
+        self.check_for_cancel()?;
         Ok(self.reply(Tag::Ready, &digest)?)
+    }
+
+    /// Refuses a cancelled migration before the source goes on.
+    fn check_for_cancel(&self) -> Result<()> {
+        match self.attempt.is_cancelled() {
+            true => Err(ReceiveError::Cancelled),
+            false => Ok(()),
+        }
     }
 
     fn digest(&mut self) -> Result<digest::Digest> {

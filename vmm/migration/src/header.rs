@@ -46,7 +46,7 @@ fn encode(description: &Description, version: u32) -> Result<Vec<u8>, WireError>
 /// # Errors
 /// Returns [`WireError`] if the stream fails, or if the header is damaged or of another version.
 pub(crate) fn read<R: Read>(reader: &mut FrameReader<R>) -> Result<Description, WireError> {
-    reader.message("the header of the stream", |reader| parse(reader))
+    reader.message("header", |reader| parse(reader))
 }
 
 fn parse<R: Read>(reader: &mut FrameReader<R>) -> Result<Description, WireError> {

@@ -61,5 +61,5 @@ pub use pages::MemoryAccess;
 pub use report::{Phase, Report, Round};
 pub use section::{Need, Section, SectionKind, misfits};
 pub use source::{DigestCheck, SendError, SendOptions, send};
-pub use stream::{Halves, MemoryStream, Playback, Recording, Stream, memory_pair};
+pub use stream::{EndStream, Halves, MemoryStream, Playback, Recording, Stream, memory_pair};
 pub use wire::{Tag, WireError};

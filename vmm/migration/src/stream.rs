@@ -50,15 +50,15 @@ pub trait Stream: Sized {
 /// A connection that has been split.
 pub struct Halves {
     /// Bytes from the other side. Reading blocks until there are some; 0 bytes mean the end.
-    pub(crate) reader: Box<dyn Read + Send>,
+    pub reader: Box<dyn Read + Send>,
     /// Bytes to the other side. Writing blocks while the other side takes none.
-    pub(crate) writer: Box<dyn Write + Send>,
-    /// Ends one direction or both.
-    pub(crate) end: EndStream,
+    pub writer: Box<dyn Write + Send>,
+    /// Ends one direction or both; see [`Halves::new`].
+    pub end: EndStream,
 }
 
-/// Ends one direction of a stream or both.
-pub(crate) type EndStream = Arc<dyn Fn(Shutdown) + Send + Sync>;
+/// Function that ends one direction of a stream or both.
+pub type EndStream = Arc<dyn Fn(Shutdown) + Send + Sync>;
 
 impl Halves {
     /// Joins two directions and the function that ends them.

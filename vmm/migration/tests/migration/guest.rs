@@ -115,12 +115,16 @@ impl Guest {
         );
         self.vcpu = Some(thread::spawn(move || {
             while !stop.load(Ordering::SeqCst) {
-                let stamp = stamps.load(Ordering::SeqCst) + 1;
-                memory.write_obj(stamp, hot_page(stamp)).unwrap();
-                stamps.store(stamp, Ordering::SeqCst);
+                stamp(&memory, &stamps);
                 thread::yield_now();
             }
         }));
+    }
+
+    /// Stamps the next page, in the place of the thread.
+    pub(crate) fn stamp(&mut self) {
+        assert!(self.vcpu.is_none());
+        stamp(&self.memory, &self.stamps);
     }
 
     pub(crate) fn halt(&mut self) {
@@ -149,6 +153,12 @@ impl Guest {
             .unwrap();
         assert_eq!(cold, COLD_PAGE, "lost cold page");
     }
+}
+
+fn stamp(memory: &Memory, stamps: &AtomicU64) {
+    let stamp = stamps.load(Ordering::SeqCst) + 1;
+    memory.write_obj(stamp, hot_page(stamp)).unwrap();
+    stamps.store(stamp, Ordering::SeqCst);
 }
 
 fn hot_page(stamp: u64) -> GuestAddress {
@@ -198,7 +208,10 @@ impl SourceGuest for Guest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.run();
+        // It runs already if `pause` panicked before it paused the guest.
+        if !self.is_running() {
+            self.run();
+        }
         Ok(())
     }
 
@@ -211,7 +224,7 @@ impl SourceGuest for Guest {
 }
 
 /// A place for a [`Guest`] to arrive.
-pub(crate) struct Place {
+pub(crate) struct EmptyGuest {
     world: Arc<World>,
     /// Refuse whatever comes, for this reason.
     pub(crate) refusal: Option<&'static str>,
@@ -219,7 +232,7 @@ pub(crate) struct Place {
     guest: Arc<Mutex<Option<Guest>>>,
 }
 
-impl Place {
+impl EmptyGuest {
     pub(crate) fn new(world: &Arc<World>) -> Self {
         Self {
             world: Arc::clone(world),
@@ -236,7 +249,7 @@ impl Place {
     }
 }
 
-impl DestinationGuest for Place {
+impl DestinationGuest for EmptyGuest {
     type Memory = Memory;
 
     fn prepare(&mut self, _description: &Description) -> Result<(), GuestError> {
