@@ -1,26 +1,26 @@
-//! The debug-exit port: a guest writes one byte to it and is over, with that byte as its status.
+//! Debug-exit port: a guest ends by writing its exit status to it.
 //!
-//! Bare-metal test guests end this way; QEMU's `isa-debug-exit` is the same idea at the same port.
+//! Bare-metal test guests use it. QEMU offers the same as `isa-debug-exit`.
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace};
 
-/// The port, one wide. The customary place of QEMU's `isa-debug-exit` (`iobase=0xf4`).
+/// Debug-exit port, 1 byte wide. QEMU's `isa-debug-exit` is usually at the same port (`iobase=0xf4`).
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 
-/// Calls `on_exit` with the status that the guest wrote.
+/// Debug-exit port. Calls `on_exit` with the status that the guest writes.
 pub struct DebugExit<F> {
     on_exit: F,
 }
 
 impl<F: FnMut(u8) + Send> DebugExit<F> {
-    /// A port that hands the guest's status (0 = success) to `on_exit`.
+    /// Creates a port that passes the guest's status to `on_exit`. A status of 0 means success.
     pub fn new(on_exit: F) -> Self {
         Self { on_exit }
     }
 }
 
-impl<F: FnMut(u8) + Send> PortDevice for DebugExit<F> {
-    /// There is nothing to read: all ones, as on an empty bus.
+impl<F: FnMut(u8) + Send> BusDevice<PortSpace> for DebugExit<F> {
+    /// The port is write-only and reads as all ones, like a port without a device.
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(0xff);
     }

@@ -1,7 +1,8 @@
-//! Token buckets: how many bytes and operations a device may move in a second.
+//! Token buckets that limit the bytes and operations of a device per second.
 //!
-//! Whoever has tokens left may begin; what it takes more than there was is a debt, which is paid before
-//! the next one begins. So an operation larger than the bucket is possible, and the rate holds over time.
+//! An operation may start when the bucket is not empty. If it takes more tokens than there are, the bucket goes into
+//! debt, and the next operation waits until the debt is paid. Operations larger than the bucket are therefore possible,
+//! and the rate holds over time.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,31 +10,33 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-/// A rate: so many a second over time, and so many at once after a pause.
+/// Rate of a token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
-    /// Bytes or operations a second, at least 1.
+    /// Bytes or operations per second, at least 1.
     pub per_second: u64,
-    /// The most that an idle device has saved up, at least 1.
+    /// Size of the bucket in bytes or operations, at least 1: the maximum burst after an idle time.
     pub burst: u64,
 }
 
-/// The limits of one direction of a device; none is no limit.
+/// Rate limits of one direction of a device. `None` means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimit {
-    /// Bytes.
+    /// Limit on bytes.
     pub bytes: Option<Rate>,
-    /// Operations: block requests, or packets.
+    /// Limit on operations: block requests, or network packets.
     pub operations: Option<Rate>,
 }
 
-/// Tokens are counted in billionths, so that a nanosecond's share is not lost.
+/// Tokens are counted in billionths, so that a token bucket does not lose fractions of a token that it gains in a
+/// nanosecond.
 const NANO: i128 = 1_000_000_000;
 
+/// Token bucket for bytes or operations.
 #[derive(Debug)]
 struct Bucket {
     rate: Rate,
-    /// Billionths of tokens; negative is a debt.
+    /// Billionths of tokens. Negative if the bucket is in debt.
     level: i128,
     filled: Instant,
 }
@@ -51,6 +54,7 @@ impl Bucket {
         }
     }
 
+    /// Adds the tokens that the bucket has gained since the last call.
     fn fill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.filled).as_nanos();
         let elapsed = i128::try_from(elapsed).unwrap_or(i128::MAX);
@@ -64,7 +68,7 @@ impl Bucket {
         self.level -= i128::from(tokens) * NANO;
     }
 
-    /// How long until there is something in it again; zero if there is.
+    /// Returns how long it takes until the bucket is not empty. Zero if it has tokens now.
     fn wait(&self) -> Duration {
         if self.level > 0 {
             return Duration::ZERO;
@@ -75,6 +79,7 @@ impl Bucket {
     }
 }
 
+/// Both token buckets of a rate limit.
 #[derive(Debug)]
 struct Buckets {
     bytes: Option<Bucket>,
@@ -89,7 +94,8 @@ impl Buckets {
         }
     }
 
-    /// Takes an operation of `bytes` from both, or says how long it has to wait.
+    /// Takes the tokens of an operation of `bytes` bytes from both buckets. Returns the time to wait if one of them is
+    /// empty.
     fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
         let mut both: Vec<(&mut Bucket, u64)> = Vec::with_capacity(2);
         both.extend(self.bytes.as_mut().map(|bucket| (bucket, bytes)));
@@ -108,13 +114,13 @@ impl Buckets {
     }
 }
 
-/// A limit with the timer that says when a device may go on.
+/// Rate limit with a timer that expires when the device may continue.
 ///
-/// The buckets do not travel with a guest: limits belong to the host.
+/// The state of the buckets is not saved, because limits belong to the host.
 pub(crate) struct RateLimiter {
     buckets: Buckets,
     timer: TimerFd,
-    /// The timer runs, or has run out and was not taken.
+    /// The timer is armed, or has expired and [`Self::timer_ran_out`] was not called yet.
     waiting: bool,
 }
 
@@ -127,7 +133,7 @@ impl RateLimiter {
         })
     }
 
-    /// Whether an operation of `bytes` may begin now. If not, the timer will say when to ask again.
+    /// Returns whether an operation of `bytes` bytes may start now. If not, arms the timer.
     pub(crate) fn admit(&mut self, bytes: u64) -> io::Result<bool> {
         if self.waiting {
             return Ok(false);
@@ -142,14 +148,16 @@ impl RateLimiter {
         }
     }
 
-    /// Readable when [`Self::admit`] should be asked again, after [`Self::timer_ran_out`].
+    /// Returns the timer. When it is readable, the caller calls [`Self::timer_ran_out`], and may then try
+    /// [`Self::admit`] again.
     pub(crate) fn timer(&self) -> &TimerFd {
         &self.timer
     }
 
+    /// Disarms the timer after it has expired, so that [`Self::admit`] tries again.
     pub(crate) fn timer_ran_out(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.waiting) {
-            // It is readable, so this does not wait.
+            // The timer is readable, so this does not block.
             self.timer.wait()?;
         }
         Ok(())
@@ -199,7 +207,7 @@ mod tests {
         let (mut buckets, now) = buckets(rate(100, 10), None);
         buckets.take(1000, now).unwrap();
         let wait = buckets.take(1, now).unwrap_err();
-        // 990 of debt at 100 a second, and then a token's billionth.
+        // The debt of 990 tokens takes 9.9 s at 100 tokens per second.
         assert_eq!(wait.as_millis(), 9_900);
         buckets
             .take(1, now + wait - Duration::from_millis(1))

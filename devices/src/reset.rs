@@ -1,14 +1,15 @@
-//! The reset line of the keyboard controller, by which x86 kernels restart a machine (`reboot=k`).
+//! Reset line of the keyboard controller, with which x86 kernels can restart the machine (`reboot=k` on Linux).
 
 use std::io;
 
 use vm_superio::{I8042Device, Trigger};
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace};
 
-/// The controller's first port (data; command and status is 4 above it). IBM AT technical reference.
+/// First port of the keyboard controller: data. The port for commands and status is 4 above it (IBM AT technical
+/// reference).
 pub const I8042_PORT: u16 = 0x60;
-/// How many ports from [`I8042_PORT`] on are its own.
+/// Number of ports of the keyboard controller, from [`I8042_PORT`] on.
 pub const I8042_PORTS: u16 = 5;
 
 struct OnReset<F>(F);
@@ -22,15 +23,15 @@ impl<F: Fn()> Trigger for OnReset<F> {
     }
 }
 
-/// A keyboard controller without a keyboard: it knows the reset command and no other.
+/// Keyboard controller without a keyboard. The reset command is the only command that it supports.
 ///
-/// It has no state to save: each access stands alone.
+/// It has no state to save, because no access depends on an earlier one.
 pub struct ResetController<F: Fn()> {
     controller: I8042Device<OnReset<F>>,
 }
 
 impl<F: Fn() + Send> ResetController<F> {
-    /// A controller that calls `on_reset` when the guest pulls the reset line.
+    /// Creates a controller that calls `on_reset` when the guest pulses the reset line.
     pub fn new(on_reset: F) -> Self {
         Self {
             controller: I8042Device::new(OnReset(on_reset)),
@@ -38,7 +39,7 @@ impl<F: Fn() + Send> ResetController<F> {
     }
 }
 
-impl<F: Fn() + Send> PortDevice for ResetController<F> {
+impl<F: Fn() + Send> BusDevice<PortSpace> for ResetController<F> {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {

@@ -1,5 +1,6 @@
-//! A 16550 serial port: vm-superio's model, with an output that is waited for and an input that is not
-//! lost when the guest reads slowly.
+//! 16550 serial port: the model of vm-superio, with a queue for input that does not fit into the receive FIFO.
+//!
+//! Writes to the output block the vCPU until the output has taken them.
 //!
 //! Specification: National Semiconductor PC16550D, "Universal Asynchronous Receiver/Transmitter".
 
@@ -9,76 +10,95 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace, SavedState};
 
 /// First port of COM1 on a PC.
 pub const COM1_PORT: u16 = 0x3f8;
-/// The 16550's registers take eight ports.
+/// Number of ports of a 16550.
 pub const COM1_PORTS: u16 = 8;
-/// The interrupt line of COM1 on a PC.
+/// Interrupt line of COM1 on a PC.
 pub const COM1_INTERRUPT: u32 = 4;
 
-/// Most bytes of input that wait in the monitor for the guest; a restored state may hold as many.
+/// Maximum number of bytes in the input queue, also of a restored port.
 const INPUT_LIMIT: usize = 64 * 1024;
-/// The receive FIFO of the UART model.
+/// Capacity of the receive FIFO of the UART model in bytes.
 const FIFO_LIMIT: usize = 64;
 
-/// Where the guest's output goes.
+/// Sink for the guest's output.
 pub type SerialOutput = Box<dyn Write + Send>;
 
-/// Why a serial port could not be made or restored.
+/// Reason for which a serial port could not be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum SerialError {
-    /// A saved state that no port can have been in.
-    #[error("serial state: {field} is {found}, at most {limit} is possible")]
+    /// The saved state has more bytes than the port can hold.
+    #[error("serial state: {field} has {found} bytes, but the maximum is {limit}")]
     State {
-        /// The field of [`SerialSnapshot`].
+        /// Field of [`SerialSnapshot`].
         field: &'static str,
-        /// What it holds.
+        /// Number of bytes in the field.
         found: usize,
-        /// The most it can hold.
+        /// Maximum number of bytes in the field.
         limit: usize,
     },
-    /// The interrupt could not be raised.
-    #[error("serial interrupt: {0}")]
+    /// The write to the interrupt's eventfd failed.
+    #[error("cannot raise the interrupt of the serial port: {0}")]
     Interrupt(#[source] io::Error),
 }
 
-/// The state of a serial port: the 16550's registers, and the input that waits for the guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Saved state of a serial port: the registers of the 16550, and the input that the guest has not read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct SerialSnapshot {
     /// Divisor latch, low byte.
+    #[n(0)]
     pub divisor_low: u8,
     /// Divisor latch, high byte.
+    #[n(1)]
     pub divisor_high: u8,
     /// Interrupt enable register.
+    #[n(2)]
     pub interrupt_enable: u8,
     /// Interrupt identification register.
+    #[n(3)]
     pub interrupt_identification: u8,
     /// Line control register.
+    #[n(4)]
     pub line_control: u8,
     /// Line status register.
+    #[n(5)]
     pub line_status: u8,
     /// Modem control register.
+    #[n(6)]
     pub modem_control: u8,
     /// Modem status register.
+    #[n(7)]
     pub modem_status: u8,
     /// Scratch register.
+    #[n(8)]
     pub scratch: u8,
-    /// The receive FIFO, oldest byte first, at most 64 bytes.
+    /// Receive FIFO, oldest byte first, at most 64 bytes.
+    #[n(9)]
+    #[cbor(with = "minicbor::bytes")]
     pub receive_fifo: Vec<u8>,
-    /// Input that did not fit the FIFO yet, oldest byte first, at most 64 KiB.
+    /// Input queue behind the FIFO, oldest byte first, at most 64 KiB.
+    #[n(10)]
+    #[cbor(with = "minicbor::bytes")]
     pub waiting_input: Vec<u8>,
 }
 
-struct Interrupt(EventFd);
+impl SavedState for SerialSnapshot {
+    const VERSION: u16 = 1;
+}
 
-impl Trigger for Interrupt {
+/// Interrupt line in the form that vm-superio triggers.
+struct InterruptLine(EventFd);
+
+impl Trigger for InterruptLine {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
@@ -86,16 +106,17 @@ impl Trigger for Interrupt {
     }
 }
 
+/// State of the port, behind a lock.
 struct Port {
-    uart: Uart<Interrupt, NoEvents, SerialOutput>,
-    /// Input behind the FIFO.
+    uart: Uart<InterruptLine, NoEvents, SerialOutput>,
+    /// Input that does not fit into the FIFO yet.
     waiting: VecDeque<u8>,
-    /// Bytes or interrupts that failed, for the counters.
+    /// Number of bytes or interrupts that could not be written.
     lost: u64,
 }
 
 impl Port {
-    /// Moves input into the FIFO as far as it goes.
+    /// Moves input from the queue into the FIFO, as far as it has room.
     fn refill(&mut self) {
         let room = self.uart.fifo_capacity();
         if room == 0 || self.waiting.is_empty() {
@@ -109,24 +130,24 @@ impl Port {
     }
 }
 
-/// A 16550 serial port. Clones are the same port.
+/// 16550 serial port. Clones share the port.
 #[derive(Clone)]
 pub struct Serial {
     port: Arc<Mutex<Port>>,
 }
 
 impl Serial {
-    /// A port in its reset state that raises `interrupt` and writes to `output`.
+    /// Creates a port in its reset state. It raises `interrupt` and writes to `output`.
     #[must_use]
     pub fn new(interrupt: EventFd, output: SerialOutput) -> Self {
-        let uart = Uart::new(Interrupt(interrupt), output);
+        let uart = Uart::new(InterruptLine(interrupt), output);
         Self::from_uart(uart, VecDeque::new())
     }
 
-    /// A port as it was saved, on a new interrupt and output.
+    /// Creates a port from its saved state, with a new interrupt and output.
     ///
     /// # Errors
-    /// A state that no port can have been in, and an interrupt that cannot be raised.
+    /// Returns [`SerialError`] if the state has too many bytes of input, or the interrupt cannot be raised.
     pub fn restore(
         saved: &SerialSnapshot,
         interrupt: EventFd,
@@ -146,25 +167,24 @@ impl Serial {
             scratch: saved.scratch,
             in_buffer: saved.receive_fifo.clone(),
         };
-        let uart =
-            Uart::from_state(&state, Interrupt(interrupt), NoEvents, output).map_err(|error| {
-                match error {
-                    vm_superio::serial::Error::Trigger(source)
-                    | vm_superio::serial::Error::IOError(source) => SerialError::Interrupt(source),
-                    vm_superio::serial::Error::FullFifo => SerialError::State {
-                        field: "receive_fifo",
-                        found: saved.receive_fifo.len(),
-                        limit: FIFO_LIMIT,
-                    },
-                }
-            })?;
+        let uart = Uart::from_state(&state, InterruptLine(interrupt), NoEvents, output).map_err(
+            |error| match error {
+                vm_superio::serial::Error::Trigger(source)
+                | vm_superio::serial::Error::IOError(source) => SerialError::Interrupt(source),
+                vm_superio::serial::Error::FullFifo => SerialError::State {
+                    field: "receive_fifo",
+                    found: saved.receive_fifo.len(),
+                    limit: FIFO_LIMIT,
+                },
+            },
+        )?;
         Ok(Self::from_uart(
             uart,
             saved.waiting_input.iter().copied().collect(),
         ))
     }
 
-    /// The state of the port. The caller has stopped the guest and its input.
+    /// Returns the state of the port. The caller must have stopped the guest and the input.
     #[must_use]
     pub fn save(&self) -> SerialSnapshot {
         let port = self.lock();
@@ -184,8 +204,8 @@ impl Serial {
         }
     }
 
-    /// Gives `bytes` to the guest; what its FIFO cannot hold yet waits. Returns how many were taken:
-    /// fewer than all when too much waits already.
+    /// Sends `bytes` to the guest. Bytes that do not fit into the FIFO wait in the input queue. Returns the number of
+    /// bytes taken, which is smaller if the queue is full.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut port = self.lock();
         let taken = bytes.len().min(INPUT_LIMIT - port.waiting.len());
@@ -194,13 +214,14 @@ impl Serial {
         taken
     }
 
-    /// Bytes of output and interrupts that failed so far (a closed pipe, a full disk).
+    /// Returns the number of bytes and interrupts that could not be written, for example to a closed pipe or a full
+    /// disk.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lock().lost
     }
 
-    fn from_uart(uart: Uart<Interrupt, NoEvents, SerialOutput>, waiting: VecDeque<u8>) -> Self {
+    fn from_uart(uart: Uart<InterruptLine, NoEvents, SerialOutput>, waiting: VecDeque<u8>) -> Self {
         Self {
             port: Arc::new(Mutex::new(Port {
                 uart,
@@ -226,8 +247,8 @@ fn check(field: &'static str, found: usize, limit: usize) -> Result<(), SerialEr
     Ok(())
 }
 
-impl PortDevice for Serial {
-    /// The registers are a byte wide: wider reads have zeros above it.
+impl BusDevice<PortSpace> for Serial {
+    /// Registers are 1 byte wide. The other bytes of a wider read are 0.
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
@@ -247,26 +268,27 @@ impl PortDevice for Serial {
     }
 }
 
-/// Feeds a serial port from a file descriptor, on an event-manager loop.
+/// Source of input for a serial port: a file descriptor on an event-manager loop.
 ///
-/// At end of file or on an error it stops listening; the port stays.
+/// At end of file or after an error, it stops reading. The port stays usable.
 pub struct SerialInput<R> {
     source: R,
     serial: Serial,
 }
 
 impl<R: Read + AsFd> SerialInput<R> {
-    /// Reads from `source`, which need not be non-blocking: it is read only when it has something.
+    /// Creates an input that reads from `source`. The descriptor may be blocking, because it is read only when it is
+    /// readable.
     pub fn new(source: R, serial: Serial) -> Self {
         Self { source, serial }
     }
 
-    /// False once there will be no more input.
+    /// Reads once from the source. Returns false if there will be no more input.
     fn pump(&mut self) -> bool {
         let mut bytes = [0; 4096];
         match self.source.read(&mut bytes) {
             Ok(0) => false,
-            // More input than the guest ever reads is dropped, as on a line without flow control.
+            // Input is dropped when the queue is full, as on a serial line without flow control.
             Ok(count) => {
                 self.serial.input(&bytes[..count]);
                 true
@@ -284,14 +306,14 @@ impl<R: Read + AsFd> MutEventSubscriber for SerialInput<R> {
         let readable = events.event_set().contains(EventSet::IN);
         let open = if readable { self.pump() } else { false };
         if !open {
-            // The descriptor is registered, so removing it can only fail if epoll itself is gone.
+            // The descriptor is registered, so removing it fails only if epoll itself fails.
             let _gone = ops.remove(events);
         }
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let fd = self.source.as_fd().as_raw_fd();
-        // A regular file cannot be polled (EPERM): it is read to its end at once.
+        // epoll rejects a regular file (EPERM), which can be read to its end at once.
         if ops.add(Events::new_raw(fd, EventSet::IN)).is_err() {
             while self.pump() {}
         }
@@ -325,7 +347,7 @@ mod tests {
         (port, receiver, interrupt)
     }
 
-    /// `EFD_NONBLOCK`, from the kernel's include/uapi/linux/eventfd.h.
+    /// `EFD_NONBLOCK` of the kernel's include/uapi/linux/eventfd.h.
     fn libc_nonblock() -> i32 {
         0o4000
     }

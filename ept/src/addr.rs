@@ -1,8 +1,8 @@
-//! Addresses, page ranges and levels: the vocabulary every other file uses.
+//! Addresses, page ranges and levels, which all other files use.
 
 use core::fmt;
 
-/// Bytes in one page, the unit of every range in this crate.
+/// Bytes of a page, the unit of every range in this crate.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 
 /// log2 of [`PAGE_SIZE`].
@@ -11,13 +11,13 @@ pub(crate) const PAGE_SHIFT: u32 = 12;
 /// Pages in the 64-bit guest-physical space.
 pub(crate) const SPACE_PAGES: u64 = 1 << (64 - PAGE_SHIFT);
 
-/// Index bits that one level of tables resolves: 512 entries, with 4 KiB pages, in every format.
+/// Number of address bits that one level of tables resolves: in every format, a table of 4 KiB pages has 512 entries.
 pub(crate) const LEVEL_BITS: u32 = 9;
 
-/// Entries in a table that is not the root.
+/// Number of entries in a table below the root.
 pub const TABLE_ENTRIES: usize = 1 << LEVEL_BITS;
 
-/// Levels that a 64-bit space can need.
+/// Maximum number of levels that a 64-bit space needs.
 pub(crate) const MAX_LEVELS: usize = 6;
 
 /// A guest-physical byte address.
@@ -29,12 +29,12 @@ pub struct Gpa(pub u64);
 pub struct Hpa(pub u64);
 
 impl Gpa {
-    /// The number of the page that holds this byte.
+    /// Returns the number of the page that contains this byte.
     pub const fn page(self) -> u64 {
         self.0 >> PAGE_SHIFT
     }
 
-    /// The first byte of page `page`; `None` beyond the last page of the space.
+    /// Returns the address of page `page`; `None` if it lies beyond the 64-bit space.
     pub const fn from_page(page: u64) -> Option<Self> {
         if page < SPACE_PAGES {
             Some(Self(page << PAGE_SHIFT))
@@ -56,34 +56,34 @@ impl fmt::Display for Hpa {
     }
 }
 
-/// A half-open, page-aligned, never empty range of guest-physical memory.
+/// A range of guest-physical memory: half-open, page-aligned, and never empty.
 ///
-/// It holds page numbers, so that a range may end at the last byte of the 64-bit space.
+/// It stores page numbers, so a range can end at the last byte of the 64-bit space.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GpaRange {
     first: u64,
     end: u64,
 }
 
-/// Why a range could not be made.
+/// Reason why a range is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RangeError {
-    /// The range starting here has no page in it.
+    /// The range that starts here has no page.
     Empty(Gpa),
     /// The end lies before the start.
     Inverted {
-        /// First byte asked for.
+        /// Requested start.
         start: Gpa,
-        /// End asked for.
+        /// Requested end.
         end: Gpa,
     },
-    /// This address, or length in bytes, is no multiple of [`PAGE_SIZE`].
+    /// This address or length in bytes is no multiple of [`PAGE_SIZE`].
     Misaligned(u64),
-    /// The range would run beyond the 64-bit space.
+    /// The range would end beyond the 64-bit space.
     Overflow {
-        /// First page asked for.
+        /// Requested first page.
         first_page: u64,
-        /// Pages asked for.
+        /// Requested number of pages.
         pages: u64,
     },
 }
@@ -111,12 +111,12 @@ impl GpaRange {
         end: SPACE_PAGES,
     };
 
-    /// The range [`start`, `end`), both page-aligned byte addresses.
+    /// Creates the range from `start` up to, but without, `end`. Both are page-aligned byte addresses.
     ///
-    /// A range up to the last byte of the space has no such `end`: see [`GpaRange::with_len`].
+    /// For a range that ends with the 64-bit space there is no such `end`: use [`GpaRange::with_len`].
     ///
     /// # Errors
-    /// Empty, inverted or misaligned bounds.
+    /// Returns [`RangeError`] if the range is empty, or `end` lies before `start`, or either is misaligned.
     pub const fn new(start: Gpa, end: Gpa) -> Result<Self, RangeError> {
         if end.0 < start.0 {
             return Err(RangeError::Inverted { start, end });
@@ -124,10 +124,10 @@ impl GpaRange {
         Self::with_len(start, end.0 - start.0)
     }
 
-    /// `len` bytes from `start`, both multiples of the page size.
+    /// Creates the range of `len` bytes from `start`, both multiples of the page size.
     ///
     /// # Errors
-    /// An empty or misaligned range, or one that runs beyond the space.
+    /// Returns [`RangeError`] if the range is empty or misaligned, or ends beyond the 64-bit space.
     pub const fn with_len(start: Gpa, len: u64) -> Result<Self, RangeError> {
         if !start.0.is_multiple_of(PAGE_SIZE) {
             return Err(RangeError::Misaligned(start.0));
@@ -138,10 +138,10 @@ impl GpaRange {
         Self::from_pages(start.page(), len >> PAGE_SHIFT)
     }
 
-    /// `pages` pages from page number `first_page`.
+    /// Creates the range of `pages` pages from page number `first_page`.
     ///
     /// # Errors
-    /// An empty range, or one that runs beyond the space.
+    /// Returns [`RangeError`] if the range is empty or ends beyond the 64-bit space.
     pub const fn from_pages(first_page: u64, pages: u64) -> Result<Self, RangeError> {
         let overflow = Err(RangeError::Overflow { first_page, pages });
         let Some(end) = first_page.checked_add(pages) else {
@@ -159,48 +159,48 @@ impl GpaRange {
         })
     }
 
-    /// A range from page numbers that are known to be in order and inside the space.
+    /// Creates a range from page numbers that are known to be in order and inside the space.
     pub(crate) const fn of(first: u64, end: u64) -> Self {
         debug_assert!(first < end && end <= SPACE_PAGES);
         Self { first, end }
     }
 
-    /// The first byte.
+    /// Returns the address of the first byte.
     pub const fn start(&self) -> Gpa {
         Gpa(self.first << PAGE_SHIFT)
     }
 
-    /// The byte after the range; `None` where the range ends with the space.
+    /// Returns the address of the byte after the range; `None` if the range ends with the 64-bit space.
     pub const fn end(&self) -> Option<Gpa> {
         Gpa::from_page(self.end)
     }
 
-    /// The last byte.
+    /// Returns the address of the last byte.
     pub const fn last(&self) -> Gpa {
         Gpa(((self.end - 1) << PAGE_SHIFT) | (PAGE_SIZE - 1))
     }
 
-    /// The number of the first page.
+    /// Returns the number of the first page.
     pub const fn first_page(&self) -> u64 {
         self.first
     }
 
-    /// The number of the page after the range; at most 2⁵².
+    /// Returns the number of the page after the range, which is at most 2⁵².
     pub const fn end_page(&self) -> u64 {
         self.end
     }
 
-    /// Length in pages, never 0.
+    /// Returns the length in pages, which is never 0.
     pub const fn pages(&self) -> u64 {
         self.end - self.first
     }
 
-    /// Length in bytes; the whole space is 2⁶⁴.
+    /// Returns the length in bytes, which is at most 2⁶⁴.
     pub const fn bytes(&self) -> u128 {
         (self.pages() as u128) << PAGE_SHIFT
     }
 
-    /// Whether this byte lies inside.
+    /// Returns whether this byte lies in the range.
     pub const fn contains(&self, gpa: Gpa) -> bool {
         self.first <= gpa.page() && gpa.page() < self.end
     }
@@ -209,23 +209,23 @@ impl GpaRange {
         self.first <= page && page < self.end
     }
 
-    /// Whether every page of `other` lies inside.
+    /// Returns whether every page of `other` lies in the range.
     pub const fn covers(&self, other: &Self) -> bool {
         self.first <= other.first && other.end <= self.end
     }
 
-    /// Whether the two have a page in common.
+    /// Returns whether the two ranges have a page in common.
     pub const fn overlaps(&self, other: &Self) -> bool {
         self.first < other.end && other.first < self.end
     }
 
-    /// The pages that both have.
+    /// Returns the pages that both ranges contain; `None` if there is none.
     pub fn intersection(&self, other: &Self) -> Option<Self> {
         let (first, end) = (self.first.max(other.first), self.end.min(other.end));
         (first < end).then_some(Self { first, end })
     }
 
-    /// The smallest range that has the pages of both.
+    /// Returns the smallest range that contains both.
     pub fn hull(&self, other: &Self) -> Self {
         Self {
             first: self.first.min(other.first),
@@ -233,7 +233,7 @@ impl GpaRange {
         }
     }
 
-    /// The part from `gpa`'s page on; `None` where nothing is left.
+    /// Returns the part of the range from the page of `gpa` on; `None` if it is empty.
     pub fn from(&self, gpa: Gpa) -> Option<Self> {
         let first = self.first.max(gpa.page());
         (first < self.end).then_some(Self {
@@ -255,20 +255,20 @@ impl fmt::Debug for GpaRange {
     }
 }
 
-/// How far above the pages an entry stands: 0 maps 4 KiB, 1 maps 2 MiB, 2 maps 1 GiB,
-/// 3 maps 512 GiB, and so on to 5.
+/// Level of a page-table entry. An entry of level 0 maps 4 KiB, of level 1 2 MiB, of level 2 1 GiB, of level 3 512 GiB, and
+/// so on up to level 5.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Level(u8);
 
 impl Level {
-    /// 4 KiB entries.
+    /// Level of entries that map 4 KiB.
     pub const PAGE: Self = Self(0);
-    /// 2 MiB entries.
+    /// Level of entries that map 2 MiB.
     pub const MIB2: Self = Self(1);
-    /// 1 GiB entries.
+    /// Level of entries that map 1 GiB.
     pub const GIB: Self = Self(2);
 
-    /// The level numbered `number`; `None` above 5, whose entries would exceed the space.
+    /// Returns level `number`; `None` above 5, whose entries would exceed the 64-bit space.
     pub const fn new(number: u8) -> Option<Self> {
         if (number as usize) < MAX_LEVELS {
             Some(Self(number))
@@ -277,22 +277,22 @@ impl Level {
         }
     }
 
-    /// The level's number.
+    /// Returns the number of the level.
     pub const fn number(self) -> u8 {
         self.0
     }
 
-    /// Bytes that one entry of this level maps.
+    /// Returns the number of bytes that an entry of this level maps.
     pub const fn span(self) -> u64 {
         self.pages() << PAGE_SHIFT
     }
 
-    /// Pages that one entry of this level maps.
+    /// Returns the number of pages that an entry of this level maps.
     pub const fn pages(self) -> u64 {
         1 << self.shift()
     }
 
-    /// The range that the entry covering page `page` maps.
+    /// Returns the range of the entry of this level that contains page `page`.
     pub const fn span_at(self, page: u64) -> GpaRange {
         let first = page & !(self.pages() - 1);
         GpaRange::of(first, first + self.pages())
@@ -306,7 +306,7 @@ impl Level {
         self.0 as usize
     }
 
-    /// The level numbered `number`, which is at most 5.
+    /// Returns level `number`, which is at most 5.
     pub(crate) const fn known(number: u8) -> Self {
         Self(number)
     }

@@ -1,32 +1,32 @@
-//! Storage for tables: named by index, allocated in chunks when first needed, and able to say no.
+//! Storage for tables. A table is named by its index. Memory is allocated in chunks when it is first needed, and a failed
+//! allocation is an error.
 
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use alloc::boxed::Box;
 use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
 
 use crate::format::{OutOfTables, TableId};
-use crate::sync::{OnceArray, SpinLock};
+use crate::sync::{OnceArray, SpinLock, try_box};
 
-/// Tables of one kind, `CHUNK` of them in each `C`.
+/// Store of tables of one kind. A chunk `C` holds `CHUNK` of them.
 pub(crate) struct Arena<C, const CHUNK: usize> {
     chunks: OnceArray<[C; 1]>,
-    /// Most tables that may exist.
+    /// Maximum number of tables.
     capacity: usize,
     state: SpinLock<Vacant>,
     chunks_made: AtomicUsize,
 }
 
-/// Which places hold no table.
+/// The places that hold no table.
 struct Vacant {
-    /// Places from here on were never used.
+    /// Index of the first place that was never used.
     next: usize,
-    /// Places that were given back, as many as were reserved for by the tables in flight.
+    /// Indices of tables that were given back.
     free: Vec<usize>,
 }
 
 impl<C: Default, const CHUNK: usize> Arena<C, CHUNK> {
-    /// Room for `capacity` tables, none of them allocated.
+    /// Creates a store with room for `capacity` tables, none of them allocated.
     pub(crate) fn try_new(capacity: usize) -> Result<Self, TryReserveError> {
         Ok(Self {
             chunks: OnceArray::try_new(capacity.div_ceil(CHUNK))?,
@@ -39,10 +39,10 @@ impl<C: Default, const CHUNK: usize> Arena<C, CHUNK> {
         })
     }
 
-    /// The chunk that holds the table named `table`, and its place there.
+    /// Returns the chunk that holds `table`, and the index of the table in it.
     ///
     /// # Panics
-    /// On an id that [`Arena::allocate`] did not give out.
+    /// Panics if [`Arena::allocate`] did not return `table`.
     #[inline]
     pub(crate) fn get(&self, table: TableId) -> (&C, usize) {
         let index = usize::try_from(table.0).unwrap_or(usize::MAX);
@@ -52,23 +52,24 @@ impl<C: Default, const CHUNK: usize> Arena<C, CHUNK> {
         }
     }
 
-    /// A table that nobody else has, with whatever its last owner left in it.
+    /// Returns a table that has no other user. Its contents are those that its last user left.
     pub(crate) fn allocate(&self) -> Result<TableId, OutOfTables> {
         loop {
             let missing = match self.reuse_or_extend()? {
                 Ok(index) => return Ok(TableId(index as u64)),
                 Err(chunk) => chunk,
             };
-            // Memory is asked for outside the lock; where two threads do, one chunk is dropped.
-            self.chunks.fill(missing, new_chunk()?);
+            // Allocated without the lock. If two threads allocate the same chunk, one of the two is dropped.
+            let chunk = try_box(C::default()).ok_or(OutOfTables)?;
+            self.chunks.fill(missing, chunk);
             self.chunks_made.fetch_max(missing + 1, Ordering::Relaxed);
         }
     }
 
-    /// Takes back a table that was allocated and never linked.
+    /// Takes back a table that was allocated but never linked.
     pub(crate) fn give_back(&self, table: TableId) {
         let mut vacant = self.state.lock();
-        // Without memory for the note the place is lost to reuse, and freed with the arena.
+        // If there is no memory to remember the place, it is not reused, and freed with the arena.
         if vacant.free.try_reserve(1).is_ok()
             && let Ok(index) = usize::try_from(table.0)
         {
@@ -76,13 +77,13 @@ impl<C: Default, const CHUNK: usize> Arena<C, CHUNK> {
         }
     }
 
-    /// Bytes allocated.
+    /// Returns the number of bytes allocated.
     pub(crate) fn bytes(&self) -> usize {
         self.chunks_made.load(Ordering::Relaxed) * size_of::<C>()
             + self.chunks.len() * size_of::<usize>()
     }
 
-    /// A vacant place, or the chunk that must be made first.
+    /// Returns a vacant place, or else the index of the chunk that must be allocated first.
     fn reuse_or_extend(&self) -> Result<Result<usize, usize>, OutOfTables> {
         let mut vacant = self.state.lock();
         if let Some(index) = vacant.free.pop() {
@@ -98,14 +99,6 @@ impl<C: Default, const CHUNK: usize> Arena<C, CHUNK> {
         vacant.next += 1;
         Ok(Ok(index))
     }
-}
-
-/// A box that can fail; `Box::new` cannot.
-fn new_chunk<C: Default>() -> Result<Box<[C; 1]>, OutOfTables> {
-    let mut one = Vec::new();
-    one.try_reserve_exact(1).map_err(|_| OutOfTables)?;
-    one.push(C::default());
-    one.into_boxed_slice().try_into().map_err(|_| OutOfTables)
 }
 
 #[cold]

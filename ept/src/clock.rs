@@ -1,9 +1,9 @@
-//! Time, which this crate cannot tell by itself.
+//! Clock of the caller. This crate has none, because it does without a standard library.
 
-/// A clock that only goes forward, in nanoseconds from any origin.
+/// A monotonic clock, in nanoseconds from any origin.
 pub type Clock = fn() -> u64;
 
-/// The time by `clock`; without one, always 0.
+/// Returns the time of `clock`; 0 if there is none.
 pub(crate) fn now_ns(clock: Option<Clock>) -> u64 {
     clock.map_or(0, |clock| clock())
 }

@@ -1,4 +1,4 @@
-//! Figures that a tracker keeps.
+//! Counters of a tracker.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -6,16 +6,16 @@ use alloc::vec::Vec;
 use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
-/// Who wrote to a page.
+/// Writer of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
-    /// A vCPU, as KVM's log tells.
+    /// A vCPU, as reported by KVM's dirty log or ring.
     Vcpu = 0,
     /// The monitor itself.
     Monitor = 1,
     /// A device model's DMA.
     Device = 2,
-    /// A vhost-user back end, as its log tells.
+    /// A vhost-user back end, as reported by its log.
     VhostUser = 3,
     /// A write fault on a protected page.
     Fault = 4,
@@ -32,33 +32,33 @@ impl Source {
     ];
 }
 
-/// Figures since the tracker was made.
+/// Counters since the tracker was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CountersSnapshot {
     newly: [u64; Source::ALL.len()],
-    /// Marked pages that lie in no region.
+    /// Number of marked pages that lay in no region.
     pub outside: u64,
-    /// Entries marked whole because memory for 4 KiB detail was short.
+    /// Number of entries that were marked whole because memory for 4 KiB detail was short.
     pub coarse: u64,
-    /// The longest time for which a harvest held the lock of the consumers, in nanoseconds: others that harvest wait for
-    /// it, markers do not. 0 without a clock ([`Tracker::with_clock`](crate::Tracker::with_clock)).
+    /// Longest time for which a harvest held the tracker's lock, in nanoseconds. Other harvests wait for this lock, marks do
+    /// not. 0 without a clock ([`Tracker::with_clock`](crate::Tracker::with_clock)).
     pub longest_harvest_ns: u64,
 }
 
 impl CountersSnapshot {
-    /// Pages that `source` dirtied and that were clean before.
+    /// Returns the number of pages that `source` marked and that were clean before.
     pub fn dirtied_by(&self, source: Source) -> u64 {
         self.newly[source as usize]
     }
 
-    /// Pages that anyone dirtied and that were clean before.
+    /// Returns the number of pages that any source marked and that were clean before.
     pub fn dirtied(&self) -> u64 {
         self.newly.iter().sum()
     }
 
-    /// What has come to the sums since `earlier`, a snapshot of the same tracker. Divided by the time between the two,
-    /// [`CountersSnapshot::dirtied`] is the re-dirty rate: a page counts again each time it was harvested and is
-    /// written anew. The longest time is not a sum, and stays.
+    /// Returns the difference to `earlier`, a snapshot of the same tracker. [`CountersSnapshot::dirtied`] of the difference,
+    /// divided by the time between the two, is the re-dirty rate: a page counts each time that it is written after a
+    /// harvest. [`CountersSnapshot::longest_harvest_ns`] is not a sum, and is that of `self`.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         let more = |now: u64, then: u64| now.saturating_sub(then);
@@ -71,7 +71,7 @@ impl CountersSnapshot {
     }
 }
 
-/// One figure, on a cache line of its own: vCPUs and devices count side by side.
+/// A counter on its own cache line, because vCPUs and devices count at the same time.
 #[repr(align(64))]
 #[derive(Debug, Default)]
 struct Padded(AtomicU64);
@@ -89,7 +89,7 @@ impl Padded {
     }
 }
 
-/// The figure of one marker, which is the only one to write it: no locked operation.
+/// The counter of one marker. Only this marker writes it, so it needs no locked operation.
 #[repr(align(64))]
 #[derive(Debug)]
 pub(crate) struct Tally {
@@ -102,7 +102,7 @@ impl Tally {
         self.source
     }
 
-    /// Adds `pages`. For the marker that it belongs to, which is borrowed mutably meanwhile.
+    /// Adds `pages`. Only the marker that owns the counter may call this; it is borrowed mutably meanwhile.
     #[inline]
     pub(crate) fn add(&self, pages: u64) {
         let before = self.newly.load(Ordering::Relaxed);
@@ -115,7 +115,7 @@ impl Tally {
 }
 
 pub(crate) struct Counters {
-    /// By source, of all but the markers that are there.
+    /// Counts by source, without those of markers that exist.
     newly: [Padded; Source::ALL.len()],
     markers: SpinLock<Vec<Arc<Tally>>>,
     outside: Padded,
@@ -139,7 +139,7 @@ impl Counters {
         self.newly[source as usize].add(pages);
     }
 
-    /// A figure for a new marker; `None` where there is no memory to note it.
+    /// Creates the counter of a new marker; `None` if there is no memory.
     pub(crate) fn enter(&self, source: Source) -> Option<Arc<Tally>> {
         let newly = AtomicU64::new(0);
         let tally = Arc::new(Tally { source, newly });
@@ -149,7 +149,7 @@ impl Counters {
         Some(tally)
     }
 
-    /// Takes the figure of a marker that goes to those of all others.
+    /// Adds the count of a marker that is dropped to the shared counter of its source.
     pub(crate) fn leave(&self, tally: &Arc<Tally>) {
         let mut markers = self.markers.lock();
         markers.retain(|other| !Arc::ptr_eq(other, tally));
@@ -180,7 +180,8 @@ impl Counters {
         }
     }
 
-    /// By source. The lock keeps a marker that goes from being counted twice, or not at all.
+    /// Returns the counts by source. The lock prevents that a marker which is dropped meanwhile is counted twice or not at
+    /// all.
     fn newly(&self) -> [u64; Source::ALL.len()] {
         let markers = self.markers.lock();
         let mut newly = core::array::from_fn(|source| self.newly[source].get());

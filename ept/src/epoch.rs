@@ -5,31 +5,28 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use crate::addr::{Gpa, GpaRange};
-use crate::counters::Counters;
 use crate::harvest::{Harvest, Pieces};
-use crate::tracker::Tracker;
-use crate::tracking::{
-    Bitmap, Bits, Every, MarkTally, PLANE_WORDS, Plane, Sink, Taken, Tracked, Tree,
-};
+use crate::tracker::{Pending, Registry, Tracker, up_to};
+use crate::tracking::{PLANE_WORDS, Sink, Taken};
 
-/// Consumers that one tracker can have at a time.
+/// Maximum number of epochs that one tracker can have at a time.
 pub const MAX_EPOCHS: usize = 16;
 
-/// What a new epoch finds.
+/// Pages that are dirty for an epoch when it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// Only what is marked from now on.
+    /// No page. Only pages that are marked later become dirty.
     Clean,
-    /// Every page of every region, for this epoch alone.
+    /// Every page of every region. Other epochs see no difference.
     AllDirty,
 }
 
-/// Why an epoch could not begin.
+/// Reason why an epoch could not begin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EpochError {
-    /// [`MAX_EPOCHS`] are registered; this one is not.
+    /// [`MAX_EPOCHS`] epochs are registered already. Holds the name of the one that was refused.
     TooMany(String),
-    /// No memory for this epoch.
+    /// There is no memory for the epoch of this name.
     OutOfMemory(String),
 }
 
@@ -46,10 +43,10 @@ impl fmt::Display for EpochError {
 
 impl core::error::Error for EpochError {}
 
-/// Why a harvest was not made. Every page that was dirty still is.
+/// Reason why a harvest failed. Every page that was dirty before is still dirty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HarvestError {
-    /// No memory to record what is dirty from this page on.
+    /// There is no memory to record the dirty pages from this address on.
     OutOfMemory(Gpa),
 }
 
@@ -63,91 +60,121 @@ impl fmt::Display for HarvestError {
 
 impl core::error::Error for HarvestError {}
 
-/// A registered consumer: what is dirty for it and not in the shared tree any more.
+/// Identity of a registered consumer.
 #[derive(Debug)]
 pub(crate) struct Consumer {
     name: String,
-    pub(crate) pending: Tree<1>,
 }
 
 impl Consumer {
-    /// Makes the pages of `range` that lie in regions pending.
-    fn mark(&self, range: GpaRange) -> MarkTally {
-        let regions = self.pending.regions();
-        self.pending.mark(range, &Tracked { range, regions })
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 }
 
-/// A consumer of a tracker's dirty pages, with a view of its own of what it has seen.
+/// A consumer of a tracker's dirty pages. It has its own view of which pages it has harvested.
 ///
 /// Dropping it ends the registration.
 #[derive(Debug)]
 pub struct Epoch {
+    registration: Registration,
+}
+
+/// A consumer that is registered with a tracker.
+#[derive(Debug)]
+struct Registration {
     tracker: Arc<Tracker>,
     consumer: Arc<Consumer>,
 }
 
 impl Epoch {
-    /// Registers a consumer. Names are for people and need not differ.
+    /// Registers a consumer. Two epochs may have the same name, which is only shown to people.
     ///
     /// # Errors
-    /// Too many epochs, or no memory.
+    /// Returns [`EpochError::TooMany`] if [`MAX_EPOCHS`] epochs are registered, and [`EpochError::OutOfMemory`] if there
+    /// is no memory.
     pub fn begin(
         tracker: &Arc<Tracker>,
         name: impl Into<String>,
         start: Start,
     ) -> Result<Self, EpochError> {
         let name = name.into();
-        let Ok(pending) = tracker.pending_tree() else {
-            return Err(EpochError::OutOfMemory(name));
-        };
-        let consumer = Arc::new(Consumer { name, pending });
-        match start {
-            Start::Clean => {}
-            Start::AllDirty => {
-                let tally = consumer.mark(GpaRange::ALL);
-                tracker.all_counters().coarse(tally.coarse);
-            }
+        let mut registry = tracker.registry();
+        if registry.epochs() >= MAX_EPOCHS {
+            return Err(EpochError::TooMany(name));
         }
-        register(tracker, consumer.clone(), start)?;
+        let consumer = Arc::new(Consumer { name });
+        if register(tracker, &mut registry, &consumer, start).is_none() {
+            return Err(EpochError::OutOfMemory(consumer.name.clone()));
+        }
         Ok(Self {
-            tracker: tracker.clone(),
-            consumer,
+            registration: Registration {
+                tracker: tracker.clone(),
+                consumer,
+            },
         })
     }
 
-    /// The name it began with.
+    /// Returns the name that the epoch began with.
     pub fn name(&self) -> &str {
-        &self.consumer.name
+        self.registration.consumer.name()
     }
 
-    /// The tracker it consumes.
+    /// Returns the tracker that the epoch consumes.
     pub fn tracker(&self) -> &Arc<Tracker> {
-        &self.tracker
+        &self.registration.tracker
     }
 
-    /// Takes every page of `range` that is dirty for this consumer.
+    /// Takes every page of `range` that is dirty for this consumer. The pages stay dirty for other consumers.
     ///
-    /// What was marked before the call is in the harvest; what is marked later is in it or stays
-    /// dirty, or both. No other consumer loses a page by it.
+    /// A page that was marked before the call is in the harvest. A page that is marked during the call is in the harvest,
+    /// or stays dirty, or both.
     ///
     /// # Errors
-    /// No memory to record the pages; all of them are dirty as before.
+    /// Returns [`HarvestError::OutOfMemory`] if there is no memory to record the pages. All of them are dirty as before.
     pub fn harvest(&self, range: GpaRange) -> Result<Harvest, HarvestError> {
         self.harvest_up_to(range, u64::MAX)
     }
 
-    /// As [`Epoch::harvest`], ending after `max_pages` pages (at least one; up to 511 more, and more
-    /// where there is no memory to split a coarse entry). [`Harvest::rest`] is what was not
-    /// looked at.
+    /// As [`Epoch::harvest`], but ends after `max_pages` pages. It takes at least one page if any is dirty, and may exceed
+    /// the limit by 511 pages; by more if there is no memory to split a coarse entry. [`Harvest::rest`] returns the part
+    /// of `range` that was not looked at.
     ///
     /// # Errors
     /// As [`Epoch::harvest`].
     pub fn harvest_up_to(&self, range: GpaRange, max_pages: u64) -> Result<Harvest, HarvestError> {
-        // Made first: should anything unwind below, its drop makes all it holds dirty again, after
-        // the lock is free.
+        self.registration.harvest_up_to(range, max_pages)
+    }
+
+    /// Makes every page of `range` that lies in a region dirty for this consumer alone, for instance because it must see
+    /// these pages once whether or not they are written.
+    pub fn mark(&self, range: GpaRange) {
+        let Registration { tracker, consumer } = &self.registration;
+        tracker.mark_for(&tracker.registry(), consumer, range);
+    }
+
+    /// Returns whether the page at `gpa` is dirty for this consumer. For tests and diagnosis.
+    pub fn dirty_at(&self, gpa: Gpa) -> bool {
+        let Registration { tracker, consumer } = &self.registration;
+        let registry = tracker.registry();
+        tracker.is_marked(gpa.page()) || registry.is_pending_for(consumer, gpa.page())
+    }
+}
+
+impl Drop for Epoch {
+    fn drop(&mut self) {
+        let Registration { tracker, consumer } = &self.registration;
+        tracker.registry().unregister(consumer);
+    }
+}
+
+impl Registration {
+    /// As [`Epoch::harvest_up_to`].
+    fn harvest_up_to(&self, range: GpaRange, max_pages: u64) -> Result<Harvest, HarvestError> {
+        // Created first: if anything below panics, dropping the harvest makes its pages dirty again, after the lock was
+        // released.
         let mut harvest = Harvest::new(self.tracker.clone(), self.consumer.clone());
-        let taken = self.take_timed(range, max_pages.max(1), harvest.pieces_mut());
+        let taken = self.take_timed(range, max_pages.max(1), &mut harvest);
         match taken {
             Taken::All => Ok(harvest),
             Taken::Limit(at) => {
@@ -158,134 +185,93 @@ impl Epoch {
         }
     }
 
-    fn take_timed(&self, range: GpaRange, limit: u64, pieces: &mut Pieces) -> Taken {
-        let consumers = self.tracker.consumers().lock();
+    fn take_timed(&self, range: GpaRange, limit: u64, harvest: &mut Harvest) -> Taken {
+        let registry = self.tracker.registry();
+        harvest.set_version(registry.version());
+        let pieces = harvest.pieces_mut();
         let Some(clock) = self.tracker.clock() else {
-            return self.take(&consumers, range, limit, pieces);
+            return self.take(&registry, range, limit, pieces);
         };
         let began_ns = clock();
-        let taken = self.take(&consumers, range, limit, pieces);
+        let taken = self.take(&registry, range, limit, pieces);
         let took_ns = clock().saturating_sub(began_ns);
         self.tracker.all_counters().harvest_took(took_ns);
         taken
     }
 
-    /// Takes what is dirty, with the lock of the consumers held.
-    fn take(
-        &self,
-        consumers: &[Arc<Consumer>],
-        range: GpaRange,
-        limit: u64,
-        pieces: &mut Pieces,
-    ) -> Taken {
-        let pending = &self.consumer.pending;
-        let shared = self.tracker.tree();
-        let mut others = Pending {
-            consumers,
-            except: None,
-            counters: self.tracker.all_counters(),
+    /// Takes the dirty pages of `range`. The caller holds the tracker's lock.
+    fn take(&self, registry: &Registry, range: GpaRange, limit: u64, pieces: &mut Pieces) -> Taken {
+        let Some(pending) = registry.pending_of(&self.consumer) else {
+            return Taken::All;
         };
-        if pending.is_clean() {
-            // Alone, or no later than the others: no detour through the own pending tree.
+        let shared = self.tracker.tree();
+        let mut others = self.tracker.pending(registry);
+        // Pages of added regions become pending first, so that the pending tree returns all pages in order of address.
+        let Some(mut looked_at) = self.tracker.drain_added(range, limit, &mut others) else {
+            return Taken::Limit(range.start());
+        };
+        if looked_at == range && pending.is_clean() {
+            // No page is pending, so the shared tree returns all pages in order of address.
             others.except = Some(&self.consumer);
             return shared.take(range, limit, &mut Tee { pieces, others });
         }
-        match shared.take(range, limit, &mut others) {
-            Taken::All => pending.take(range, limit, pieces),
-            Taken::Limit(at) | Taken::NoRoom(at) => {
-                let looked_at = GpaRange::of(range.first_page(), at.page());
-                match pending.take(looked_at, limit, pieces) {
-                    Taken::All => Taken::Limit(at),
-                    earlier => earlier,
-                }
-            }
+        if let Taken::Limit(at) | Taken::NoRoom(at) = shared.take(looked_at, limit, &mut others) {
+            let Some(before) = up_to(looked_at, at) else {
+                return Taken::Limit(range.start());
+            };
+            looked_at = before;
+        }
+        match (pending.take(looked_at, limit, pieces), looked_at.end()) {
+            (Taken::All, Some(at)) if looked_at != range => Taken::Limit(at),
+            (taken, _) => taken,
         }
     }
-
-    /// Makes every page of `range` that lies in a region dirty for this consumer alone, such as the
-    /// pages that it must see once whether or not anybody writes to them.
-    pub fn mark(&self, range: GpaRange) {
-        let tally = self.consumer.mark(range);
-        self.tracker.all_counters().coarse(tally.coarse);
-    }
-
-    /// Whether the page at `gpa` is dirty for this consumer. For tests and diagnosis.
-    pub fn dirty_at(&self, gpa: Gpa) -> bool {
-        let _drain = self.tracker.consumers().lock();
-        let page = gpa.page();
-        self.tracker.tree().regions().at(page).is_some()
-            && (self.tracker.tree().has(page, Plane::Dirty)
-                || self.consumer.pending.has(page, Plane::Dirty))
-    }
 }
 
-impl Drop for Epoch {
-    fn drop(&mut self) {
-        let mut consumers = self.tracker.consumers().lock();
-        consumers.retain(|other| !Arc::ptr_eq(other, &self.consumer));
-    }
-}
-
-fn register(tracker: &Tracker, consumer: Arc<Consumer>, start: Start) -> Result<(), EpochError> {
-    let mut consumers = tracker.consumers().lock();
-    if consumers.len() >= MAX_EPOCHS {
-        return Err(EpochError::TooMany(consumer.name.clone()));
-    }
-    if consumers.try_reserve(1).is_err() {
-        return Err(EpochError::OutOfMemory(consumer.name.clone()));
-    }
+/// Registers `consumer`; `None` if there is no memory.
+fn register(
+    tracker: &Tracker,
+    registry: &mut Registry,
+    consumer: &Arc<Consumer>,
+    start: Start,
+) -> Option<()> {
+    let pending = tracker.pending_tree(registry.regions().clone())?;
+    registry.reserve_one()?;
     if start == Start::Clean {
-        // What was marked before belongs to the others only.
-        let mut others = Pending {
-            consumers: &consumers,
-            except: None,
-            counters: tracker.all_counters(),
-        };
-        tracker.tree().take(GpaRange::ALL, u64::MAX, &mut others);
+        // Pages that were marked before belong to the other consumers only.
+        tracker.drain(registry, GpaRange::ALL);
     }
-    consumers.push(consumer);
-    Ok(())
+    registry.register(consumer.clone(), pending);
+    if start == Start::AllDirty {
+        tracker.mark_for(registry, consumer, GpaRange::ALL);
+    }
+    Some(())
 }
 
-/// Records what is taken as pending for consumers.
-struct Pending<'a> {
-    consumers: &'a [Arc<Consumer>],
-    except: Option<&'a Arc<Consumer>>,
-    counters: &'a Counters,
-}
-
-impl Pending<'_> {
-    fn mark<B: Bits>(&self, range: GpaRange, bits: &B) {
-        for consumer in self.consumers {
-            let skipped = self.except.is_some_and(|one| Arc::ptr_eq(one, consumer));
-            if !skipped {
-                self.counters
-                    .coarse(consumer.pending.mark(range, bits).coarse);
-            }
+/// Takes every page of `range` that is dirty for the consumer that all `TrackerBitmap`s of `tracker` share, which is
+/// registered first if it is not yet. `None` if there is no memory.
+#[cfg(feature = "vm-memory")]
+pub(crate) fn take_for_bitmaps(tracker: &Arc<Tracker>, range: GpaRange) -> Option<Harvest> {
+    let mut registry = tracker.registry();
+    let consumer = match registry.bitmaps() {
+        Some(consumer) => consumer.clone(),
+        None => {
+            let name = String::from("bitmaps");
+            let consumer = Arc::new(Consumer { name });
+            register(tracker, &mut registry, &consumer, Start::AllDirty)?;
+            registry.set_bitmaps(&consumer);
+            consumer
         }
-    }
+    };
+    drop(registry);
+    let registration = Registration {
+        tracker: tracker.clone(),
+        consumer,
+    };
+    registration.harvest_up_to(range, u64::MAX).ok()
 }
 
-impl Sink for Pending<'_> {
-    /// Marking never fails.
-    fn make_room(&mut self, _: usize) -> bool {
-        true
-    }
-
-    fn range(&mut self, part: GpaRange) {
-        self.mark(part, &Every);
-    }
-
-    fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS], _: u64) {
-        let bits = Bitmap {
-            first_page: base,
-            words,
-        };
-        self.mark(GpaRange::of(base, base + 64 * PLANE_WORDS as u64), &bits);
-    }
-}
-
-/// Records what is taken for its harvester, and as pending for the others.
+/// A sink that records pages for the harvester and makes them pending for the other consumers.
 struct Tee<'a, 'p> {
     pieces: &'p mut Pieces,
     others: Pending<'a>,

@@ -1,28 +1,27 @@
-//! The shape of a radix tree, as a value.
+//! Shape of a radix tree of tables.
 
 use core::fmt;
 
 use crate::addr::{GpaRange, Level, SPACE_PAGES, TABLE_ENTRIES};
 
-/// Which level the root table stands at, and how many entries it has.
+/// Level and size of a root table.
 ///
-/// Tables below the root have [`TABLE_ENTRIES`] entries. The root has its own count because it
-/// differs: RISC-V's x4 modes have 2048 entries, Arm concatenates up to 16 tables into one root,
-/// and a tracker's root is cut to what its regions need.
+/// Tables below the root have [`TABLE_ENTRIES`] entries. The root can have another number: RISC-V's x4 modes have 2048
+/// entries, Arm concatenates up to 16 tables to one root, and a tracker's root has only the entries that its regions need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     root_level: Level,
     root_entries: usize,
 }
 
-/// Why a shape is impossible.
+/// Reason why a shape is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GeometryError {
-    /// A root of 4 KiB entries: there is no table above the leaf tables.
+    /// The root would have entries of this level, 4 KiB, so that there would be no table above the leaf tables.
     RootTooLow(Level),
-    /// A root with no entries, or with entries beyond the 64-bit space.
+    /// A root with this number of entries has none, or has some beyond the 64-bit space.
     RootEntries(usize),
-    /// Addresses of so many bits, which the format does not have.
+    /// The format has no addresses of this number of bits.
     AddressBits(u32),
 }
 
@@ -39,10 +38,10 @@ impl fmt::Display for GeometryError {
 impl core::error::Error for GeometryError {}
 
 impl Geometry {
-    /// A tree whose root table holds `root_entries` entries of level `root_level`.
+    /// Creates the shape of a tree whose root table has `root_entries` entries of level `root_level`.
     ///
     /// # Errors
-    /// A root at level 0, without entries, or reaching beyond the 64-bit space.
+    /// Returns [`GeometryError`] if the level is 0, or the root has no entries or reaches beyond the 64-bit space.
     pub fn new(root_level: Level, root_entries: usize) -> Result<Self, GeometryError> {
         if root_level == Level::PAGE {
             return Err(GeometryError::RootTooLow(root_level));
@@ -58,7 +57,7 @@ impl Geometry {
         })
     }
 
-    /// A shape that is known to be possible.
+    /// Creates a shape that is known to be valid.
     pub(crate) const fn with_root(level: u8, root_entries: usize) -> Self {
         Self {
             root_level: Level::known(level),
@@ -66,8 +65,7 @@ impl Geometry {
         }
     }
 
-    /// The lowest tree with a root of at most [`TABLE_ENTRIES`] entries that reaches `end_page`,
-    /// which lies inside the 64-bit space.
+    /// Creates the shape of the lowest tree that reaches `end_page` and whose root has at most [`TABLE_ENTRIES`] entries.
     pub(crate) fn reaching(end_page: u64) -> Self {
         let mut root_level = Level::PAGE.up();
         while end_page.div_ceil(root_level.pages()) > TABLE_ENTRIES as u64 {
@@ -80,22 +78,22 @@ impl Geometry {
         }
     }
 
-    /// The level of the root table's entries.
+    /// Returns the level of the entries of the root table.
     pub const fn root_level(&self) -> Level {
         self.root_level
     }
 
-    /// Entries in the root table.
+    /// Returns the number of entries in the root table.
     pub const fn root_entries(&self) -> usize {
         self.root_entries
     }
 
-    /// The range that the tree can describe.
+    /// Returns the range that the tree covers.
     pub const fn span(&self) -> GpaRange {
         GpaRange::of(0, (self.root_entries as u64) << self.root_level.shift())
     }
 
-    /// Index of `page` in its table at `level`.
+    /// Returns the index of `page` in its table of `level`.
     #[inline]
     pub(crate) fn index(&self, page: u64, level: Level) -> usize {
         let index = page >> level.shift();
@@ -104,7 +102,7 @@ impl Geometry {
         } else {
             index & (TABLE_ENTRIES as u64 - 1)
         };
-        // An index is below a table's entry count, which is a usize.
+        // This cannot fail: an index is less than the number of entries of a table, which is a `usize`.
         usize::try_from(within).unwrap_or(usize::MAX)
     }
 }

@@ -1,7 +1,7 @@
-//! Stage-2 maps, the range walker over them, dirty trackers and notifiers.
+//! Stage-2 tables, the range walker over them, dirty trackers and notifiers.
 //!
-//! This crate knows neither KVM nor Linux. It keeps one map of guest-physical memory in which it is
-//! written which pages are dirty, which are write-protected, and for whom.
+//! This crate knows neither KVM nor Linux. It keeps one map of guest-physical memory, which records which pages are dirty,
+//! which are write-protected, and for which consumer.
 //!
 //! # The way of a dirty page
 //!
@@ -11,14 +11,14 @@
 //! write fault → exit    ┘                      └ Epoch "dirty-rate"
 //! ```
 //!
-//! - [`Tracker`] is the one dirty set; each [`Source`] that marks it is counted.
-//! - [`Epoch`] is a named consumer; what one harvests stays dirty for the others.
-//! - [`Harvest`] is a transaction: committed, or every page is dirty again.
-//! - [`Notifier`] brackets every change of entries; [`OpenRange`] is the proof, which
-//!   [`Tracker::protect`] and [`walk::Walk::change`] ask for.
-//! - [`walk::Walk`] is the one range walker, over any [`format::Format`].
+//! - [`Tracker`] is the dirty set of a guest. It counts the pages that each [`Source`] marks.
+//! - [`Epoch`] is a named consumer. A page that one epoch harvests stays dirty for the others.
+//! - [`Harvest`] is a transaction: it is committed, or all its pages become dirty again.
+//! - [`Notifier`] brackets every change of entries. [`OpenRange`] is the proof that a range is open; [`Tracker::protect`]
+//!   and [`walk::Walk::change`] require it.
+//! - [`walk::Walk`] is the range walker, for any [`format::Format`].
 //! - [`stage2::Stage2`] is a table that hardware walks: Intel EPT, AMD NPT, Arm stage 2, RISC-V G-stage.
-//! - [`apply`] has the walker's ancestors by name.
+//! - [`apply`] has Linux's `apply_to_page_range` and `apply_to_pfn_range`, on top of the walker.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -36,10 +36,15 @@
 //! for run in harvest.runs() {
 //!     assert_eq!(run, GpaRange::new(Gpa(0x1000), Gpa(0x3000))?);
 //! }
-//! // Sent and confirmed. Dropped instead, the pages would be dirty again.
+//! // The pages were sent and confirmed. If the harvest were dropped instead, they would be dirty again.
 //! harvest.commit();
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Hot-plug
+//! Regions come and go while writers mark and epochs harvest. [`Tracker::add_region`] takes the region's [`Contents`]: if
+//! they are unknown, all of it is dirty for every open epoch. [`Tracker::remove_region`] refuses to remove a region that
+//! has dirty pages for any epoch, so that none is lost by accident; [`Tracker::discard_region`] removes it all the same.
 //!
 //! # Promises and their tests
 //!
@@ -57,15 +62,17 @@
 //! | S10–S13 | notifier ranges, sequence, two passes, subscribers that come and go | `notify` |
 //! | S14 | open, change, flush, close; the whole range where another flush is pending | `protect::s14_…`, `stage2::tables_wait_for_the_flush`, `stage2_order::a_pending_flush_makes_the_next_one_whole`, `stage2_order::parts_of_one_huge_leaf_are_flushed_by_each`, `stage2_track::a_cached_fault_is_to_be_flushed` |
 //! | S15 | write-protect, and clean-and-record, on every format: what really changed | `protect`, `stage2_track`, `stage2::flags_that_hardware_sets_are_harvested_once` |
-//! | S16 | nothing is cleaned unrecorded | `stage2_order::a_panic_leaves_nothing_cleaned_unrecorded`, `stage2_track::a_fault_is_recorded_before_the_next_harvest`, `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest`, `stage2_track::no_write_is_lost_between_faults_and_a_harvest` |
-//! | S17 | harvests are transactions of named consumers | `epoch`, `threads` |
+//! | S16 | nothing is cleaned unrecorded | `hotplug::s16_…`, `stage2_order::a_panic_leaves_nothing_cleaned_unrecorded`, `stage2_track::a_fault_is_recorded_before_the_next_harvest`, `threads`, `shortage`, `stage2_threads::no_write_is_lost_between_hardware_and_a_harvest`, `stage2_track::no_write_is_lost_between_faults_and_a_harvest` |
+//! | S17 | harvests are transactions of named consumers | `epoch`, `threads`, `hotplug` |
 //! | S18 | one merged dirty set, sources counted | `tracker`, `vm_memory` |
 //! | S19 | ageing loses no dirty state | `stage2::ageing_cleans_nothing` |
 //! | S20 | protection by region kind | `protect::s15_protection_matches_a_set_of_pages` |
 //! | S21 | figures of what was done: [`CountersSnapshot`], [`stage2::Figures`]. A vCPU's stalls are kept where vCPUs are | `tracker::s21_…`, `stage2_order::figures_are_kept` |
+//! | S24 | regions come and go while pages are tracked: none is lost, and a removal that would lose one is refused | `hotplug::s24_…`, `vm_memory::s24_a_monitor_hot_plugs_memory` |
 //!
 //! # Features
-//! `std`: waiting threads yield. `vm-memory`: `TrackerBitmap`, a `vm_memory::bitmap::Bitmap`.
+//! - `std`: threads that wait for a lock yield.
+//! - `vm-memory`: `TrackerBitmap`, which implements `vm_memory::bitmap::Bitmap` and `NewBitmap`.
 #![no_std]
 
 extern crate alloc;
@@ -96,7 +103,7 @@ pub mod walk;
 
 pub use addr::{Gpa, GpaRange, Hpa, Level, PAGE_SIZE, RangeError, TABLE_ENTRIES};
 #[cfg(feature = "vm-memory")]
-pub use bitmap::TrackerBitmap;
+pub use bitmap::{AttachError, TrackerBitmap};
 pub use clock::Clock;
 pub use counters::{CountersSnapshot, Source};
 pub use epoch::{Epoch, EpochError, HarvestError, MAX_EPOCHS, Start};
@@ -106,6 +113,6 @@ pub use marker::Marker;
 pub use notify::{
     Notifier, OpenError, OpenRange, ReadTicket, Subscriber, Subscription, Unresponsive,
 };
-pub use region::{Region, RegionKind};
-pub use tracker::{Fault, ProtectError, Tracker, TrackerError};
+pub use region::{Contents, Region, RegionKind};
+pub use tracker::{Fault, MAX_ADDED_REGIONS, ProtectError, RemoveError, Tracker, TrackerError};
 pub use tracking::Changed;

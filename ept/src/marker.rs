@@ -1,4 +1,4 @@
-//! A writer's own handle: marking without a counter that others count on too.
+//! Handle for one writer, with a counter of its own.
 
 use alloc::sync::Arc;
 
@@ -7,12 +7,13 @@ use crate::counters::{Source, Tally};
 use crate::tracker::{Tracker, TrackerError};
 use crate::tracking::MarkTally;
 
-/// Marks pages dirty for one source, and counts them by itself.
+/// Marks pages dirty for one source, and counts them in a counter of its own.
 ///
-/// It marks what [`Tracker::mark`] marks. That adds to a figure that all writers of the source share, a second locked
-/// operation beside the one for the page, whose cache line travels between their processors; a marker has a figure of
-/// its own, which only it writes. One for each thread that writes much, such as a device's worker. The figures are in
-/// [`Tracker::counters`] at once, and stay there when the marker goes.
+/// It marks the same pages as [`Tracker::mark`]. But `Tracker::mark` adds to a counter that all writers of the source
+/// share. This takes a second locked operation beside the one for the page, and the cache line of the counter travels
+/// between processors. The counter of a marker is only written by this marker. Use one for each thread that writes often,
+/// such as the worker of a device. [`Tracker::counters`] includes the counts at once, and keeps them when the marker is
+/// dropped.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -39,24 +40,25 @@ impl Marker {
         })
     }
 
-    /// The tracker that it marks in.
+    /// Returns the tracker in which it marks.
     pub fn tracker(&self) -> &Arc<Tracker> {
         &self.tracker
     }
 
-    /// For whom it marks.
+    /// Returns the source for which it marks.
     pub fn source(&self) -> Source {
         self.tally.source()
     }
 
-    /// As [`Tracker::mark`]: marks the pages of `len_bytes` bytes from `gpa` as written, after they were.
+    /// Marks the pages of `len_bytes` bytes from `gpa` as written, as [`Tracker::mark`] does. The caller must have written
+    /// the bytes before.
     #[inline]
     pub fn mark(&mut self, gpa: Gpa, len_bytes: u64) {
         let marked = self.tracker.mark_bytes(gpa, len_bytes);
         self.count(marked);
     }
 
-    /// As [`Tracker::mark_words`]: marks page `first_page + i` for each bit `i` of `words`.
+    /// Marks page `first_page + i` for each bit `i` of `words`, as [`Tracker::mark_words`] does.
     pub fn mark_words(&mut self, first_page: Gpa, words: &[u64]) {
         let marked = self.tracker.mark_bits_of(first_page, words);
         self.count(marked);

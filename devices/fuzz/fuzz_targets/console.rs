@@ -1,4 +1,4 @@
-//! A console with input.
+//! Console with input.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|script: fuzz::Script| script.run(&mut fuzz::hosts::Console::default()));

@@ -1,4 +1,4 @@
-//! A network interface, whose tap is a pair of sockets.
+//! Network device, whose tap is a pair of sockets.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|script: fuzz::Script| script.run(&mut fuzz::hosts::Net::default()));

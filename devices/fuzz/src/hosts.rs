@@ -1,4 +1,4 @@
-//! The host's side of each kind of device.
+//! Host's side of each kind of device.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -24,7 +24,7 @@ fn fast() -> RateLimit {
     }
 }
 
-/// Asserts of every page that leaves what the trait promises.
+/// Asserts that the discarded ranges are what [`virtio::Discard`] promises.
 struct Checked;
 
 impl virtio::Discard for Checked {
@@ -43,7 +43,7 @@ impl virtio::Discard for Checked {
     }
 }
 
-/// A balloon whose target changes.
+/// Balloon. The host changes its target.
 #[derive(Default)]
 pub struct Balloon {
     control: Option<virtio::BalloonControl>,
@@ -68,7 +68,7 @@ impl Host for Balloon {
     }
 }
 
-/// A disk in memory, of 64 KiB and a half sector.
+/// Disk in memory, of 64 KiB and half a sector.
 #[derive(Default)]
 pub struct Block;
 
@@ -86,7 +86,7 @@ impl Host for Block {
     }
 }
 
-/// A console whose input comes.
+/// Console. The host sends input.
 #[derive(Default)]
 pub struct Console {
     input: Option<virtio::ConsoleInput>,
@@ -126,7 +126,7 @@ impl Tap for Pair {
     }
 }
 
-/// An interface, and a host that sends and does not always read.
+/// Network device. The host sends packets, and does not always receive.
 #[derive(Default)]
 pub struct Net {
     far: Option<UnixDatagram>,
@@ -150,7 +150,7 @@ impl Host for Net {
 
     fn act(&mut self, bytes: &[u8]) {
         let Some(far) = &self.far else { return };
-        // No room or nothing there: so it is with packets.
+        // A packet is lost if the socket has no room for it.
         let mut buffer = [0; 2048];
         while far.recv(&mut buffer).is_ok() {}
         let len = bytes.first().map_or(0, |len| usize::from(*len) * 8);
@@ -159,7 +159,7 @@ impl Host for Net {
     }
 }
 
-/// An entropy device, for which a host does nothing.
+/// Entropy device, for which the host has nothing to do.
 #[derive(Default)]
 pub struct Rng;
 
@@ -169,7 +169,7 @@ impl Host for Rng {
     }
 }
 
-/// A socket device with a host that connects, and listens at port 5.
+/// Socket device. The host connects to it, and listens on port 5.
 #[derive(Default)]
 pub struct Vsock {
     path: PathBuf,
@@ -189,7 +189,7 @@ impl Host for Vsock {
     fn device(&mut self, _: Interrupt) -> Box<dyn Device<Memory>> {
         self.path = std::env::temp_dir().join(format!("ferry-fuzz-{}", std::process::id()));
         let path = self.listener_path();
-        // Left behind by a run that crashed, or by the device before.
+        // A run that crashed, or the previous device, may have left the sockets behind.
         for left in [&self.path, &path] {
             let _none = std::fs::remove_file(left);
         }
@@ -204,7 +204,7 @@ impl Host for Vsock {
         Box::new(virtio::Vsock::new(config).unwrap())
     }
 
-    /// Connects, sends, or closes.
+    /// Connects, sends, or closes a connection.
     fn act(&mut self, bytes: &[u8]) {
         if let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
             self.streams.push(stream);

@@ -1,5 +1,4 @@
-//! A guest that writes anything to the registers of a device and to its rings, and a host that goes on
-//! meanwhile.
+//! Guest that writes arbitrary values to the registers and rings of a device, while the host is active, too.
 
 pub mod hosts;
 mod script;

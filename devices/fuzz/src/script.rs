@@ -1,80 +1,80 @@
-//! What a guest does, one step after another, and what must hold at the end.
+//! Steps of a guest, and what must hold at the end.
 
 use std::sync::Arc;
 use std::thread;
 
 use arbitrary::Arbitrary;
-use devices::MmioDevice;
-use devices::virtio::{Device, Interrupt, VirtioMmio};
+use devices::BusDevice;
+use devices::virtio::{Device, Interrupt, MmioTransport};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// The guest's memory.
+/// Guest memory.
 pub type Memory = Arc<GuestMemoryMmap<AtomicBitmap>>;
 
-/// Bytes of it, and where its data is: below are rings.
+/// Size of guest memory in bytes, and start of the memory for buffers. Rings are below it.
 pub const MEMORY_BYTES: u64 = 1 << 20;
 const DATA: u64 = 0x8_0000;
 const QUEUES_MAX: u8 = 3;
 const MOVES_MAX: u32 = 4;
-/// Entries of a queue that was set up in order.
+/// Number of entries of a queue that is set up correctly.
 const ENTRIES: u16 = 16;
 
-/// A device of one kind and the host's side of it.
+/// Device of one kind, and the host's side of it.
 pub trait Host {
-    /// A new device, and the host's side with it.
+    /// Creates a device, and the host's side with it.
     fn device(&mut self, interrupt: Interrupt) -> Box<dyn Device<Memory>>;
 
-    /// The host does something with these bytes.
+    /// Lets the host do something that depends on `bytes`.
     fn act(&mut self, bytes: &[u8]) {
         let _nothing = bytes;
     }
 }
 
-/// A descriptor. Most of its addresses are memory, most of its lengths are small.
+/// Descriptor. Most addresses are guest memory, and most lengths are small.
 #[derive(Arbitrary, Clone, Debug)]
 struct Descriptor {
-    place: Place,
+    address: BufferAddress,
     bytes: u16,
     flags: u8,
     next: u8,
 }
 
 #[derive(Arbitrary, Clone, Debug)]
-enum Place {
+enum BufferAddress {
     Data(u16),
     Ring(u16),
     Anywhere(u64, u32),
 }
 
-/// One step.
+/// Step of a guest.
 #[derive(Arbitrary, Clone, Debug)]
 enum Step {
-    /// A register, by its number.
+    /// Write of a value to a register, given by its number.
     Register(u8, u32),
-    /// A small value for a register.
+    /// Write of a small value to a register.
     Small(u8, u8),
-    /// An access of any width anywhere in the device.
+    /// Write and read of any width anywhere in the device's range.
     Access(u16, Vec<u8>),
-    /// A driver's whole way, with these of the features that are offered.
+    /// Reset, and a valid start with the given subset of the offered features.
     Start(u64),
-    /// Bytes into the data that descriptors point at.
+    /// Write to the memory for buffers.
     Fill(u16, Vec<u8>),
-    /// Bytes into the rings.
+    /// Write to the rings.
     Scribble(u16, Vec<u8>),
-    /// A chain, made available.
+    /// Chain of descriptors, made available.
     Chain(u8, Vec<Descriptor>),
-    /// A well-made chain of data: so many bytes to read, then to write.
+    /// Valid chain: queue, address, and the number of readable and of writable bytes.
     Request(u8, u16, u16, u16),
     Notify(u8),
     Host(Vec<u8>),
     Pause,
-    /// The device goes on as another, restored from its state.
+    /// Save of the device, and restore as another device.
     Move,
 }
 
-/// A guest's life.
+/// Guest that consists of features and steps.
 #[derive(Arbitrary, Debug)]
 pub struct Script {
     features: u64,
@@ -82,7 +82,7 @@ pub struct Script {
 }
 
 struct Guest<'a> {
-    device: Option<VirtioMmio>,
+    device: Option<MmioTransport>,
     memory: Memory,
     host: &'a mut dyn Host,
     available: [u16; QUEUES_MAX as usize],
@@ -91,14 +91,14 @@ struct Guest<'a> {
 }
 
 impl Script {
-    /// Lives it, with a device of `host`.
+    /// Runs the guest with a device of `host`.
     pub fn run(self, host: &mut dyn Host) {
         let memory: Memory = Arc::new(
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).unwrap(),
         );
         let interrupt = interrupt();
         let model = host.device(interrupt.clone());
-        let device = VirtioMmio::new("_fuzz0", model, Arc::clone(&memory), interrupt).unwrap();
+        let device = MmioTransport::new("_fuzz0", model, Arc::clone(&memory), interrupt).unwrap();
         let mut guest = Guest {
             device: Some(device),
             memory,
@@ -113,12 +113,12 @@ impl Script {
         }
         guest.move_elsewhere();
         guest.set(0x70, 0);
-        assert_eq!(guest.get(0x70), 0, "a reset that does not");
+        assert_eq!(guest.get(0x70), 0, "the reset did not clear the status");
         guest.start(0);
         assert_eq!(
             guest.get(0x70) & 15,
             15,
-            "a device that cannot be used again"
+            "the device cannot be used after a reset"
         );
     }
 }
@@ -132,8 +132,10 @@ fn ring(queue: usize) -> u64 {
 }
 
 impl Guest<'_> {
-    fn device(&mut self) -> &mut VirtioMmio {
-        self.device.as_mut().expect("it is there between moves")
+    fn device(&mut self) -> &mut MmioTransport {
+        self.device
+            .as_mut()
+            .expect("there is a device except during a move")
     }
 
     fn get(&mut self, offset: u64) -> u32 {
@@ -147,7 +149,7 @@ impl Guest<'_> {
     }
 
     fn write(&self, address: u64, data: &[u8]) {
-        // What does not fit is not written.
+        // Writes outside of guest memory have no effect.
         let _outside = self.memory.write_slice(data, GuestAddress(address));
     }
 
@@ -178,7 +180,7 @@ impl Guest<'_> {
                 self.device().pause();
                 self.device().resume();
             }
-            // A move costs as much as many steps.
+            // A restore takes as long as many other steps.
             Step::Move if self.moves < MOVES_MAX => self.move_elsewhere(),
             Step::Move => {}
         }
@@ -196,7 +198,7 @@ impl Guest<'_> {
         }
         self.set(0x70, 11);
         if self.get(0x70) & 8 == 0 {
-            // They do not go together.
+            // The features depend on others that were not accepted.
             self.set(0x24, 0);
             self.set(0x20, 0);
             self.set(0x70, 11);
@@ -241,10 +243,12 @@ impl Guest<'_> {
         let queue = usize::from(queue % QUEUES_MAX);
         let mut head = None;
         for descriptor in descriptors.iter().take(usize::from(ENTRIES)) {
-            let (address, bytes) = match descriptor.place {
-                Place::Data(offset) => (DATA + u64::from(offset), descriptor.bytes.into()),
-                Place::Ring(offset) => (ring(queue) + u64::from(offset), descriptor.bytes.into()),
-                Place::Anywhere(address, bytes) => (address, bytes),
+            let (address, bytes) = match descriptor.address {
+                BufferAddress::Data(offset) => (DATA + u64::from(offset), descriptor.bytes.into()),
+                BufferAddress::Ring(offset) => {
+                    (ring(queue) + u64::from(offset), descriptor.bytes.into())
+                }
+                BufferAddress::Anywhere(address, bytes) => (address, bytes),
             };
             let flags = (descriptor.flags % 8).into();
             let next = (descriptor.next % 20).into();
@@ -272,7 +276,7 @@ impl Guest<'_> {
         self.notify(queue as u8);
     }
 
-    /// Notifies, and lets the worker have a moment.
+    /// Notifies the queue, and gives the worker some time.
     fn notify(&mut self, queue: u8) {
         let used = |guest: &Self| -> u16 {
             let at = GuestAddress(ring(usize::from(queue)) + 0x2002);
@@ -291,16 +295,16 @@ impl Guest<'_> {
     fn move_elsewhere(&mut self) {
         self.moves += 1;
         self.device().pause();
-        let saved = self.device().save().expect("it is paused");
-        // The other device may need what this one has.
+        let saved = self.device().save().expect("the device is paused");
+        // The new device may need a resource of this one, for example its socket.
         self.device = None;
         let interrupt = interrupt();
         let model = self.host.device(interrupt.clone());
         let memory = Arc::clone(&self.memory);
-        let restored = VirtioMmio::restore("_fuzz0", model, memory, interrupt, &saved);
+        let restored = MmioTransport::restore("_fuzz0", model, memory, interrupt, &saved);
         let device = restored.unwrap_or_else(|error| panic!("{error}, of {saved:?}"));
-        let again = device.save().expect("it is paused");
-        assert_eq!(again, saved, "another state than was restored");
+        let again = device.save().expect("the device is paused");
+        assert_eq!(again, saved, "the restored device has another state");
         device.resume();
         self.device = Some(device);
     }

@@ -1,57 +1,64 @@
-//! The Generic Event Device's register: which events wait for the guest.
+//! Register of pending events for the ACPI Generic Event Device.
 //!
-//! An event sets its bit and pulses the device's interrupt. The guest's handler (`_EVT` in the DSDT) reads the
-//! register, which takes all bits, and notifies the device that each bit stands for. An event that comes
-//! between the two pulses again: none is lost, and a handler that finds nothing does nothing.
+//! [`GenericEvents::raise`] sets the bit of an event and raises the interrupt. The guest's handler, `_EVT` in the DSDT,
+//! reads the register, which clears it, and notifies the ACPI device of each bit that was set. An event that arrives
+//! during this raises the interrupt again, so that no event is lost; a handler that reads 0 has nothing to do.
 //!
-//! Specification: ACPI 6.5, section 5.6.9; the register is this project's own.
+//! Specification: ACPI 6.5, section 5.6.9. The register itself is specific to this project.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace, SavedState};
 
-/// The register's first port.
+/// First port of the register.
 pub const EVENTS_PORT: u16 = 0x604;
-/// It is 4 bytes wide.
+/// Number of ports of the register.
 pub const EVENTS_PORTS: u16 = 4;
-/// The interrupt line of the Generic Event Device: where a PC has its ACPI interrupt. Edge, active high.
+/// Interrupt line of the Generic Event Device, edge-triggered and active high. It is the ACPI interrupt of a PC.
 pub const GENERIC_EVENTS_INTERRUPT: u32 = 9;
 
-/// What a guest can be told by the Generic Event Device. The discriminant is the event's bit.
+/// Event that the Generic Event Device reports to the guest. The discriminant is the event's bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum GenericEvent {
-    /// Somebody pressed the power button.
+    /// The power button was pressed.
     PowerButton = 1,
-    /// The guest was cloned or put back in time: its generation ID is another.
+    /// The guest was cloned or restored from a snapshot, and has a new generation ID.
     GenerationChanged = 1 << 1,
 }
 
+/// Bits of all events.
 const ALL: u32 = GenericEvent::PowerButton as u32 | GenericEvent::GenerationChanged as u32;
 
-/// Why events could not be restored or raised.
+/// Reason for which the register could not be restored, or an event not be raised.
 #[derive(Debug, thiserror::Error)]
 pub enum EventsError {
-    /// Bits that stand for no event.
-    #[error("generic event state: pending is {0:#x}, only the bits {ALL:#x} are events")]
+    /// The saved state has bits that are no event.
+    #[error("generic event state: pending is {0:#x}, but only the bits {ALL:#x} are events")]
     State(u32),
-    /// The interrupt could not be raised.
-    #[error("generic event interrupt: {0}")]
+    /// The write to the interrupt's eventfd failed.
+    #[error("cannot raise the interrupt of the Generic Event Device: {0}")]
     Interrupt(#[source] io::Error),
 }
 
-/// The state of the register.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Saved state of the register of pending events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct EventsSnapshot {
-    /// The bits of the events that the guest has not taken yet.
+    /// Bits of the events that the guest has not read yet.
+    #[n(0)]
     pub pending: u32,
 }
 
-/// The register of the Generic Event Device. Clones are the same register.
+impl SavedState for EventsSnapshot {
+    const VERSION: u16 = 1;
+}
+
+/// Register of pending events. Clones share the register.
 #[derive(Clone)]
 pub struct GenericEvents {
     pending: Arc<Mutex<u32>>,
@@ -59,7 +66,7 @@ pub struct GenericEvents {
 }
 
 impl GenericEvents {
-    /// A register without events, that pulses `interrupt`.
+    /// Creates a register without pending events that raises `interrupt`.
     #[must_use]
     pub fn new(interrupt: EventFd) -> Self {
         Self {
@@ -68,11 +75,11 @@ impl GenericEvents {
         }
     }
 
-    /// The register as it was saved. Events that wait pulse the interrupt again: the pulse may have been on its
-    /// way when the guest was stopped.
+    /// Creates a register from its saved state. Raises the interrupt if events are pending, because the guest may have
+    /// been saved before it received the interrupt.
     ///
     /// # Errors
-    /// A state that it cannot have been in; the interrupt cannot be raised.
+    /// Returns [`EventsError`] if the state has unknown bits, or the interrupt cannot be raised.
     pub fn restore(saved: EventsSnapshot, interrupt: EventFd) -> Result<Self, EventsError> {
         if saved.pending & !ALL != 0 {
             return Err(EventsError::State(saved.pending));
@@ -85,7 +92,7 @@ impl GenericEvents {
         Ok(events)
     }
 
-    /// Its state.
+    /// Returns the state of the register.
     #[must_use]
     pub fn save(&self) -> EventsSnapshot {
         EventsSnapshot {
@@ -93,15 +100,17 @@ impl GenericEvents {
         }
     }
 
-    /// Tells the guest of `event`. Told twice before the guest looks, it is one event.
+    /// Reports `event` to the guest. An event that is raised twice before the guest reads the register counts once.
     ///
     /// # Errors
-    /// The interrupt cannot be raised; the event waits for the next one that can.
+    /// Returns [`EventsError::Interrupt`] if the interrupt cannot be raised. The event stays pending until the next
+    /// interrupt.
     pub fn raise(&self, event: GenericEvent) -> Result<(), EventsError> {
         *self.lock() |= event as u32;
         self.pulse()
     }
 
+    /// Raises the interrupt.
     fn pulse(&self) -> Result<(), EventsError> {
         self.interrupt.write(1).map_err(EventsError::Interrupt)
     }
@@ -111,8 +120,8 @@ impl GenericEvents {
     }
 }
 
-impl PortDevice for GenericEvents {
-    /// Takes the events that are read, and no others.
+impl BusDevice<PortSpace> for GenericEvents {
+    /// Returns the requested bytes of the register and clears them. Other bytes keep their events.
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         let mut pending = self.lock();
         let mut bytes = pending.to_le_bytes();
@@ -122,7 +131,7 @@ impl PortDevice for GenericEvents {
         *pending = u32::from_le_bytes(bytes);
     }
 
-    /// Nothing is written here.
+    /// The register is read-only.
     fn write(&mut self, _offset: u16, _data: &[u8]) {}
 }
 
@@ -130,7 +139,7 @@ impl PortDevice for GenericEvents {
 mod tests {
     use super::*;
 
-    /// `EFD_NONBLOCK`, from the kernel's include/uapi/linux/eventfd.h.
+    /// `EFD_NONBLOCK` of the kernel's include/uapi/linux/eventfd.h.
     const EFD_NONBLOCK: i32 = 0o4000;
 
     fn events() -> (GenericEvents, EventFd) {
@@ -185,7 +194,10 @@ mod tests {
         assert_eq!(take(&mut restored), GenericEvent::PowerButton as u32);
         let other = interrupt.try_clone().unwrap();
         drop(GenericEvents::restore(restored.save(), other).unwrap());
-        assert!(interrupt.read().is_err(), "nothing waits, nothing is told");
+        assert!(
+            interrupt.read().is_err(),
+            "an interrupt without a pending event"
+        );
     }
 
     #[test]

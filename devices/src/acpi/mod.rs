@@ -1,13 +1,15 @@
-//! The registers of a hardware-reduced ACPI platform, in I/O port space: sleep control and status, reset,
-//! and the selector of the Generic Event Device. The tables that name them to the guest are the monitor's.
+//! I/O ports of a hardware-reduced ACPI platform: sleep control and status, reset, and pending events of the Generic
+//! Event Device.
+//!
+//! The monitor generates the ACPI tables that describe these ports to the guest.
 //!
 //! ```text
-//! 0x600  sleep control, a byte      0x602  reset, a byte
-//! 0x601  sleep status, a byte       0x604  pending events, 4 bytes
+//! 0x600  sleep control, 1 byte      0x602  reset, 1 byte
+//! 0x601  sleep status, 1 byte       0x604  pending events, 4 bytes
 //! ```
 //!
-//! Specification: ACPI 6.5, sections 4.1 (hardware-reduced), 4.8.3.6 (reset register), 4.8.3.7 (sleep
-//! registers) and 5.6.9 (interrupt-signaled events).
+//! Specification: ACPI 6.5, sections 4.1 (hardware-reduced ACPI), 4.8.3.6 (reset register), 4.8.3.7 (sleep registers)
+//! and 5.6.9 (interrupt-signaled events).
 
 mod events;
 mod reset;

@@ -1,28 +1,28 @@
-//! The reset register: the FADT names it and the value that resets the machine.
+//! ACPI reset register. The FADT describes its port, and the value that resets the machine.
 //!
 //! Specification: ACPI 6.5, section 4.8.3.6.
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace};
 
-/// The register's port, one wide.
+/// Port of the reset register, 1 byte wide.
 pub const RESET_PORT: u16 = 0x602;
-/// What a guest writes to it to be reset: RESET_VALUE of the FADT. Any other value does nothing.
+/// RESET_VALUE of the FADT, which resets the machine when the guest writes it. Other values have no effect.
 pub const RESET_VALUE: u8 = 0x01;
 
-/// Calls `on_reset` when the guest resets the machine. It has no state to save.
+/// ACPI reset register. Calls `on_reset` when the guest resets the machine. It has no state to save.
 pub struct ResetRegister<F> {
     on_reset: F,
 }
 
 impl<F: Fn() + Send> ResetRegister<F> {
-    /// A register that calls `on_reset`.
+    /// Creates a register that calls `on_reset`.
     pub fn new(on_reset: F) -> Self {
         Self { on_reset }
     }
 }
 
-impl<F: Fn() + Send> PortDevice for ResetRegister<F> {
-    /// There is nothing to read.
+impl<F: Fn() + Send> BusDevice<PortSpace> for ResetRegister<F> {
+    /// The register is write-only and reads as 0.
     fn read(&mut self, _offset: u16, data: &mut [u8]) {
         data.fill(0);
     }

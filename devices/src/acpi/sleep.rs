@@ -1,48 +1,55 @@
-//! The sleep control and status registers: by them a guest switches the machine off.
+//! Sleep control and sleep status registers, with which the guest powers the machine off.
 //!
 //! Specification: ACPI 6.5, section 4.8.3.7, tables 4.20 and 4.21.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-use crate::PortDevice;
+use crate::{BusDevice, PortSpace, SavedState};
 
-/// The control register's port.
+/// Port of the sleep control register.
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
-/// The status register's port.
+/// Port of the sleep status register.
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
-/// Both registers take two ports from [`SLEEP_CONTROL_PORT`] on.
+/// Number of ports of both registers, from [`SLEEP_CONTROL_PORT`] on.
 pub const SLEEP_PORTS: u16 = 2;
-/// The sleep type of S5, soft off: what the DSDT's `\_S5` names. There is no other sleep state.
+/// Sleep type of S5 (soft off), which `\_S5` in the DSDT names. No other sleep state is supported.
 pub const SLEEP_TYPE_OFF: u8 = 5;
 
-/// The control register's offset; the status register is the next.
+/// Offset of the control register. The status register follows it.
 const CONTROL: u16 = 0;
-/// SLP_TYP, bits 2 to 4.
+/// SLP_TYP, bits 2 to 4 of the control register.
 const TYPE_SHIFT: u32 = 2;
+/// Mask of SLP_TYP after the shift.
 const TYPE_MASK: u8 = 7;
-/// SLP_EN: written as one it enters the sleep state; it reads as zero.
+/// SLP_EN: writing 1 enters the sleep state. The bit reads as 0.
 const ENABLE: u8 = 1 << 5;
 
-/// A saved state that no register can have been in.
+/// A saved sleep type does not fit SLP_TYP.
 #[derive(Debug, thiserror::Error)]
-#[error("sleep control state: sleep_type is {0}, at most {TYPE_MASK} is possible")]
+#[error("sleep control state: sleep_type is {0}, but the maximum is {TYPE_MASK}")]
 pub struct SleepError(u8);
 
-/// The state of the sleep registers. The wake status is always zero: from soft off nothing wakes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Saved state of the sleep registers. The wake status is always 0, because nothing wakes a machine from S5.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct SleepSnapshot {
-    /// SLP_TYP as it was last written, 0 to 7.
+    /// Last value of SLP_TYP that the guest wrote, 0 to 7.
+    #[n(0)]
     pub sleep_type: u8,
 }
 
-/// Calls `on_off` when the guest enters S5.
+impl SavedState for SleepSnapshot {
+    const VERSION: u16 = 1;
+}
+
+/// Sleep control and status registers. Calls `on_off` when the guest enters S5.
 pub struct SleepControl<F> {
     sleep_type: u8,
     on_off: F,
 }
 
 impl<F: Fn() + Send> SleepControl<F> {
-    /// The registers in their reset state.
+    /// Creates the registers in their reset state.
     pub fn new(on_off: F) -> Self {
         Self {
             sleep_type: 0,
@@ -50,10 +57,10 @@ impl<F: Fn() + Send> SleepControl<F> {
         }
     }
 
-    /// The registers as they were saved.
+    /// Creates the registers from their saved state.
     ///
     /// # Errors
-    /// A state that they cannot have been in.
+    /// Returns [`SleepError`] if the sleep type does not fit its field.
     pub fn restore(saved: SleepSnapshot, on_off: F) -> Result<Self, SleepError> {
         if saved.sleep_type > TYPE_MASK {
             return Err(SleepError(saved.sleep_type));
@@ -64,7 +71,7 @@ impl<F: Fn() + Send> SleepControl<F> {
         })
     }
 
-    /// Their state.
+    /// Returns the state of the registers.
     pub fn save(&self) -> SleepSnapshot {
         SleepSnapshot {
             sleep_type: self.sleep_type,
@@ -72,7 +79,7 @@ impl<F: Fn() + Send> SleepControl<F> {
     }
 }
 
-impl<F: Fn() + Send> PortDevice for SleepControl<F> {
+impl<F: Fn() + Send> BusDevice<PortSpace> for SleepControl<F> {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         if let (CONTROL, Some(first)) = (offset, data.first_mut()) {
@@ -99,7 +106,7 @@ mod tests {
 
     const OFF: u8 = (SLEEP_TYPE_OFF << TYPE_SHIFT) | ENABLE;
 
-    fn byte(device: &mut dyn PortDevice, offset: u16) -> u8 {
+    fn byte(device: &mut dyn BusDevice<PortSpace>, offset: u16) -> u8 {
         let mut byte = [0xaa];
         device.read(offset, &mut byte);
         byte[0]
@@ -111,7 +118,7 @@ mod tests {
         let mut registers = SleepControl::new(|| {
             offs.fetch_add(1, Ordering::Relaxed);
         });
-        // The value that Linux writes: (5 << 2) | 0x20, with the wake status cleared first.
+        // Linux writes (5 << 2) | 0x20, after it has cleared the wake status.
         assert_eq!(OFF, 0x34);
         registers.write(1, &[0x80]);
         registers.write(0, &[OFF & !ENABLE]);

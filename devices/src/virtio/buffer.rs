@@ -1,25 +1,26 @@
-//! The bytes that a descriptor chain stands for: pieces of guest memory, checked when they are taken.
+//! Data of a descriptor chain: pieces of guest memory. Every access checks that the memory exists.
 
 use vm_memory::bitmap::BS;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::queue::QueueError;
 
+/// Contiguous guest-physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
     address: u64,
     bytes: u64,
 }
 
-/// Guest memory in the order of its descriptors. What is read or written moves the start.
+/// Guest memory of a chain, in the order of its descriptors. Reading and writing consumes it from the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Buffer {
-    /// None is empty.
+    /// No span is empty.
     spans: Vec<Span>,
 }
 
 impl Buffer {
-    /// Adds a descriptor's memory; as one piece with the last where they touch.
+    /// Appends the memory of a descriptor. Merges it with the last piece if both are adjacent.
     pub(super) fn push(&mut self, address: u64, bytes: u64) {
         match self.spans.last_mut() {
             Some(last) if last.address.checked_add(last.bytes) == Some(address) => {
@@ -30,24 +31,24 @@ impl Buffer {
         }
     }
 
-    /// How many bytes are left. At most 2^32, because a chain's are (2.7.5.2).
+    /// Returns the number of bytes left. A chain has at most 2^32 bytes (virtio 1.2, 2.7.5.2).
     #[must_use]
     pub fn len(&self) -> u64 {
         self.spans.iter().map(|span| span.bytes).sum()
     }
 
-    /// True when nothing is left.
+    /// Returns whether no bytes are left.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.spans.is_empty()
     }
 
-    /// The guest-physical pieces, as address and length in bytes.
+    /// Returns the pieces, each as guest-physical address and length in bytes.
     pub fn pieces(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.spans.iter().map(|span| (span.address, span.bytes))
     }
 
-    /// Takes the first `bytes` away, or all if there are fewer.
+    /// Splits off the first `bytes` bytes, or all if there are fewer.
     pub fn take(&mut self, bytes: u64) -> Self {
         let mut first = Self::default();
         let mut wanted = bytes;
@@ -67,16 +68,17 @@ impl Buffer {
         first
     }
 
-    /// Takes the last `bytes` away, or all if there are fewer.
+    /// Splits off the last `bytes` bytes, or all if there are fewer.
     pub fn take_last(&mut self, bytes: u64) -> Self {
         let first = self.take(self.len().saturating_sub(bytes));
         std::mem::replace(self, first)
     }
 
-    /// Reads the first bytes into `data`. Returns how many there were.
+    /// Fills `data` from the first bytes, and consumes them. Returns the number of bytes read, which is smaller than
+    /// `data` if the buffer is.
     ///
     /// # Errors
-    /// Memory that is not there.
+    /// Returns [`QueueError::Outside`] if a piece is not in `memory`.
     pub fn read<G: GuestMemory>(
         &mut self,
         memory: &G,
@@ -94,10 +96,11 @@ impl Buffer {
         Ok(done)
     }
 
-    /// Writes `data` to the first bytes. Returns how many there was room for.
+    /// Writes `data` to the first bytes, and consumes them. Returns the number of bytes written, which is smaller than
+    /// `data` if the buffer is.
     ///
     /// # Errors
-    /// Memory that is not there.
+    /// Returns [`QueueError::Outside`] if a piece is not in `memory`.
     pub fn write<G: GuestMemory>(&mut self, memory: &G, data: &[u8]) -> Result<usize, QueueError> {
         let part = self.take(data.len() as u64);
         let mut done = 0;
@@ -111,11 +114,11 @@ impl Buffer {
         Ok(done)
     }
 
-    /// Calls `each` with the host's view of every piece, until it returns false. Writes through the views
-    /// are marked in the memory's bitmap.
+    /// Calls `each` with the host mapping of every piece, until `each` returns false. Writes through a mapping are
+    /// marked in the dirty bitmap of `memory`.
     ///
     /// # Errors
-    /// Memory that is not there, or does not allow `access`.
+    /// Returns [`QueueError::Outside`] if a piece is not in `memory`, or does not permit `access`.
     pub fn each_slice<'m, G: GuestMemory>(
         &self,
         memory: &'m G,
@@ -136,7 +139,7 @@ impl Buffer {
     }
 }
 
-/// Guest memory is mapped here, so its lengths fit.
+/// Converts the length of a span. Guest memory is mapped into this process, so the conversion does not saturate.
 fn host_bytes(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

@@ -1,7 +1,8 @@
-//! The console device (virtio 1.2, 5.3), with one port: what the guest writes goes to a sink, what it reads
-//! comes from [`ConsoleInput`].
+//! Console device with one port (virtio 1.2, 5.3): the guest's output goes to a sink, and its input comes from
+//! [`ConsoleInput`].
 //!
-//! The sink is waited for, as a serial port's is. A sink that fails loses output, which is counted.
+//! Writes to the sink block the worker, as they do for the serial port. If the sink returns an error, the output is
+//! dropped and counted in `lost_bytes`.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -9,57 +10,66 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::EventSet;
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-};
+use super::active_queues::{ActiveQueues, Completion};
+use super::buffer::Buffer;
+use super::device::{Counters, Device, DeviceError, EventRegistry, Identity, Token};
+use super::eventfd::{drain, notify};
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
-use super::turn::{Outcome, Turn, drain, notify};
+use super::state::{DeviceState, DeviceStateError};
+use crate::SavedState;
 
-/// The queues of port 0 (5.3.2), from the driver's point of view.
+/// Queues of port 0 (5.3.2), named from the driver's point of view.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes of input that wait for the guest; a restored state may hold as many.
+/// Maximum number of bytes of input that the guest has not read, also of a restored console.
 const INPUT_LIMIT: usize = 64 * 1024;
-/// Bytes that are moved at once.
+/// Size of the buffer for a copy in bytes.
 const PIECE: usize = 4096;
 
-/// Where a console's output goes.
+/// Sink for a console's output.
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
-/// The state of a console.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Saved state of a console.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct ConsoleSnapshot {
     /// Input that the guest has not read, oldest byte first, at most 64 KiB.
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
     pub waiting_input: Vec<u8>,
 }
 
-/// Gives input to a console. Clones are the same.
-#[derive(Clone)]
-pub struct ConsoleInput {
-    shared: Arc<Waiting>,
+impl SavedState for ConsoleSnapshot {
+    const VERSION: u16 = 1;
 }
 
-struct Waiting {
+/// Input side of a console. Clones feed the same console.
+#[derive(Clone)]
+pub struct ConsoleInput {
+    shared: Arc<InputBuffer>,
+}
+
+/// Input that the guest has not read, shared by the console and its input side.
+struct InputBuffer {
     bytes: Mutex<VecDeque<u8>>,
     arrived: EventFd,
 }
 
-impl Waiting {
+impl InputBuffer {
     fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ConsoleInput {
-    /// Gives `bytes` to the guest, now or when it reads. Returns how many were taken: fewer than all when
-    /// too much waits already.
+    /// Sends `bytes` to the guest, or keeps them until it reads. Returns the number of bytes taken, which is smaller if
+    /// too many are waiting.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut waiting = self.shared.lock();
         let taken = bytes.len().min(INPUT_LIMIT - waiting.len());
@@ -70,6 +80,7 @@ impl ConsoleInput {
     }
 }
 
+/// Counters of a console.
 #[derive(Default)]
 struct ConsoleCounters {
     lost: AtomicU64,
@@ -81,29 +92,20 @@ impl Counters for ConsoleCounters {
     }
 }
 
-/// 5.3.4: all of its fields belong to features that are not offered.
-struct NoConfig;
-
-impl ConfigSpace for NoConfig {
-    fn read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-}
-
-/// A console with one port.
+/// Console with one port.
 pub struct Console {
     output: ConsoleOutput,
-    input: Arc<Waiting>,
+    input: Arc<InputBuffer>,
     counters: Arc<ConsoleCounters>,
 }
 
 impl Console {
-    /// A console that writes to `output`, and the way to its input.
+    /// Creates a console that writes to `output`, and its input side.
     ///
     /// # Errors
-    /// Descriptors that cannot be had.
+    /// Returns the kernel's error if an eventfd cannot be created.
     pub fn new(output: ConsoleOutput) -> io::Result<(Self, ConsoleInput)> {
-        let shared = Arc::new(Waiting {
+        let shared = Arc::new(InputBuffer {
             bytes: Mutex::default(),
             arrived: EventFd::new(EFD_NONBLOCK)?,
         });
@@ -115,15 +117,16 @@ impl Console {
         Ok((console, ConsoleInput { shared }))
     }
 
+    /// Writes the guest's output to the sink.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        turn.drain(TRANSMIT, |turn, mut chain| {
-            one_way(&chain, chain.writable.is_empty())?;
+        queues.drain(TRANSMIT, |queues, mut chain| {
+            must_be_empty(&chain, &chain.writable)?;
             while !chain.readable.is_empty() {
                 let mut piece = [0; PIECE];
-                let len = turn.read(&mut chain.readable, &mut piece)?;
+                let len = queues.read(&mut chain.readable, &mut piece)?;
                 if self.output.write_all(&piece[..len]).is_err() {
                     self.counters.lost.fetch_add(len as u64, Ordering::Relaxed);
                 }
@@ -131,33 +134,38 @@ impl Console {
             if self.output.flush().is_err() {
                 self.counters.lost.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(Outcome::Done(0))
+            Ok(Completion::Used(0))
         })
     }
 
-    fn receive<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
-        turn.drain(RECEIVE, |turn, mut chain| {
-            one_way(&chain, chain.readable.is_empty())?;
+    /// Delivers input to the guest.
+    fn receive<M: GuestAddressSpace>(
+        &mut self,
+        queues: &mut ActiveQueues<'_, M>,
+    ) -> Result<(), DeviceError> {
+        queues.drain(RECEIVE, |queues, mut chain| {
+            must_be_empty(&chain, &chain.readable)?;
             let mut waiting = self.input.lock();
             if waiting.is_empty() {
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
             let room = usize::try_from(chain.writable.len()).unwrap_or(PIECE);
             let len = room.min(PIECE).min(waiting.len());
             let bytes: Vec<u8> = waiting.drain(..len).collect();
-            Ok(Outcome::done(turn.write(&mut chain.writable, &bytes)?))
+            Ok(Completion::used(queues.write(&mut chain.writable, &bytes)?))
         })
     }
 }
 
-/// Each queue has memory of one direction only (5.3.6).
-fn one_way(chain: &Chain, is_so: bool) -> Result<(), QueueError> {
-    if is_so {
+/// Rejects a chain unless its `buffer` for the other direction is empty: each queue has one direction (virtio 1.2,
+/// 5.3.6).
+fn must_be_empty(chain: &Chain, buffer: &Buffer) -> Result<(), QueueError> {
+    if buffer.is_empty() {
         return Ok(());
     }
     Err(QueueError::Request {
         head: chain.head,
-        what: "memory of the wrong direction for this queue of a console",
+        what: "this queue of a console takes buffers of the other direction",
     })
 }
 
@@ -167,28 +175,32 @@ impl<M: GuestAddressSpace> Device<M> for Console {
             device_type: VIRTIO_ID_CONSOLE,
             features: 0,
             queue_sizes: vec![QUEUE_SIZE; 2],
-            config: Arc::new(NoConfig),
+            config: Arc::new(()),
             counters: Arc::clone(&self.counters) as _,
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        watch.add(&self.input.arrived, 0, EventSet::IN)
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        registry.add(&self.input.arrived, 0, EventSet::IN)
     }
 
-    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
-        self.receive(&mut turn)
+    fn started(
+        &mut self,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        self.receive(&mut queues)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            RECEIVE => self.receive(&mut turn),
-            _ => self.transmit(&mut turn),
+            RECEIVE => self.receive(&mut queues),
+            _ => self.transmit(&mut queues),
         }
     }
 
@@ -196,28 +208,26 @@ impl<M: GuestAddressSpace> Device<M> for Console {
         &mut self,
         _: Token,
         _: EventSet,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         drain(&self.input.arrived);
-        self.receive(&mut turn)
+        self.receive(&mut queues)
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Console(ConsoleSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&ConsoleSnapshot {
             waiting_input: self.input.lock().iter().copied().collect(),
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Console(state) = state else {
-            return Err(DeviceStateError::other("console", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: ConsoleSnapshot = state.decode("console")?;
         let bytes = state.waiting_input.len();
         if bytes > INPUT_LIMIT {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: "console",
-                what: format!("{bytes} bytes of waiting input, at most {INPUT_LIMIT} are possible"),
+                what: format!("waiting_input has {bytes} bytes, but the maximum is {INPUT_LIMIT}"),
             });
         }
         *self.input.lock() = state.waiting_input.iter().copied().collect();
@@ -229,8 +239,8 @@ impl<M: GuestAddressSpace> Device<M> for Console {
 mod tests {
     use std::sync::mpsc;
 
+    use super::super::MmioTransport;
     use super::super::testing::*;
-    use super::super::{DeviceSnapshot, VirtioMmio};
     use super::*;
 
     struct Sink(mpsc::Sender<Vec<u8>>);
@@ -327,13 +337,13 @@ mod tests {
         assert_eq!(driver.read_memory(DATA, 11), b"typed ahead");
 
         let mut flood = saved;
-        flood.device = DeviceSnapshot::Console(ConsoleSnapshot {
+        flood.device = DeviceState::new(&ConsoleSnapshot {
             waiting_input: vec![0; INPUT_LIMIT + 1],
         });
         let (console, _input) = Console::new(Box::new(io::sink())).unwrap();
         let (interrupt, _line) = interrupt();
         let result =
-            VirtioMmio::restore("_console0", Box::new(console), memory(), interrupt, &flood);
+            MmioTransport::restore("_console0", Box::new(console), memory(), interrupt, &flood);
         assert!(result.err().unwrap().to_string().contains("65537"));
     }
 }

@@ -1,4 +1,4 @@
-//! What a virtio device is to the transport and to its worker.
+//! Interface that a device model implements for the transport and for its worker thread.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -7,104 +7,95 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events};
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::ActiveQueues;
 use super::queue::QueueError;
-use super::state::DeviceSnapshot;
-use super::turn::Turn;
+use super::state::{DeviceState, DeviceStateError};
 
-/// Why a device stopped to serve its driver. It needs a reset then (2.1.2).
+/// Reason for which a device stopped serving its driver.
+///
+/// Except after [`DeviceError::Reset`], the device sets DEVICE_NEEDS_RESET (virtio 1.2, 2.1.2).
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// The driver broke a queue's rules.
+    /// The driver broke a rule of a queue.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// The host failed in a way that no request can report.
+    /// The host failed, and no request's status can report it.
     #[error("{what}: {source}")]
     Host {
-        /// What was tried.
+        /// Operation that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
-    /// The driver reset the device meanwhile: no failure.
+    /// The driver reset the device while a request was handled. This is not a failure.
     #[error("the driver reset the device")]
     Reset,
 }
 
 impl DeviceError {
-    /// For `map_err`: the host failed at `what`.
+    /// Returns a function for `map_err` that reports a failure of the host in the operation `what`.
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { what, source }
     }
 }
 
-/// A saved state that does not fit the device.
-#[derive(Debug, thiserror::Error)]
-#[error("{device} state: {what}")]
-pub struct DeviceStateError {
-    /// The kind of the device.
-    pub device: &'static str,
-    /// What does not fit.
-    pub what: String,
-}
-
-impl DeviceStateError {
-    /// The state `found` is another kind's.
-    pub(crate) fn other(device: &'static str, found: &DeviceSnapshot) -> Self {
-        Self {
-            device,
-            what: format!("it is of another kind: {found:?}"),
-        }
-    }
-}
-
-/// What the registers say of a device.
+/// Fixed properties of a device, from which the transport derives its registers.
 pub struct Identity {
-    /// The device type (5).
+    /// Device type (virtio 1.2, 5).
     pub device_type: u32,
-    /// Its own feature bits; those of rings and transport are added.
+    /// Feature bits of the device type. The transport adds those of rings and transport.
     pub features: u64,
-    /// The most entries of each queue: powers of two, at most 1024.
+    /// Maximum number of entries of each queue: powers of two, at most 1024.
     pub queue_sizes: Vec<u16>,
-    /// Its configuration space, and what it knows of features.
+    /// Configuration space, which also knows which features depend on each other.
     pub config: Arc<dyn ConfigSpace>,
-    /// What it has done.
+    /// Counters of the device.
     pub counters: Arc<dyn Counters>,
 }
 
-/// What a device has done since it was made, read by any thread.
+/// Counters of a device since its creation. Any thread may read them.
 pub trait Counters: Send + Sync {
-    /// Names and values.
+    /// Returns the names and values of all counters.
     fn counters(&self) -> Vec<(&'static str, u64)>;
 }
 
-/// A device that counts nothing.
+/// Counters of a device that counts nothing.
 impl Counters for () {
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
 }
 
-/// A device's configuration space (2.5), read by vCPU threads.
+/// Configuration space of a device (virtio 1.2, 2.5). vCPU threads access it.
 pub trait ConfigSpace: Send + Sync {
-    /// Fills `data` with what is at `offset`; zeros beyond the end.
+    /// Fills `data` from the bytes at `offset`. Bytes beyond the end of the space are zero.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// The driver writes `data` at `offset`. Ignored by devices without a field for it.
+    /// Handles a write by the driver of `data` at `offset`. The default ignores it, for a space without writable
+    /// fields.
     fn write(&self, offset: u64, data: &[u8]) {
         let _ignored = (offset, data);
     }
 
-    /// The driver resets the device. Unlike [`Device::reset`], this is done when the driver goes on.
+    /// Resets the fields that a reset of the device changes. Runs on the vCPU thread, before the driver's write to
+    /// `Status` returns; [`Device::reset`] may run later.
     fn reset(&self) {}
 
-    /// Whether these features, all of them offered, go together.
+    /// Returns whether the driver may accept exactly `features`, all of which the device offers.
     fn accepts(&self, features: u64) -> bool {
         let _any = features;
         true
     }
 }
 
-/// Fills `data` with the bytes of `config` at `offset`; zeros beyond its end.
+/// Configuration space of a device without one.
+impl ConfigSpace for () {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+}
+
+/// Fills `data` from the bytes of `config` at `offset`. Bytes beyond the end of `config` are zero.
 pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let rest = usize::try_from(offset)
@@ -115,82 +106,94 @@ pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
     data[..len].copy_from_slice(&rest[..len]);
 }
 
-/// The behaviour of a device. All but [`Self::identity`] is called on its worker thread, or while that
-/// stands still.
+/// Device model: handles the descriptor chains of one device.
+///
+/// [`Self::identity`] and [`Self::register`] are called when the device is created. All other methods are called on its
+/// worker thread, or while the worker is paused.
+///
+/// If a method panics on the worker thread, the thread ends and the device needs a reset, which cannot succeed any
+/// more.
 pub trait Device<M: GuestAddressSpace>: Send {
-    /// What the registers say of it.
+    /// Returns the fixed properties of the device.
     fn identity(&self) -> Identity;
 
-    /// Registers the descriptors that it waits for beside its queues.
+    /// Registers the descriptors that the device waits for besides its queues.
     ///
     /// # Errors
-    /// The kernel's.
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        let _none = watch;
+    /// Returns the kernel's error if a descriptor cannot be registered.
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        let _none = registry;
         Ok(())
     }
 
-    /// The driver is ready, or the device was resumed.
+    /// Handles the start of the queues: the driver has set DRIVER_OK, or the device was resumed.
     ///
     /// # Errors
-    /// See [`DeviceError`]; so for the next two.
-    fn started(&mut self, turn: Turn<'_, M>, watch: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
-        let _nothing_to_do = (turn, watch);
+    /// Returns [`DeviceError`] if the device cannot go on. The device then needs a reset. This holds for
+    /// [`Self::notified`] and [`Self::ready`], too.
+    fn started(
+        &mut self,
+        queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        let _nothing_to_do = (queues, registry);
         Ok(())
     }
 
-    /// The driver notified `queue`, or the queue's work of an earlier notification is not done.
+    /// Handles the chains of `queue`: the driver notified it, or an earlier call left chains and notified it again.
     fn notified(
         &mut self,
         queue: usize,
-        turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError>;
 
-    /// The descriptor registered with `token` has `events`.
+    /// Handles `events` of the descriptor that was registered with `token`.
     fn ready(
         &mut self,
         token: Token,
         events: EventSet,
-        turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        let _none = (token, events, turn, watch);
+        let _none = (token, events, queues, registry);
         Ok(())
     }
 
-    /// The driver reset the device: forget what belonged to it.
-    fn reset(&mut self, watch: &mut Watch<'_, '_>) {
-        let _nothing_to_do = watch;
+    /// Discards what belongs to the driver, because the driver reset the device.
+    fn reset(&mut self, registry: &mut EventRegistry<'_, '_>) {
+        let _nothing_to_do = registry;
     }
 
-    /// Its state. Nothing is in flight.
-    fn save(&self) -> DeviceSnapshot;
+    /// Returns the state of the device model. No request is in flight.
+    fn save(&self) -> DeviceState;
 
-    /// Takes over a saved state, before it is started.
+    /// Loads a saved state. Called at most once, before [`Self::register`].
     ///
     /// # Errors
-    /// A state of another kind of device, or one that cannot be.
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError>;
+    /// Returns [`DeviceStateError`] if the state belongs to another device model, is invalid, or does not match the
+    /// host's side of this device.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError>;
 }
 
-/// By which a device knows one of its descriptors.
+/// Number by which a device model identifies one of its registered descriptors.
 pub type Token = u32;
 
-/// Above the queues' indices, and the worker's own.
+/// Event data of the device's token 0. Smaller values are queue indices, and [`WAKE`].
 const FIRST_TOKEN: u32 = 0x100;
 
-/// Where a device registers the descriptors that it waits for. A descriptor is removed before it is
-/// closed.
-pub struct Watch<'a, 'b> {
+/// Registry of the descriptors that a device model waits for, on its worker's event loop.
+///
+/// A descriptor must be removed before it is closed.
+pub struct EventRegistry<'a, 'b> {
     pub(super) ops: &'a mut EventOps<'b>,
 }
 
-impl Watch<'_, '_> {
-    /// Waits for `events` (and errors) of `descriptor`.
+impl EventRegistry<'_, '_> {
+    /// Waits for `events` and errors of `descriptor`, and passes them to [`Device::ready`] with `token`.
     ///
     /// # Errors
-    /// The kernel's; a descriptor that is registered already.
+    /// Returns the kernel's error, for example if the descriptor is registered already.
     pub fn add(
         &mut self,
         descriptor: &impl AsRawFd,
@@ -202,10 +205,10 @@ impl Watch<'_, '_> {
             .map_err(io::Error::other)
     }
 
-    /// Changes what is waited for.
+    /// Changes the events of `descriptor` that the device waits for, and its token.
     ///
     /// # Errors
-    /// The kernel's; a descriptor that is not registered.
+    /// Returns the kernel's error, for example if the descriptor is not registered.
     pub fn modify(
         &mut self,
         descriptor: &impl AsRawFd,
@@ -217,10 +220,10 @@ impl Watch<'_, '_> {
             .map_err(io::Error::other)
     }
 
-    /// Waits for `descriptor` no longer.
+    /// Stops waiting for `descriptor`.
     ///
     /// # Errors
-    /// The kernel's; a descriptor that is not registered.
+    /// Returns the kernel's error, for example if the descriptor is not registered.
     pub fn remove(&mut self, descriptor: &impl AsRawFd) -> io::Result<()> {
         self.ops
             .remove(registration(descriptor, 0, EventSet::empty()))
@@ -233,24 +236,24 @@ fn registration(descriptor: &impl AsRawFd, token: Token, events: EventSet) -> Ev
     Events::with_data_raw(descriptor.as_raw_fd(), data, events)
 }
 
-/// What an event of the worker's loop is about.
-pub(super) enum Subject {
-    /// The driver notified this queue.
+/// Source of an event in the worker's loop.
+pub(super) enum EventSource {
+    /// Notification of the queue with this index.
     Queue(usize),
-    /// The worker's own event.
+    /// The worker's own wake-up event.
     Wake,
-    /// The device's.
+    /// Descriptor that the device registered with this token.
     Device(Token),
 }
 
-/// The worker's own event.
+/// Event data of the worker's own wake-up event.
 pub(super) const WAKE: u32 = FIRST_TOKEN - 1;
 
-/// Who is meant by the data of an event.
-pub(super) fn subject(data: u32) -> Subject {
+/// Returns the source of the event with this `data`.
+pub(super) fn source(data: u32) -> EventSource {
     match data.checked_sub(FIRST_TOKEN) {
-        Some(token) => Subject::Device(token),
-        None if data == WAKE => Subject::Wake,
-        None => Subject::Queue(data as usize),
+        Some(token) => EventSource::Device(token),
+        None if data == WAKE => EventSource::Wake,
+        None => EventSource::Queue(data as usize),
     }
 }

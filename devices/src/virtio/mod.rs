@@ -1,58 +1,62 @@
-//! virtio devices on MMIO (virtio 1.2): one transport for all, and a model for each kind.
+//! virtio devices over MMIO (virtio 1.2): one transport for all devices, and a model for each kind of device.
 //!
-//! A device is a [`Device`]: it serves chains of descriptors on a worker thread of its own. Between it and
-//! the guest stands [`VirtioMmio`], which has the registers, and stops, saves and restores any device.
+//! A device model implements [`Device`] and handles descriptor chains on a worker thread of its own.
+//! [`MmioTransport`] is the guest's side of it: it implements the registers, and pauses, saves and restores any model.
 //!
 //! ```text
-//! vCPU ─ MmioBus ─ VirtioMmio ─┐ queues, when the driver is ready
-//!              eventfd a queue │
-//!                              ├─ Turn ─ Device ─ files, taps, sockets      (worker thread)
-//! guest memory ─ VirtQueue ────┘
+//! vCPU ─ MmioBus ─ MmioTransport ─┐ queues, once the driver has set DRIVER_OK
+//!           ioeventfd per queue ──┤
+//!                                 ├─ ActiveQueues ─ Device ─ files, taps, sockets      (worker thread)
+//! guest memory ─ VirtQueue ───────┘
 //! ```
 //!
-//! Instead of a worker, another process can serve the queues: [`VhostUser`].
+//! [`VhostUser`] replaces the worker thread by another process that serves the queues.
 //!
-//! What a driver does wrong ends the device until it is reset (DEVICE_NEEDS_RESET) and nothing else: chains
-//! are checked whole before a device sees them, and one wake-up of the worker does bounded work.
+//! If the driver breaks a rule, the device sets DEVICE_NEEDS_RESET and stops until the driver resets it; nothing else
+//! is affected. A chain is checked as a whole before a device model sees it, and one wake-up of the worker does a
+//! bounded amount of work. If a device model panics, the device also needs a reset, and
+//! [`on_failure`](MmioTransport::on_failure) reports it.
 
+mod active_queues;
 mod balloon;
 mod block;
 mod buffer;
 mod console;
 mod device;
+mod eventfd;
 mod interrupt;
 mod net;
+mod panic;
 mod queue;
+mod queue_server;
 mod rng;
-mod serve;
 mod spec;
 mod state;
 mod transport;
-mod turn;
 mod vhost_user;
 mod vsock;
 mod worker;
+mod worker_state;
 
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use active_queues::{ActiveQueues, Completion};
 pub use balloon::{Balloon, BalloonConfig, BalloonControl, BalloonSnapshot, Discard};
 pub use block::{Access, Block, BlockConfig, BlockSnapshot};
 pub use buffer::Buffer;
 pub use console::{Console, ConsoleInput, ConsoleOutput, ConsoleSnapshot};
 pub use device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 pub use interrupt::Interrupt;
 pub use net::{Net, NetConfig, NetSnapshot, Offloads, Tap};
-pub use queue::{Chain, QueueError, QueueSnapshot};
-pub use rng::Rng;
+pub use queue::{Chain, QueueError, QueueSnapshot, Used};
+pub use rng::{Rng, RngSnapshot};
 pub use spec::{MMIO_BYTES, QUEUE_NOTIFY};
-pub use state::{DeviceSnapshot, TransportSnapshot, VirtioSnapshot};
-pub use transport::{VirtioError, VirtioMmio};
-pub use turn::{Outcome, Turn};
+pub use state::{DeviceState, DeviceStateError, TransportSnapshot, VirtioSnapshot};
+pub use transport::{MmioTransport, VirtioError};
 pub use vhost_user::{VhostUser, VhostUserConfig, VhostUserError, VhostUserSnapshot};
 pub use vsock::{Vsock, VsockConfig, VsockError, VsockSnapshot};

@@ -1,11 +1,13 @@
-//! A split virtqueue as a device sees it: chains come out of it checked, used buffers go in.
+//! Split virtqueue, seen from the device: chains that are popped from it have been checked, and used chains are pushed
+//! to it.
 //!
-//! The rings themselves are `virtio-queue`'s. What is added here is the refusal of everything that a
-//! driver must not do: that crate ends a broken chain early and says nothing.
+//! The ring format itself is implemented by the `virtio-queue` crate. This module adds the checks: `virtio-queue`
+//! silently ends a malformed chain early, while [`VirtQueue`] returns an error for everything that a driver must not
+//! do.
 
 use std::sync::atomic::{Ordering, fence};
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
@@ -16,97 +18,110 @@ use super::spec::{
     AVAIL_HEADER_BYTES, AVAIL_NO_INTERRUPT, CHAIN_LIMIT, USED_BYTES, USED_HEADER_BYTES,
 };
 
-/// What a driver did to a queue that it must not do. The device needs a reset then.
+/// Violation of a queue's rules by the driver. The device needs a reset.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// The rings: their place, or the index of the available ring.
-    #[error("the rings: {0}")]
+    /// A ring is misaligned, or the available ring has an invalid index.
+    #[error("invalid ring: {0}")]
     Ring(#[source] virtio_queue::Error),
-    /// The rings are not all in guest memory.
-    #[error("the rings are not in guest memory")]
+    /// A ring is not wholly in guest memory.
+    #[error("a ring is not in guest memory")]
     RingOutside,
-    /// A chain that is a loop, names a descriptor or table that is not there, or has tables in tables.
-    #[error("the chain of descriptor {head} does not end after {descriptors} descriptors")]
+    /// The chain loops, names a descriptor or table that does not exist, or has an indirect table within an indirect
+    /// table.
+    #[error("the chain that starts at descriptor {head} is broken after {descriptors} descriptors")]
     Unterminated {
-        /// Its first descriptor.
+        /// First descriptor of the chain.
         head: u16,
-        /// How many of it could be read.
+        /// Number of descriptors that could be read.
         descriptors: usize,
     },
-    /// A chain longer than any queue.
-    #[error("the chain of descriptor {0} has more than {CHAIN_LIMIT} descriptors")]
+    /// The chain has more descriptors than any queue has entries.
+    #[error("the chain that starts at descriptor {0} has more than {CHAIN_LIMIT} descriptors")]
     TooLong(u16),
-    /// A descriptor without memory.
-    #[error("the chain of descriptor {0} has an empty descriptor")]
+    /// A descriptor has a length of 0.
+    #[error("the chain that starts at descriptor {0} has an empty descriptor")]
     Empty(u16),
-    /// Device-readable memory behind device-writable memory (2.7.4.2).
-    #[error("the chain of descriptor {0} has readable memory behind writable memory")]
+    /// A device-readable descriptor follows a device-writable one (virtio 1.2, 2.7.4.2).
+    #[error(
+        "the chain that starts at descriptor {0} has a readable descriptor behind a writable one"
+    )]
     Order(u16),
-    /// Memory that the guest does not have.
+    /// A buffer is not in guest memory.
     #[error("{bytes} bytes at {address:#x} are not in guest memory")]
     Outside {
-        /// Where it was to be.
+        /// Guest-physical address of the buffer.
         address: u64,
-        /// How much.
+        /// Length of the buffer in bytes.
         bytes: u64,
     },
-    /// A request that does not have the parts which its device asks for.
-    #[error("the chain of descriptor {head}: {what}")]
+    /// The request lacks a part that the device requires.
+    #[error("the chain that starts at descriptor {head}: {what}")]
     Request {
-        /// Its first descriptor.
+        /// First descriptor of the chain.
         head: u16,
-        /// What is wrong.
+        /// Description of the mistake.
         what: &'static str,
     },
 }
 
-/// A chain of descriptors that was checked.
+/// Chain of descriptors that has been checked.
 #[derive(Clone, Debug)]
 pub struct Chain {
-    /// The descriptor it begins with, by which it is given back.
+    /// First descriptor of the chain. It identifies the chain in the used ring.
     pub head: u16,
-    /// What the driver wrote for the device.
+    /// Device-readable memory: data from the driver.
     pub readable: Buffer,
-    /// Where the device may write.
+    /// Device-writable memory: room for data from the device.
     pub writable: Buffer,
 }
 
-/// A chain to be given back.
+/// Entry of the used ring.
 #[derive(Clone, Copy, Debug)]
 pub struct Used {
-    /// The descriptor it begins with.
+    /// First descriptor of the chain.
     pub head: u16,
-    /// Bytes of its writable memory that were written.
+    /// Number of bytes that the device wrote to the chain's writable memory.
     pub written: u32,
 }
 
-/// The state of a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Saved state of a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct QueueSnapshot {
-    /// `QueueNumMax`: the most entries.
+    /// `QueueNumMax`: maximum number of entries.
+    #[n(0)]
     pub max_size: u16,
-    /// `QueueNum`: entries in use.
+    /// `QueueNum`: number of entries in use.
+    #[n(1)]
     pub size: u16,
     /// `QueueReady`.
+    #[n(2)]
     pub ready: bool,
     /// Guest-physical address of the descriptor table.
+    #[n(3)]
     pub descriptor_table: u64,
     /// Guest-physical address of the available ring (driver area).
+    #[n(4)]
     pub available_ring: u64,
     /// Guest-physical address of the used ring (device area).
+    #[n(5)]
     pub used_ring: u64,
-    /// Index of the next available entry to take.
+    /// Index of the next entry to take from the available ring.
+    #[n(6)]
     pub next_available: u16,
-    /// Index of the next used entry to write.
+    /// Index of the next entry to write to the used ring.
+    #[n(7)]
     pub next_used: u16,
 }
 
 impl QueueSnapshot {
+    /// Returns whether the size is a power of two and at most the maximum.
     pub(super) fn size_is_possible(&self) -> bool {
         self.size.is_power_of_two() && self.size <= self.max_size
     }
 
-    /// A queue after a reset.
+    /// Returns the state of a queue after a reset.
     pub(super) fn reset(max_size: u16) -> Self {
         Self {
             max_size,
@@ -116,21 +131,21 @@ impl QueueSnapshot {
     }
 }
 
-/// A queue in use.
+/// Queue that the driver has set up.
 pub(super) struct VirtQueue {
     ring: Queue,
-    /// The index behind the last used buffer that the driver was asked about.
-    told: u16,
+    /// Used index at the last call of [`Self::wants_interrupt`].
+    signalled_to: u16,
 }
 
 impl VirtQueue {
-    /// The queue that `snapshot` describes.
-    pub(super) fn new(snapshot: &QueueSnapshot, event_index: bool) -> Result<Self, QueueError> {
+    /// Creates the queue that `snapshot` describes.
+    pub(super) fn new(snapshot: &QueueSnapshot, features: u64) -> Result<Self, QueueError> {
         let ring = Queue::try_from(QueueState {
             max_size: snapshot.max_size,
             next_avail: snapshot.next_available,
             next_used: snapshot.next_used,
-            event_idx_enabled: event_index,
+            event_idx_enabled: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
             size: snapshot.size,
             ready: snapshot.ready,
             desc_table: snapshot.descriptor_table,
@@ -140,11 +155,11 @@ impl VirtQueue {
         .map_err(QueueError::Ring)?;
         Ok(Self {
             ring,
-            told: snapshot.next_used,
+            signalled_to: snapshot.next_used,
         })
     }
 
-    /// Whether the rings of a queue that is ready are in memory.
+    /// Checks that the rings of the queue are in guest memory, if the queue is ready.
     pub(super) fn check<G: GuestMemory>(&self, memory: &G) -> Result<(), QueueError> {
         if self.ring.ready() && !self.ring.is_valid(memory) {
             return Err(QueueError::RingOutside);
@@ -170,6 +185,7 @@ impl VirtQueue {
         self.ring.ready()
     }
 
+    /// Stops the queue until the driver resets the device.
     pub(super) fn stop(&mut self) {
         self.ring.set_ready(false);
     }
@@ -178,7 +194,7 @@ impl VirtQueue {
         self.ring.size()
     }
 
-    /// The next chain that the driver made available.
+    /// Pops the next chain from the available ring, and checks it.
     pub(super) fn pop<M: GuestAddressSpace>(
         &mut self,
         memory: &M,
@@ -199,7 +215,7 @@ impl VirtQueue {
         self.ring.go_to_previous_position();
     }
 
-    /// Gives the chain of `head` back, `written` bytes of its writable memory written.
+    /// Pushes the chain of descriptor `head` to the used ring, with `written` bytes written to its writable memory.
     pub(super) fn complete<M: GuestAddressSpace>(
         &mut self,
         memory: &M,
@@ -211,7 +227,7 @@ impl VirtQueue {
             .map_err(QueueError::Ring)
     }
 
-    /// Gives several chains back at once: the driver sees all of them or none.
+    /// Pushes several chains to the used ring at once. The driver sees all of them or none.
     pub(super) fn complete_together<M: GuestAddressSpace>(
         &mut self,
         memory: &M,
@@ -225,7 +241,7 @@ impl VirtQueue {
             let mut next = self.ring.next_used();
             for used in before {
                 let place = USED_HEADER_BYTES + USED_BYTES * u64::from(next % self.ring.size());
-                // `id` and `len`, each of 32 bits (2.7.8).
+                // The entry is `id` and `len`, of 32 bits each (virtio 1.2, 2.7.8).
                 let element = u64::from(used.head) | u64::from(used.written) << 32;
                 memory
                     .write_obj(element.to_le(), GuestAddress(self.ring.used_ring() + place))
@@ -234,38 +250,46 @@ impl VirtQueue {
             }
             self.ring.set_next_used(next);
         }
-        // It publishes the index, and with it those before.
+        // This call publishes the used index, and with it all entries.
         self.complete(memory, last.head, last.written)
     }
 
-    /// Whether the driver wants to be told of the buffers used since the last call.
+    /// Returns whether the driver wants an interrupt for the chains that were used since the last call.
     pub(super) fn wants_interrupt<M: GuestAddressSpace>(
         &mut self,
         memory: &M,
     ) -> Result<bool, QueueError> {
-        let (told, used) = (self.told, self.ring.next_used());
-        self.told = used;
-        if told == used {
+        let (signalled_to, used) = (self.signalled_to, self.ring.next_used());
+        self.signalled_to = used;
+        if signalled_to == used {
             return Ok(false);
         }
-        // The used index is written before the driver's wish is read, or both sides could wait.
+        // The used index must be visible before the driver's suppression flag is read. Otherwise the driver could
+        // suppress the interrupt after it looked at an old index, and both sides would wait for each other.
         fence(Ordering::SeqCst);
         if !self.ring.event_idx_enabled() {
-            return Ok(self.load(memory, 0)? & AVAIL_NO_INTERRUPT == 0);
+            return Ok(self.load_available(memory, 0)? & AVAIL_NO_INTERRUPT == 0);
         }
-        // 2.7.7.2: `used_event`, behind the entries, is the index of the buffer that the driver waits for.
-        let event = self.load(memory, AVAIL_HEADER_BYTES + 2 * u64::from(self.ring.size()))?;
+        // `used_event` follows the entries of the available ring. It is the index of the used buffer for which the
+        // driver wants an interrupt (virtio 1.2, 2.7.7.2).
+        let event =
+            self.load_available(memory, AVAIL_HEADER_BYTES + 2 * u64::from(self.ring.size()))?;
         let since_event = used.wrapping_sub(event).wrapping_sub(1);
-        Ok(since_event < used.wrapping_sub(told))
+        Ok(since_event < used.wrapping_sub(signalled_to))
     }
 
-    /// A field of the available ring.
-    fn load<M: GuestAddressSpace>(&self, memory: &M, offset: u64) -> Result<u16, QueueError> {
+    /// Loads the 16-bit field of the available ring at `offset` bytes.
+    fn load_available<M: GuestAddressSpace>(
+        &self,
+        memory: &M,
+        offset: u64,
+    ) -> Result<u16, QueueError> {
         let address = GuestAddress(self.ring.avail_ring() + offset);
         let value = memory.memory().load(address, Ordering::SeqCst);
         value.map(u16::from_le).map_err(|_| QueueError::RingOutside)
     }
 
+    /// Tells the driver that it need not notify this queue for now.
     pub(super) fn disable_notification<M: GuestAddressSpace>(
         &mut self,
         memory: &M,
@@ -275,7 +299,7 @@ impl VirtQueue {
             .map_err(QueueError::Ring)
     }
 
-    /// Asks for notifications again. True when more chains are there by now.
+    /// Asks the driver for notifications again. Returns true if there are new chains already.
     pub(super) fn enable_notification<M: GuestAddressSpace>(
         &mut self,
         memory: &M,
@@ -286,22 +310,24 @@ impl VirtQueue {
     }
 }
 
-/// The queues that a driver which is ready made and agreed to use with `features`, their rings all in `memory`.
+/// Creates the queues of a driver that has set DRIVER_OK with `features`.
+///
+/// # Errors
+/// Returns [`QueueError`] if a ring is misaligned or not in `memory`.
 pub(super) fn in_use<G: GuestMemory>(
     snapshots: &[QueueSnapshot],
     features: u64,
     memory: &G,
 ) -> Result<Vec<VirtQueue>, QueueError> {
-    let event_index = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
     let make = |snapshot| {
-        let queue = VirtQueue::new(snapshot, event_index)?;
+        let queue = VirtQueue::new(snapshot, features)?;
         queue.check(memory)?;
         Ok(queue)
     };
     snapshots.iter().map(make).collect()
 }
 
-/// Reads a chain to its end, and refuses what is not one.
+/// Reads a chain to its end, and checks it.
 fn checked<T, G>(mut chain: DescriptorChain<T>, memory: &G) -> Result<Chain, QueueError>
 where
     T: std::ops::Deref<Target = G>,
@@ -331,6 +357,7 @@ where
     Ok(found)
 }
 
+/// Adds a descriptor to `chain`, and checks it.
 fn add<G: GuestMemory>(
     chain: &mut Chain,
     descriptor: Descriptor,

@@ -1,40 +1,42 @@
-//! The entropy device (virtio 1.2, 5.4): the host's random bytes, as many as the guest asks for.
+//! Entropy device (virtio 1.2, 5.4), which fills the driver's buffers with random bytes of the host.
 
 use std::io;
 use std::sync::Arc;
 
+use minicbor::{Decode, Encode};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::GuestAddressSpace;
 
-use super::device::{ConfigSpace, Device, DeviceError, DeviceStateError, Identity, Watch};
+use super::active_queues::{ActiveQueues, Completion};
+use super::device::{Device, DeviceError, EventRegistry, Identity};
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
-use super::turn::{Outcome, Turn};
+use super::state::{DeviceState, DeviceStateError};
+use crate::SavedState;
 
 const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = 64;
-/// The most bytes that one request gets; a driver asks again for more.
+/// Maximum number of bytes for one request. A driver that wants more sends another request.
 const REQUEST_LIMIT: usize = 4096;
 
-/// An entropy device.
+/// Saved state of an entropy device. It has no fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct RngSnapshot {}
+
+impl SavedState for RngSnapshot {
+    const VERSION: u16 = 1;
+}
+
+/// Entropy device.
 #[derive(Debug, Default)]
 pub struct Rng;
 
 impl Rng {
-    /// An entropy device that takes from getrandom(2).
+    /// Creates an entropy device that reads from getrandom(2).
     #[must_use]
     pub fn new() -> Self {
         Self
-    }
-}
-
-/// 5.4.4: there is none.
-struct NoConfig;
-
-impl ConfigSpace for NoConfig {
-    fn read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 }
 
@@ -44,7 +46,7 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
             device_type: VIRTIO_ID_RNG,
             features: 0,
             queue_sizes: vec![QUEUE_SIZE],
-            config: Arc::new(NoConfig),
+            config: Arc::new(()),
             counters: Arc::new(()),
         }
     }
@@ -52,33 +54,31 @@ impl<M: GuestAddressSpace> Device<M> for Rng {
     fn notified(
         &mut self,
         _: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        turn.drain(REQUESTS, fill)
+        queues.drain(REQUESTS, fill)
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Entropy
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&RngSnapshot {})
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        match state {
-            DeviceSnapshot::Entropy => Ok(()),
-            other => Err(DeviceStateError::other("entropy", other)),
-        }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let RngSnapshot {} = state.decode("entropy")?;
+        Ok(())
     }
 }
 
-/// 5.4.6: the driver gives writable memory, the device at least one byte of entropy.
+/// Fills a request, which is writable memory only, with at least one random byte (virtio 1.2, 5.4.6).
 fn fill<M: GuestAddressSpace>(
-    turn: &mut Turn<'_, M>,
+    queues: &mut ActiveQueues<'_, M>,
     mut chain: Chain,
-) -> Result<Outcome, DeviceError> {
+) -> Result<Completion, DeviceError> {
     if !chain.readable.is_empty() || chain.writable.is_empty() {
         return Err(QueueError::Request {
             head: chain.head,
-            what: "a request for entropy has writable memory only",
+            what: "a request for entropy must have writable memory only",
         }
         .into());
     }
@@ -87,10 +87,11 @@ fn fill<M: GuestAddressSpace>(
         .unwrap_or(REQUEST_LIMIT)
         .min(REQUEST_LIMIT);
     let got = random(&mut bytes[..wanted]).map_err(DeviceError::host("getrandom"))?;
-    let written = turn.write(&mut chain.writable, &bytes[..got])?;
-    Ok(Outcome::done(written))
+    let written = queues.write(&mut chain.writable, &bytes[..got])?;
+    Ok(Completion::used(written))
 }
 
+/// Fills `bytes` from getrandom(2), and returns the number of bytes written.
 fn random(bytes: &mut [u8]) -> io::Result<usize> {
     loop {
         match getrandom(&mut *bytes, GetRandomFlags::empty()) {

@@ -1,18 +1,16 @@
-//! Constants of the virtio specification, version 1.2, that all devices share.
+//! Constants of the virtio specification, version 1.2, that all devices share. Section numbers refer to it.
 //!
-//! Device types, feature bits and request types of single devices are in `virtio-bindings`, or beside
-//! the device.
+//! Constants of one device type are in `virtio-bindings`, or in the module of the device.
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-/// What one device takes of guest-physical space: registers and 256 bytes of configuration space, in a
-/// page that nothing else is in.
+/// Size of a device's MMIO range in bytes: registers and 256 bytes of configuration space, in a page of its own.
 pub const MMIO_BYTES: u64 = 0x1000;
-/// Offset of `QueueNotify`, where the monitor puts an ioeventfd for each queue. 4.2.2.
+/// Offset of `QueueNotify`, to which the monitor attaches an ioeventfd for each queue (4.2.2).
 pub const QUEUE_NOTIFY: u64 = 0x050;
 
-/// Register offsets, in bytes. 4.2.2, table 4.1.
+/// Register offsets in bytes (4.2.2, table 4.1).
 pub(super) mod register {
     pub(crate) use super::QUEUE_NOTIFY;
     pub(crate) const MAGIC_VALUE: u64 = 0x000;
@@ -42,14 +40,14 @@ pub(super) mod register {
     pub(crate) const CONFIG: u64 = 0x100;
 }
 
-/// `MagicValue`: "virt". 4.2.2.
+/// Value of `MagicValue`: "virt" (4.2.2).
 pub(super) const MAGIC: u32 = 0x7472_6976;
-/// `Version` of a device that is not legacy. 4.2.2.
+/// Value of `Version` for a device that is not a legacy device (4.2.2).
 pub(super) const VERSION: u32 = 2;
-/// `VendorID`: any value; "FRRY".
+/// Value of `VendorID`, which the device may choose: "FRRY".
 pub(super) const VENDOR: u32 = u32::from_le_bytes(*b"FRRY");
 
-/// Bits of the device status field. 2.1.
+/// Bits of the device status field (2.1).
 pub(super) mod status {
     pub(crate) const ACKNOWLEDGE: u32 = 1;
     pub(crate) const DRIVER: u32 = 2;
@@ -59,29 +57,28 @@ pub(super) mod status {
     pub(crate) const FAILED: u32 = 128;
 }
 
-/// Bits of `InterruptStatus`. 4.2.2.
+/// Bits of `InterruptStatus` (4.2.2).
 pub(super) mod interrupt {
-    /// The device used a buffer.
+    /// The device has used a buffer.
     pub(crate) const USED_BUFFER: u32 = 1;
-    /// The configuration changed, or the device needs a reset.
+    /// The configuration space has changed, or the device needs a reset.
     pub(crate) const CONFIGURATION_CHANGE: u32 = 2;
 }
 
-/// The feature bits that every device offers, of 6: no legacy interface, indirect descriptors, and
-/// notifications by event index.
+/// Feature bits that every device offers (6): no legacy interface, indirect descriptors, event index.
 pub(super) const COMMON_FEATURES: u64 =
     (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_RING_F_INDIRECT_DESC) | (1 << VIRTIO_RING_F_EVENT_IDX);
 
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT`. 2.7.6.
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.6).
 pub(super) const AVAIL_NO_INTERRUPT: u16 = 1;
 
-/// Bytes before the entries of the available ring: flags and index (2.7.6).
+/// Bytes of the available ring before its entries: flags and index (2.7.6).
 pub(super) const AVAIL_HEADER_BYTES: u64 = 4;
-/// Bytes before the entries of the used ring: flags and index (2.7.8).
+/// Bytes of the used ring before its entries: flags and index (2.7.8).
 pub(super) const USED_HEADER_BYTES: u64 = 4;
-/// Bytes of an entry of the used ring.
+/// Bytes of an entry of the used ring (2.7.8).
 pub(super) const USED_BYTES: u64 = 8;
 
-/// The most descriptors of a chain that are looked at, direct or indirect. A driver must not make a chain
-/// longer than its queue (2.7.5.3.1), and no queue here is longer than this.
+/// Maximum number of descriptors of a chain, direct or indirect. A driver must not create a chain longer than its queue
+/// (2.7.5.3.1), and no queue here has more entries than this.
 pub(super) const CHAIN_LIMIT: usize = 1024;

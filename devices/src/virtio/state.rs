@@ -1,69 +1,118 @@
-//! The state of virtio devices, as it is saved and travels.
+//! Saved state of virtio devices: the transport's registers and queues, and an opaque value for the device model.
+//!
+//! The transport does not know which device models exist. Each model encodes its own snapshot type into a
+//! [`DeviceState`] and decodes it again; `DeviceID` in the transport's state guards against mixing up device types.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-use super::balloon::BalloonSnapshot;
-use super::block::BlockSnapshot;
-use super::console::ConsoleSnapshot;
-use super::net::NetSnapshot;
 use super::queue::QueueSnapshot;
-use super::vhost_user::VhostUserSnapshot;
-use super::vsock::VsockSnapshot;
+use crate::{SavedState, StateError, decode_state, encode_state};
 
-/// The state of a device: its registers, its queues, and what only its kind has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Saved state of a virtio device: transport registers, queues, and the device model's own state.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct VirtioSnapshot {
     /// Registers and queues.
+    #[n(0)]
     pub transport: TransportSnapshot,
-    /// The device behind them.
-    pub device: DeviceSnapshot,
+    /// State of the device model.
+    #[n(1)]
+    pub device: DeviceState,
 }
 
-/// The registers of virtio-mmio (4.2.2) and the queues.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+impl SavedState for VirtioSnapshot {
+    const VERSION: u16 = 1;
+}
+
+/// Saved registers of virtio-mmio (virtio 1.2, 4.2.2) and the queues.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct TransportSnapshot {
-    /// `DeviceID`, so that a state is not given to another kind of device.
+    /// `DeviceID`. Restoring the state to a device of another type is refused.
+    #[n(0)]
     pub device_type: u32,
-    /// `Status`, without DEVICE_NEEDS_RESET.
+    /// `Status`, without the bit DEVICE_NEEDS_RESET.
+    #[n(1)]
     pub status: u32,
     /// DEVICE_NEEDS_RESET.
+    #[n(2)]
     pub needs_reset: bool,
-    /// The feature bits that the device offered.
+    /// Feature bits that the device offered.
+    #[n(3)]
     pub device_features: u64,
     /// `DeviceFeaturesSel`.
+    #[n(4)]
     pub device_features_select: u32,
-    /// The feature bits that the driver chose.
+    /// Feature bits that the driver accepted.
+    #[n(5)]
     pub driver_features: u64,
     /// `DriverFeaturesSel`.
+    #[n(6)]
     pub driver_features_select: u32,
     /// `QueueSel`.
+    #[n(7)]
     pub queue_select: u32,
     /// `InterruptStatus`.
+    #[n(8)]
     pub interrupt_status: u32,
     /// `ConfigGeneration`.
+    #[n(9)]
     pub config_generation: u32,
-    /// The queues, in order.
+    /// Queues, by index.
+    #[n(10)]
     pub queues: Vec<QueueSnapshot>,
 }
 
-/// What only one kind of device has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DeviceSnapshot {
-    /// A balloon.
-    Balloon(BalloonSnapshot),
-    /// A block device.
-    Block(BlockSnapshot),
-    /// A console.
-    Console(ConsoleSnapshot),
-    /// A network device.
-    Net(NetSnapshot),
-    /// An entropy device: it remembers nothing.
-    Entropy,
-    /// A socket device.
-    Vsock(VsockSnapshot),
-    /// A block device whose queues a vhost-user back end serves.
-    VhostUserBlock(VhostUserSnapshot),
-    /// A device of the unit tests.
-    #[cfg(test)]
-    Test(u32),
+/// Encoded state of a device model. Only the model itself can decode it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct DeviceState {
+    /// [`SavedState::VERSION`] of the model's snapshot type.
+    #[n(0)]
+    pub version: u16,
+    /// Snapshot of the model, encoded by [`encode_state`].
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub data: Vec<u8>,
+}
+
+impl DeviceState {
+    /// Encodes the snapshot of a device model.
+    #[must_use]
+    pub fn new<T: SavedState>(snapshot: &T) -> Self {
+        Self {
+            version: T::VERSION,
+            data: encode_state(snapshot),
+        }
+    }
+
+    /// Decodes the snapshot of the device model `device`, whose name goes into the error.
+    ///
+    /// # Errors
+    /// Returns [`DeviceStateError::Unreadable`] if the data is not a snapshot of type `T`, or is a newer version of it.
+    pub fn decode<T: SavedState>(&self, device: &'static str) -> Result<T, DeviceStateError> {
+        decode_state(self.version, &self.data)
+            .map_err(|source| DeviceStateError::Unreadable { device, source })
+    }
+}
+
+/// Reason for which a device model cannot restore a saved state.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceStateError {
+    /// The state is not a snapshot of this device model, or a newer build wrote it.
+    #[error("{device} state: {source}")]
+    Unreadable {
+        /// Name of the device model.
+        device: &'static str,
+        /// Reason for which the state cannot be read.
+        source: StateError,
+    },
+    /// A value in the state is invalid, or does not match the host's side of the device.
+    #[error("{device} state: {what}")]
+    Mismatch {
+        /// Name of the device model.
+        device: &'static str,
+        /// Description of the value.
+        what: String,
+    },
 }

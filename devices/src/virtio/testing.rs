@@ -1,5 +1,5 @@
-//! A driver for the unit tests: it does through registers and rings what a guest's driver does, and knows
-//! nothing of the code that it tests but the bus interface.
+//! Driver for the unit tests. It uses registers and rings as a guest's driver does, and shares no code with the device
+//! except the bus interface.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::os::fd::AsRawFd;
@@ -12,12 +12,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, Interrupt, VirtioMmio, VirtioSnapshot};
-use crate::MmioDevice;
+use super::{Device, Interrupt, MmioTransport, VirtioSnapshot};
+use crate::BusDevice;
 
 pub(crate) type Memory = Arc<GuestMemoryMmap<AtomicBitmap>>;
 
-/// Nothing that these tests wait for takes this long.
+/// Time limit for everything that the tests wait for.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// VIRTIO_F_VERSION_1.
 pub(crate) const VERSION_1: u64 = 1 << 32;
@@ -29,13 +29,13 @@ pub(crate) const EVENT_INDEX: u64 = 1 << 29;
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const TABLE: u16 = 4;
-/// Guest memory goes to here, and on at `HIGH`.
+/// End of the first piece of guest memory. The second piece starts at [`HIGH`].
 pub(crate) const LOW_END: u64 = 8 << 20;
-/// The second piece of guest memory, as long as the first.
+/// Start of the second piece of guest memory, which is as long as the first.
 pub(crate) const HIGH: u64 = 16 << 20;
-/// Free for data.
+/// Start of memory that tests can use for buffers.
 pub(crate) const DATA: u64 = 4 << 20;
-/// Status with DRIVER_OK.
+/// Value of `Status` with all bits up to DRIVER_OK.
 pub(crate) const RUNNING: u32 = 15;
 pub(crate) const NEEDS_RESET: u32 = 64;
 
@@ -47,7 +47,7 @@ pub(crate) fn memory() -> Memory {
     )
 }
 
-/// A descriptor that a test writes as it likes.
+/// Descriptor with arbitrary fields.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Raw {
     pub(crate) address: u64,
@@ -56,15 +56,16 @@ pub(crate) struct Raw {
     pub(crate) next: u16,
 }
 
-/// A part of a well-made chain.
+/// Buffer of a valid chain.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Part {
-    /// Device-readable: address, bytes.
+    /// Device-readable buffer: address and length in bytes.
     Out(u64, u32),
-    /// Device-writable: address, bytes.
+    /// Device-writable buffer: address and length in bytes.
     In(u64, u32),
 }
 
+/// Rings of one queue, as the driver keeps track of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Ring {
     pub(crate) base: u64,
@@ -92,14 +93,16 @@ impl Ring {
     }
 }
 
+/// Driver of one device.
 pub(crate) struct Driver {
-    pub(crate) device: VirtioMmio,
+    pub(crate) device: MmioTransport,
     pub(crate) memory: Memory,
     pub(crate) rings: Vec<Ring>,
     line: EventFd,
     line_epoll: Epoll,
 }
 
+/// Returns an interrupt, and the eventfd that it signals.
 pub(crate) fn interrupt() -> (Interrupt, EventFd) {
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     (Interrupt::new(line.try_clone().unwrap()), line)
@@ -119,12 +122,12 @@ impl Driver {
         let memory = memory();
         let (interrupt, line) = interrupt();
         let model = make(interrupt.clone());
-        let device = VirtioMmio::new("_test", model, Arc::clone(&memory), interrupt).unwrap();
+        let device = MmioTransport::new("_test", model, Arc::clone(&memory), interrupt).unwrap();
         Self::over(device, memory, line)
     }
 
-    /// A driver of `device`, whose interrupt writes to `line`.
-    pub(crate) fn over(device: VirtioMmio, memory: Memory, line: EventFd) -> Self {
+    /// Creates a driver for `device`, whose interrupt signals `line`.
+    pub(crate) fn over(device: MmioTransport, memory: Memory, line: EventFd) -> Self {
         Self {
             device,
             memory,
@@ -134,15 +137,16 @@ impl Driver {
         }
     }
 
-    /// The same guest and driver, with `device` in its device's place.
-    pub(crate) fn with(self, device: VirtioMmio, line: EventFd) -> Self {
+    /// Replaces the device, and keeps the guest's memory and rings.
+    pub(crate) fn with(self, device: MmioTransport, line: EventFd) -> Self {
         Self {
             rings: self.rings,
             ..Self::over(device, self.memory, line)
         }
     }
 
-    /// The same guest and driver, with its device restored elsewhere. It is paused.
+    /// Replaces the device by one that is restored from `saved`, and keeps the guest's memory and rings. The device is
+    /// paused.
     pub(crate) fn moved(
         self,
         saved: &VirtioSnapshot,
@@ -151,16 +155,18 @@ impl Driver {
         let (interrupt, line) = interrupt();
         let model = make(interrupt.clone());
         let memory = Arc::clone(&self.memory);
-        let device = VirtioMmio::restore("_test", model, memory, interrupt, saved).unwrap();
+        let device = MmioTransport::restore("_test", model, memory, interrupt, saved).unwrap();
         self.with(device, line)
     }
 
+    /// Reads a register.
     pub(crate) fn get(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.device.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
+    /// Writes a register.
     pub(crate) fn set(&mut self, offset: u64, value: u32) {
         self.device.write(offset, &value.to_le_bytes());
     }
@@ -169,12 +175,14 @@ impl Driver {
         self.device.write(offset, data);
     }
 
+    /// Reads from the configuration space.
     pub(crate) fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         self.device.read(0x100 + offset, &mut data);
         data
     }
 
+    /// Reads the feature bits that the device offers.
     pub(crate) fn offered(&mut self) -> u64 {
         self.set(0x14, 0);
         let low = self.get(0x10);
@@ -182,7 +190,7 @@ impl Driver {
         u64::from(low) | u64::from(self.get(0x10)) << 32
     }
 
-    /// Resets the device and offers it `features`; true when it agrees.
+    /// Resets the device and accepts `features`. Returns whether the device agrees.
     pub(crate) fn negotiate(&mut self, features: u64) -> bool {
         for status in [0, 1, 3] {
             self.set(0x70, status);
@@ -196,9 +204,10 @@ impl Driver {
         self.get(0x70) == 11
     }
 
+    /// Sets up a queue with empty rings.
     pub(crate) fn set_up_queue(&mut self, index: usize, size: u16) {
         let ring = Ring::new(index, size);
-        // Rings are zeroed by the driver.
+        // The driver initializes rings with zeros.
         self.memory
             .write_slice(&[0; 0x1_0000], GuestAddress(ring.base))
             .unwrap();
@@ -219,9 +228,12 @@ impl Driver {
         self.rings[index] = ring;
     }
 
-    /// A driver's whole way to DRIVER_OK, with queues of 16 entries.
+    /// Takes the driver to DRIVER_OK, with queues of 16 entries.
     pub(crate) fn start(&mut self, features: u64) {
-        assert!(self.negotiate(features | VERSION_1), "features refused");
+        assert!(
+            self.negotiate(features | VERSION_1),
+            "the device did not accept the features"
+        );
         self.rings.clear();
         for index in 0..self.device.notifiers().len() {
             self.set_up_queue(index, 16);
@@ -253,7 +265,7 @@ impl Driver {
         self.write_memory(at, &bytes);
     }
 
-    /// Makes the chain that begins with `head` available, and does not notify.
+    /// Makes the chain of descriptor `head` available, without a notification.
     pub(crate) fn make_available(&mut self, queue: usize, head: u16) {
         let ring = &mut self.rings[queue];
         let slot = ring.available() + 4 + 2 * u64::from(ring.next_available % ring.size);
@@ -266,7 +278,7 @@ impl Driver {
         fence(Ordering::SeqCst);
     }
 
-    /// Adds a chain of `parts`; returns its head.
+    /// Writes a chain of `parts` and makes it available. Returns its head.
     pub(crate) fn add(&mut self, queue: usize, parts: &[Part]) -> u16 {
         let size = self.rings[queue].size;
         let table = self.rings[queue].base;
@@ -292,7 +304,7 @@ impl Driver {
         head
     }
 
-    /// Writes `descriptors` to the table from index 0 on, and makes the chain of `head` available.
+    /// Writes `descriptors` to the table from index 0 on, and makes the chain of descriptor `head` available.
     pub(crate) fn add_raw(&mut self, queue: usize, descriptors: &[Raw], head: u16) {
         for (index, raw) in (0..).zip(descriptors) {
             self.write_descriptor(self.rings[queue].base, index, *raw);
@@ -308,14 +320,14 @@ impl Driver {
         self.used_index_of(queue)()
     }
 
-    /// Reads the index of the used ring, for a thread that watches it.
+    /// Returns a function that reads the used index, for another thread.
     pub(crate) fn used_index_of(&self, queue: usize) -> impl Fn() -> u16 + Send + 'static {
         let memory = self.memory.clone();
         let place = GuestAddress(self.rings[queue].used() + 2);
         move || memory.load(place, Ordering::Acquire).unwrap()
     }
 
-    /// The next used chain, if the device has given one back: its head, and the bytes written.
+    /// Returns the head and the written bytes of the next used chain, if there is one.
     pub(crate) fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
         if self.used_index(queue) == self.rings[queue].seen_used {
             return None;
@@ -323,7 +335,7 @@ impl Driver {
         let ring = &mut self.rings[queue];
         let at = ring.used() + 4 + 8 * u64::from(ring.seen_used % ring.size);
         ring.seen_used = ring.seen_used.wrapping_add(1);
-        // used_event: an interrupt with the very next one.
+        // Sets `used_event`, to request an interrupt for the next used chain.
         let event_at = ring.available() + 4 + 2 * u64::from(ring.size);
         let seen = ring.seen_used;
         self.write_memory(event_at, &seen.to_le_bytes());
@@ -333,7 +345,7 @@ impl Driver {
         Some((u16::try_from(word(0)).unwrap(), word(4)))
     }
 
-    /// Waits for the next used chain by the interrupt, as a driver does.
+    /// Waits for the interrupt until there is a used chain, and returns its head and the written bytes.
     pub(crate) fn wait_used(&mut self, queue: usize) -> (u16, u32) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -346,12 +358,12 @@ impl Driver {
         }
     }
 
-    /// Says that `index` entries were made available, whatever there are.
+    /// Writes `index` to the available ring, whatever the number of available chains is.
     pub(crate) fn set_available_index(&self, queue: usize, index: u16) {
         self.write_memory(self.rings[queue].available() + 2, &index.to_le_bytes());
     }
 
-    /// Adds a chain, notifies, and waits until it is used; returns the bytes written.
+    /// Adds a chain, notifies the device, and waits until the chain is used. Returns the written bytes.
     pub(crate) fn request(&mut self, queue: usize, parts: &[Part]) -> u32 {
         let head = self.add(queue, parts);
         self.notify(queue);
@@ -360,26 +372,29 @@ impl Driver {
         written
     }
 
-    /// Waits until the device says that it needs a reset, by a configuration change interrupt.
+    /// Waits until the device sets DEVICE_NEEDS_RESET and raises a configuration change interrupt.
     pub(crate) fn wait_needs_reset(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         while self.get(0x70) & NEEDS_RESET == 0 || self.get(0x60) & 2 == 0 {
             self.wait_line(deadline);
         }
-        let why = self.device.failure().expect("no reason for the reset");
+        let why = self
+            .device
+            .failure()
+            .expect("the device does not say why it needs a reset");
         assert!(!why.is_empty());
     }
 
-    /// Waits until `condition` holds, looking at it again and again.
+    /// Polls until `condition` holds.
     pub(crate) fn wait_until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !condition(self) {
-            assert!(Instant::now() < deadline, "{what} did not come");
+            assert!(Instant::now() < deadline, "{what} did not happen in time");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
-    /// Whether the interrupt was raised since this was asked last.
+    /// Returns whether the interrupt was raised since the last call.
     pub(crate) fn was_interrupted(&self) -> bool {
         self.line.read().is_ok()
     }

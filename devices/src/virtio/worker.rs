@@ -1,4 +1,7 @@
-//! The thread of a device: an event loop that serves the queues and whatever else the device waits for.
+//! Worker thread of a device: an event loop over the queues' notifications and the device's own descriptors.
+//!
+//! A panic in the device model is caught where the thread ends. The device then needs a reset, and
+//! [`QueueServer::on_failure`] reports the panic.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,27 +13,31 @@ use event_manager::{
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Device, DeviceError, Subject, WAKE, Watch, subject};
+use super::active_queues::ActiveQueues;
+use super::device::{Device, DeviceError, EventRegistry, EventSource, WAKE, source};
+use super::eventfd::drain;
 use super::interrupt::Interrupt;
+use super::panic;
 use super::queue::{QueueError, QueueSnapshot};
-use super::serve::Serve;
-use super::state::DeviceSnapshot;
-use super::turn::{Pass, Shared, Turn, drain};
+use super::queue_server::{OnFailure, QueueServer};
+use super::state::DeviceState;
+use super::worker_state::{WorkerShared, WorkerTask};
 
-type SharedDevice<M> = Arc<Mutex<Box<dyn Device<M>>>>;
+/// Device model, shared by the worker thread and the handle of the worker.
+type DeviceHandle<M> = Arc<Mutex<Box<dyn Device<M>>>>;
 
-/// A device's thread. Dropped, it ends, and is waited for.
+/// Handle of a device's worker thread. Dropping it ends the thread and joins it.
 pub(super) struct Worker<M: GuestAddressSpace> {
-    device: SharedDevice<M>,
-    shared: Arc<Shared<M>>,
+    device: DeviceHandle<M>,
+    shared: Arc<WorkerShared<M>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
-    /// Starts the thread `name`, which waits until a driver is ready.
+    /// Starts a thread named `name` that waits until a driver sets DRIVER_OK.
     ///
     /// # Errors
-    /// The kernel's: threads and descriptors that cannot be had.
+    /// Returns the kernel's error if a descriptor or the thread cannot be created.
     pub(super) fn spawn(
         name: &str,
         device: Box<dyn Device<M>>,
@@ -42,10 +49,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<io::Result<_>>()?;
         let wake = EventFd::new(EFD_NONBLOCK)?;
-        let shared = Arc::new(Shared::new(interrupt, notifiers, wake, memory));
+        let shared = Arc::new(WorkerShared::new(interrupt, notifiers, wake, memory));
         let device = Arc::new(Mutex::new(device));
         let mut manager = EventManager::new().map_err(io::Error::other)?;
-        let id = manager.add_subscriber(Turns {
+        let id = manager.add_subscriber(EventDispatcher {
             device: Arc::clone(&device),
             shared: Arc::clone(&shared),
             finished: false,
@@ -55,12 +62,15 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Worker<M> {
         for (index, notifier) in (0..).zip(&shared.notifiers) {
             register(notifier, index, &mut ops)?;
         }
-        lock(&device).watch(&mut Watch { ops: &mut ops })?;
+        lock(&device).register(&mut EventRegistry { ops: &mut ops })?;
         let thread = {
             let shared = Arc::clone(&shared);
             Builder::new().name(name.into()).spawn(move || {
-                let _gone = Gone(shared);
-                run(&mut manager, id);
+                let why = match panic::catch(|| run(&mut manager, id)) {
+                    Ok(why) => why.to_string(),
+                    Err(message) => format!("the device's worker thread panicked: {message}"),
+                };
+                shared.lose(why);
             })?
         };
         Ok(Self {
@@ -75,13 +85,13 @@ impl<M: GuestAddressSpace> Drop for Worker<M> {
     fn drop(&mut self) {
         self.shared.finish();
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so on standard error; there is nobody else to tell.
+            // The thread panics only if the callback of `on_failure` does, and then the panic hook has reported it.
             let _panicked = thread.join();
         }
     }
 }
 
-impl<M: GuestAddressSpace + Send + Sync> Serve for Worker<M> {
+impl<M: GuestAddressSpace + Send + Sync> QueueServer for Worker<M> {
     fn notifiers(&self) -> &[EventFd] {
         &self.shared.notifiers
     }
@@ -114,8 +124,9 @@ impl<M: GuestAddressSpace + Send + Sync> Serve for Worker<M> {
         self.shared.save_queues()
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        lock(&self.device).save()
+    fn save(&self) -> Result<DeviceState, String> {
+        // A device model that panicked in the worker may panic again.
+        panic::catch(|| lock(&self.device).save())
     }
 
     fn fail(&self, error: &QueueError) {
@@ -125,14 +136,9 @@ impl<M: GuestAddressSpace + Send + Sync> Serve for Worker<M> {
     fn failure(&self) -> Option<String> {
         self.shared.failure()
     }
-}
 
-/// Nobody waits for a thread that is over, however it ended.
-struct Gone<M: GuestAddressSpace>(Arc<Shared<M>>);
-
-impl<M: GuestAddressSpace> Drop for Gone<M> {
-    fn drop(&mut self) {
-        self.0.gone();
+    fn on_failure(&self, tell: OnFailure) {
+        self.shared.on_failure(tell);
     }
 }
 
@@ -141,78 +147,85 @@ fn register(event: &EventFd, data: u32, ops: &mut EventOps<'_>) -> io::Result<()
         .map_err(io::Error::other)
 }
 
-fn run<M: GuestAddressSpace>(manager: &mut EventManager<Turns<M>>, id: SubscriberId) {
-    // The loop fails only when epoll itself does, and the subscriber is never removed.
-    while manager.run().is_ok()
-        && manager
+/// Runs the event loop until the worker is told to end or epoll fails. Returns why the thread ends.
+fn run<M: GuestAddressSpace>(
+    manager: &mut EventManager<EventDispatcher<M>>,
+    id: SubscriberId,
+) -> &'static str {
+    while manager.run().is_ok() {
+        let finished = manager
             .subscriber_mut(id)
-            .is_ok_and(|turns| !turns.finished)
-    {}
+            .map(|dispatcher| dispatcher.finished);
+        if finished.unwrap_or(true) {
+            return "the device's worker thread was told to end";
+        }
+    }
+    "the device's worker thread ended: epoll failed"
 }
 
-/// A device whose worker panicked is asked for nothing any more.
-fn lock<M: GuestAddressSpace>(device: &SharedDevice<M>) -> MutexGuard<'_, Box<dyn Device<M>>> {
+fn lock<M: GuestAddressSpace>(device: &DeviceHandle<M>) -> MutexGuard<'_, Box<dyn Device<M>>> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes a turn for each event.
-struct Turns<M: GuestAddressSpace> {
-    device: SharedDevice<M>,
-    shared: Arc<Shared<M>>,
+/// Passes each event of the loop to the device model, unless the device is paused or reset.
+struct EventDispatcher<M: GuestAddressSpace> {
+    device: DeviceHandle<M>,
+    shared: Arc<WorkerShared<M>>,
     finished: bool,
 }
 
-impl<M: GuestAddressSpace> Turns<M> {
-    fn turn(
+impl<M: GuestAddressSpace> EventDispatcher<M> {
+    /// Calls the method of the device model for an event.
+    fn dispatch(
         &self,
-        subject: &Subject,
+        source: &EventSource,
         events: EventSet,
-        turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let mut device = lock(&self.device);
-        match *subject {
-            Subject::Queue(index) if !turn.is_ready(index) => Ok(()),
-            Subject::Queue(index) => device.notified(index, turn, watch),
-            Subject::Wake => device.started(turn, watch),
-            Subject::Device(token) => device.ready(token, events, turn, watch),
+        match *source {
+            EventSource::Queue(index) if !queues.is_ready(index) => Ok(()),
+            EventSource::Queue(index) => device.notified(index, queues, registry),
+            EventSource::Wake => device.started(queues, registry),
+            EventSource::Device(token) => device.ready(token, events, queues, registry),
         }
     }
 }
 
-impl<M: GuestAddressSpace> MutEventSubscriber for Turns<M> {
+impl<M: GuestAddressSpace> MutEventSubscriber for EventDispatcher<M> {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let subject = subject(events.data());
-        match subject {
-            Subject::Queue(index) => {
+        let source = source(events.data());
+        match source {
+            EventSource::Queue(index) => {
                 if let Some(notifier) = self.shared.notifiers.get(index) {
                     drain(notifier);
                 }
             }
-            Subject::Wake => self.shared.drain_wake(),
-            Subject::Device(_) => {}
+            EventSource::Wake => self.shared.drain_wake(),
+            EventSource::Device(_) => {}
         }
-        let mut watch = Watch { ops };
+        let mut registry = EventRegistry { ops };
         loop {
-            match self.shared.enter() {
-                Pass::Finish => {
+            match self.shared.next_task() {
+                WorkerTask::Finish => {
                     self.finished = true;
                     return;
                 }
-                Pass::Reset => {
-                    lock(&self.device).reset(&mut watch);
+                WorkerTask::Reset => {
+                    lock(&self.device).reset(&mut registry);
                     self.shared.reset_done();
                 }
-                Pass::Serve(turn) => {
-                    let generation = turn.generation();
-                    let result = self.turn(&subject, events.event_set(), turn, &mut watch);
-                    self.shared.leave(generation, result.as_ref().err());
+                WorkerTask::Serve(queues) => {
+                    let generation = queues.generation();
+                    let result = self.dispatch(&source, events.event_set(), queues, &mut registry);
+                    self.shared.task_done(generation, result.as_ref().err());
                     return;
                 }
             }
         }
     }
 
-    /// What is waited for is registered by [`Worker::spawn`], which can say what failed.
+    /// Registers nothing: [`Worker::spawn`] has registered all descriptors, because it can return an error.
     fn init(&mut self, _: &mut EventOps<'_>) {}
 }

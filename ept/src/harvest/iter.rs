@@ -1,16 +1,17 @@
-//! The ways to read a harvest.
+//! Iterators over the pages of a harvest.
 
 use crate::addr::GpaRange;
 use crate::harvest::pieces::LeafWords;
 
-/// The pages of both lists in order, cut to a range, not joined.
+/// Iterator over the pages of both lists of a harvest, in order of address and cut to a range. Neighbouring ranges are not
+/// joined.
 #[derive(Clone, Debug)]
 pub(crate) struct Spans<'a> {
     ranges: &'a [GpaRange],
     leaves: &'a [LeafWords],
-    /// The first leaf's word that is looked at.
+    /// Index of the current word of the first leaf table.
     word: usize,
-    /// What is left of it, once it was begun.
+    /// Bits of this word that were not returned yet.
     bits: u64,
     range: GpaRange,
 }
@@ -32,7 +33,7 @@ impl<'a> Spans<'a> {
         Some(*first)
     }
 
-    /// The next run of the first leaf; moves on to the next leaf at its end.
+    /// Returns the next run of the first leaf table. At its end, returns `None` and moves on to the next leaf table.
     #[inline]
     fn next_in_leaf(&mut self) -> Option<GpaRange> {
         let (leaf, rest) = self.leaves.split_first()?;
@@ -48,7 +49,7 @@ impl<'a> Spans<'a> {
         }
         let from = self.bits.trailing_zeros();
         let first = leaf.base + 64 * self.word as u64 + u64::from(from);
-        // The lowest run of ones is carried out of by an addition; what is left is above it.
+        // Adding the lowest one bit carries through the lowest run of ones; the bits that remain are above it.
         let (above, beyond) = self.bits.overflowing_add(1 << from);
         self.bits &= above;
         if !beyond {
@@ -58,7 +59,7 @@ impl<'a> Spans<'a> {
         Some(GpaRange::of(first, self.end_in_next_words(leaf)))
     }
 
-    /// Where a run ends that goes on in the first leaf's next word.
+    /// Returns the end of a run that continues in the next word of the first leaf table.
     fn end_in_next_words(&mut self, leaf: &LeafWords) -> u64 {
         self.bits = 0;
         for word in &leaf.words[self.word + 1..] {
@@ -96,7 +97,7 @@ impl Iterator for Spans<'_> {
     }
 }
 
-/// Maximal ranges of taken pages, in order.
+/// Iterator over the pages of a harvest, as maximal ranges in order of address.
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
     spans: Spans<'a>,
@@ -126,7 +127,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// Taken pages as a bitmap, 64 pages a word, from the first page of a range.
+/// Iterator over a bitmap of a harvest: 64 pages a word, from the first page of a range.
 #[derive(Clone, Debug)]
 pub struct Words<'a> {
     spans: Spans<'a>,

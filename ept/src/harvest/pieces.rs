@@ -1,18 +1,18 @@
-//! Taken pages, held compactly: ranges, and the words of leaf tables that are too ragged for them.
+//! Compact storage of the pages of a harvest: ranges, and bitmaps of leaf tables that would need too many ranges.
 
 use alloc::vec::Vec;
 
 use crate::addr::GpaRange;
 use crate::harvest::iter::Spans;
-use crate::tracking::{PLANE_WORDS, Sink};
+use crate::tracking::{PLANE_WORDS, Sink, count};
 
-/// Runs up to which a leaf table is held as ranges: 4 ranges are smaller than its words.
+/// Maximum number of runs of a leaf table that is stored as ranges. Four ranges are smaller than its bitmap.
 const MAX_RUNS: usize = 4;
 
-/// The dirty pages of one leaf table.
+/// Bitmap of the dirty pages of one leaf table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeafWords {
-    /// The table's first page.
+    /// First page of the table.
     pub(crate) base: u64,
     pub(crate) words: [u64; PLANE_WORDS],
 }
@@ -22,7 +22,11 @@ impl LeafWords {
         GpaRange::of(self.base, self.base + 64 * PLANE_WORDS as u64)
     }
 
-    /// The page after the last one.
+    fn pages(&self) -> u64 {
+        self.words.iter().map(|word| count(*word)).sum()
+    }
+
+    /// Returns the number of the page after the last dirty one.
     fn end_page(&self) -> Option<u64> {
         let word = self.words.iter().rposition(|word| *word != 0)?;
         let after = 64 * (word as u64 + 1) - u64::from(self.words[word].leading_zeros());
@@ -30,7 +34,7 @@ impl LeafWords {
     }
 }
 
-/// Two lists, each in order, that never speak of the same page.
+/// The pages of a harvest, in two lists. Each list is in order of address, and no page is in both.
 #[derive(Debug, Default)]
 pub(crate) struct Pieces {
     ranges: Vec<GpaRange>,
@@ -43,15 +47,17 @@ impl Pieces {
         self.pages
     }
 
-    pub(crate) fn ranges(&self) -> &[GpaRange] {
-        &self.ranges
+    /// Passes every page to `sink`: first the ranges, then the leaf tables.
+    pub(crate) fn send_to(&self, sink: &mut impl Sink) {
+        for range in &self.ranges {
+            sink.range(*range);
+        }
+        for leaf in &self.leaves {
+            sink.words(leaf.base, &leaf.words, leaf.pages());
+        }
     }
 
-    pub(crate) fn leaves(&self) -> &[LeafWords] {
-        &self.leaves
-    }
-
-    /// The taken pages of `range`, as ranges that need not be maximal.
+    /// Iterates over the pages that lie in `range`, as ranges that need not be maximal.
     pub(crate) fn spans_in(&self, range: GpaRange) -> Spans<'_> {
         let first = range.first_page();
         let ranges = self.ranges.partition_point(|one| one.end_page() <= first);
@@ -61,7 +67,7 @@ impl Pieces {
         Spans::new(&self.ranges[ranges..], &self.leaves[leaves..], range)
     }
 
-    /// The smallest range that has every page.
+    /// Returns the smallest range that contains every page.
     pub(crate) fn hull(&self) -> Option<GpaRange> {
         let first = self.spans_in(GpaRange::ALL).next()?.first_page();
         let ranges = self.ranges.last().map(GpaRange::end_page);
@@ -69,7 +75,7 @@ impl Pieces {
         Some(GpaRange::of(first, ranges.max(leaves)?))
     }
 
-    /// Adds a range, joined to the last one where they touch. Room was made before.
+    /// Adds a range, and joins it to the last one if they touch. `make_room` has reserved the space.
     fn push_range(&mut self, range: GpaRange) {
         self.pages += range.pages();
         match self.ranges.last_mut() {
@@ -105,7 +111,7 @@ impl Sink for Pieces {
     }
 }
 
-/// Whether there are more than [`MAX_RUNS`] maximal runs of ones: each starts at a one that follows a zero.
+/// Returns whether `words` have more than [`MAX_RUNS`] maximal runs of ones. A run starts at a one that follows a zero.
 fn is_ragged(words: &[u64; PLANE_WORDS]) -> bool {
     let mut before = 0;
     let mut runs = 0;
@@ -123,7 +129,7 @@ fn is_ragged(words: &[u64; PLANE_WORDS]) -> bool {
     false
 }
 
-/// The first run of ones from bit `from` on, as its first bit and the bit after it.
+/// Returns the first run of ones from bit `from` on, as its first bit and the bit after its last one.
 #[inline]
 fn next_run(words: &[u64; PLANE_WORDS], from: usize) -> Option<(usize, usize)> {
     let first = next_bit(words, from, 0)?;
@@ -131,7 +137,7 @@ fn next_run(words: &[u64; PLANE_WORDS], from: usize) -> Option<(usize, usize)> {
     Some((first, end))
 }
 
-/// The first bit from `from` on that differs from `flip`'s bits.
+/// Returns the first bit from `from` on that differs from the bits of `flip`.
 #[inline]
 fn next_bit(words: &[u64; PLANE_WORDS], from: usize, flip: u64) -> Option<usize> {
     let mut word = from / 64;

@@ -1,5 +1,5 @@
-//! Models: small programs of two or three threads, run by the model checker `loom` in every order that its bound
-//! allows (three preemptions), with every value that a load may return.
+//! Models: small programs of two or three threads. The model checker `loom` runs them in every order with at most three
+//! preemptions, and with every value that a load may return.
 //!
 //!     RUSTFLAGS="--cfg loom" cargo test --release -p ferry-ept --lib models
 //!
@@ -8,6 +8,7 @@ extern crate std;
 
 mod blocks;
 mod harvest;
+mod hotplug;
 mod notifier;
 mod reclaim;
 mod small;
@@ -22,19 +23,19 @@ use std::println;
 use loom::model::Builder;
 use loom::thread::JoinHandle;
 
-/// In one order, the processor is taken so often at most from a thread that could go on.
+/// Maximum number of preemptions in one order: switches away from a thread that could run on.
 const PREEMPTIONS: usize = 3;
 
-/// Words of a thread's stack: tables are built there.
+/// Stack of a thread, in words. Tables are built on it.
 const STACK: usize = 1 << 17;
 
-/// A thread of a model.
+/// Starts a thread of a model.
 fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     let builder = loom::thread::Builder::new().stack_size(STACK);
     builder.spawn(work).expect("a model has few threads")
 }
 
-/// Runs `model` in every order. It proves nothing if there are fewer orders than `least`.
+/// Runs `model` in every order, and panics if there are fewer than `least` orders: the model would prove nothing then.
 fn explore(name: &str, least: usize, model: impl Fn() + Send + Sync + 'static) {
     let orders = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&orders);

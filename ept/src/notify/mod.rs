@@ -1,15 +1,14 @@
-//! Notifier ranges: whoever changes entries tells those who may be using them, before and after.
+//! Notifier ranges: code that changes entries notifies the users of these entries before and after the change.
 //!
 //! ```text
-//! open: every subscriber is told to start ─▶ every one is waited for ─▶ change, flush ─▶ close
+//! open: start every subscriber ─▶ wait for every subscriber ─▶ change, flush ─▶ close
 //! ```
 //!
-//! Two passes, so that the kicks of many vCPUs overlap. An [`OpenRange`] closes when it is dropped,
-//! on every path. Ranges nest and overlap. No subscriber is ever called under a lock.
+//! There are two passes over the subscribers, so that the kicks of many vCPUs overlap. An [`OpenRange`] closes when it is
+//! dropped, also by an early return or a panic. Ranges can nest and overlap. No subscriber is called under a lock.
 //!
-//! Who works from a translation without holding a range open uses the sequence protocol:
-//! [`Notifier::begin_read`], work, then [`Notifier::retry`] under the lock that the changer also
-//! takes.
+//! A reader that uses a translation without an open range follows the sequence protocol: [`Notifier::begin_read`], work,
+//! then [`Notifier::retry`] under a lock that the code which changes entries also takes.
 
 mod range;
 mod read;
@@ -28,37 +27,37 @@ pub use read::ReadTicket;
 
 use state::{State, Subscribed};
 
-/// Somebody who uses translations: a vCPU thread, an IOMMU, a cache of mappings.
+/// A user of translations: a vCPU thread, an IOMMU, a cache of mappings.
 ///
-/// `start` and `end` must return soon, must not panic in `end`, and may call back into the notifier
-/// except to close a range from within `start`.
+/// `start` and `end` must return soon, and `end` must not panic. Both may call the notifier, but `start` must not close a
+/// range.
 pub trait Subscriber: Send + Sync {
-    /// `range` is about to change: begin to stop using it, without waiting for that.
+    /// Begins to stop using `range`, which is about to change. Must not wait until that is done.
     fn start(&self, range: GpaRange);
 
-    /// Waits until nothing here uses `range` any more, which must hold until `end`. Bounded by the
-    /// implementer, who kicks again before giving up.
+    /// Waits until this subscriber no longer uses `range`. It must not use it again before `end`. The implementation limits
+    /// the wait, and kicks again before it gives up.
     ///
     /// # Errors
-    /// It did not stop in time.
+    /// Returns [`Unresponsive`] if the subscriber did not stop in time.
     fn wait(&self, range: GpaRange) -> Result<(), Unresponsive>;
 
-    /// Whether `wait` would return at once.
+    /// Returns whether `wait` would return at once.
     fn stopped(&self, range: GpaRange) -> bool;
 
-    /// The change of `range` is over. Called once for each `start`.
+    /// Called when the change of `range` is over, once for each `start`.
     fn end(&self, range: GpaRange);
 }
 
-/// A subscriber that did not stop in time.
+/// Error of a subscriber that did not stop in time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unresponsive {
-    /// Its name, like `vcpu3`.
+    /// Name of the subscriber, such as `vcpu3`.
     pub name: String,
 }
 
 impl Unresponsive {
-    /// The subscriber called `name`.
+    /// Creates the error of the subscriber called `name`.
     pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into() }
     }
@@ -72,14 +71,14 @@ impl fmt::Display for Unresponsive {
 
 impl core::error::Error for Unresponsive {}
 
-/// Why a range could not be opened. Whoever was told to start has been told the end.
+/// Reason why a range could not be opened. `end` was called for every subscriber whose `start` was called.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OpenError {
-    /// These subscribers did not stop in time; at least one.
+    /// These subscribers, at least one, did not stop in time.
     Unresponsive(Vec<Unresponsive>),
-    /// Opening would have had to wait for this many subscribers.
+    /// The call would have had to wait for this number of subscribers.
     WouldBlock(usize),
-    /// No memory to note the range.
+    /// There is no memory to register the range.
     OutOfMemory,
 }
 
@@ -107,28 +106,28 @@ impl core::error::Error for OpenError {
     }
 }
 
-/// Tells subscribers about ranges that change. Clones are the same notifier.
+/// Notifies subscribers of ranges that change. Clones share their subscribers and open ranges.
 #[derive(Clone)]
 pub struct Notifier {
     state: Arc<SpinLock<State>>,
 }
 
 impl Notifier {
-    /// A notifier without subscribers.
+    /// Creates a notifier without subscribers.
     pub fn new() -> Self {
         Self {
             state: Arc::new(SpinLock::new(State::default())),
         }
     }
 
-    /// Adds a subscriber until the subscription is dropped.
+    /// Adds a subscriber. Dropping the subscription removes it.
     ///
-    /// It is told of every range that opens after this. For the ranges that are open now it has
-    /// been told `start` when this returns, and gets their `end`; nobody waits for it, as it cannot
-    /// have used anything before.
+    /// The subscriber is notified of every range that opens after this. For ranges that are open already, this calls `start`
+    /// before it returns, and the subscriber gets their `end`. `wait` is not called for these, because the subscriber cannot
+    /// have used a translation before.
     ///
     /// # Errors
-    /// No memory ([`OpenError::OutOfMemory`]).
+    /// Returns [`OpenError::OutOfMemory`] if there is no memory.
     pub fn subscribe(&self, subscriber: Arc<dyn Subscriber>) -> Result<Subscription, OpenError> {
         let entry = Subscribed::new(subscriber);
         let open = self.state.lock().subscribe(&entry)?;
@@ -136,20 +135,19 @@ impl Notifier {
             state: self.state.clone(),
             entry: entry.clone(),
         };
-        // Each of these ranges waits with its close until the start has been delivered.
+        // None of these ranges closes before `start` was called for it.
         for joined in open {
             joined.deliver(&entry);
         }
         Ok(subscription)
     }
 
-    /// Opens `range`: tells every subscriber to start, then waits for every one.
+    /// Opens `range`: calls `start` of every subscriber, then `wait` of every subscriber.
     ///
-    /// After this returns nobody uses a stale translation of the range, until the `OpenRange` is
-    /// dropped.
+    /// From when this returns until the [`OpenRange`] is dropped, no subscriber uses a translation of the range.
     ///
     /// # Errors
-    /// Who did not stop in time, or no memory.
+    /// Returns an error that names the subscribers that did not stop in time, or [`OpenError::OutOfMemory`].
     pub fn open(&self, range: GpaRange) -> Result<OpenRange, OpenError> {
         let mut open = OpenRange::register(&self.state, range)?;
         open.start();
@@ -157,11 +155,12 @@ impl Notifier {
         Ok(open)
     }
 
-    /// As [`Notifier::open`] for callers that must not wait. (Closing it waits where a subscriber came while it was
-    /// open, and is being told of it just then.)
+    /// Opens `range` as [`Notifier::open`], for callers that must not wait. Closing the range may still wait briefly, if a
+    /// subscriber was added while it was open and its `start` is being called.
     ///
     /// # Errors
-    /// [`OpenError::WouldBlock`] where a subscriber has not stopped at once, or no memory.
+    /// Returns [`OpenError::WouldBlock`] if a subscriber did not stop at once, and [`OpenError::OutOfMemory`] if there is no
+    /// memory.
     pub fn try_open(&self, range: GpaRange) -> Result<OpenRange, OpenError> {
         let mut open = OpenRange::register(&self.state, range)?;
         open.start();
@@ -169,19 +168,19 @@ impl Notifier {
         Ok(open)
     }
 
-    /// Ranges that are open.
+    /// Returns the number of open ranges.
     pub fn open_count(&self) -> usize {
         self.state.lock().open_count()
     }
 
-    /// Begins to work from translations of `range`.
+    /// Begins to use translations of `range` without an open range. See [`Notifier::retry`].
     pub fn begin_read(&self, range: GpaRange) -> ReadTicket {
         ReadTicket::new(&self.state, range)
     }
 
-    /// Whether a range that overlaps the ticket's was open since, or is: the work must be thrown
-    /// away. Decisive if called under the lock under which changes are made; otherwise the answer
-    /// "no" may be old when it arrives. Changes elsewhere cause no retry.
+    /// Returns whether a range that overlaps the ticket's is open, or was open since the ticket was made. If so, the caller
+    /// must discard its work. The answer is only reliable under the lock under which entries are changed; otherwise a "no"
+    /// may be out of date. Changes of other ranges cause no retry.
     pub fn retry(&self, ticket: &ReadTicket) -> bool {
         ticket.is_stale()
     }
@@ -201,10 +200,10 @@ impl fmt::Debug for Notifier {
     }
 }
 
-/// A subscriber's registration.
+/// Registration of a subscriber.
 ///
-/// Dropping it ends it: ranges that open afterwards do not reach the subscriber, and nobody waits
-/// for it any more, so it must have stopped using translations for good. A `start` that it was told is still followed by its `end`, also afterwards.
+/// Dropping it removes the subscriber: later ranges do not call it, and no range waits for it. It must have stopped using
+/// translations for good before. A `start` that was called is still followed by its `end`.
 #[must_use = "dropping a subscription ends it"]
 pub struct Subscription {
     state: Arc<SpinLock<State>>,
@@ -215,7 +214,7 @@ impl Drop for Subscription {
     fn drop(&mut self) {
         self.entry.leave();
         let gone = self.state.lock().unsubscribe(&self.entry);
-        // The subscriber may be dropped with it, which must not happen under the lock.
+        // This may drop the subscriber, which must not happen under the lock.
         drop(gone);
     }
 }

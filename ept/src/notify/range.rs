@@ -9,21 +9,21 @@ use crate::notify::OpenError;
 use crate::notify::state::{State, Subscribed};
 use crate::sync::SpinLock;
 
-/// Proof that a range is open: nobody uses its translations while this value lives.
+/// Proof that a range is open: no subscriber uses its translations while this value lives.
 ///
-/// Dropping it closes the range, on every path, and tells every subscriber the end.
+/// Dropping it closes the range and calls `end` of every subscriber.
 #[must_use = "dropping an open range closes it"]
 pub struct OpenRange {
     state: Arc<SpinLock<State>>,
     id: u64,
     range: GpaRange,
     subscribers: Vec<Arc<Subscribed>>,
-    /// How many of them have been told to start, and are owed an end.
+    /// Number of subscribers whose `start` was called. `end` must be called for each.
     started: usize,
 }
 
 impl OpenRange {
-    /// Notes the range, which makes readers of it retry. Nobody has been told yet.
+    /// Registers the range, which makes its readers retry. No subscriber is called yet.
     pub(crate) fn register(
         state: &Arc<SpinLock<State>>,
         range: GpaRange,
@@ -38,21 +38,21 @@ impl OpenRange {
         })
     }
 
-    /// The pages that may be changed.
+    /// Returns the pages that may be changed.
     pub fn range(&self) -> GpaRange {
         self.range
     }
 
-    /// First pass: everybody begins to stop.
+    /// First pass: calls `start` of every subscriber.
     pub(crate) fn start(&mut self) {
         while let Some(entry) = self.subscribers.get(self.started) {
-            // Counted first: should the call unwind, it may have taken effect.
+            // Counted first: if the call panics, it may have had its effect.
             self.started += 1;
             entry.subscriber.start(self.range);
         }
     }
 
-    /// Second pass: everybody has stopped, or is named.
+    /// Second pass: calls `wait` of every subscriber. The error names those that did not stop.
     pub(crate) fn wait(&self) -> Result<(), OpenError> {
         let mut unresponsive = Vec::new();
         for entry in self.waited_for() {
@@ -69,7 +69,7 @@ impl OpenRange {
         }
     }
 
-    /// Second pass for who cannot wait.
+    /// Second pass for callers that must not wait: calls `stopped` of every subscriber.
     pub(crate) fn check(&self) -> Result<(), OpenError> {
         let running = self.waited_for();
         let count = running
@@ -101,7 +101,7 @@ impl Drop for OpenRange {
     }
 }
 
-/// Subscribers that are still to be told of the end: also those after one that panics.
+/// Subscribers whose `end` must still be called, even if `end` of an earlier one panics.
 struct Ends<'s, I: Iterator<Item = &'s Arc<Subscribed>>> {
     left: I,
     range: GpaRange,

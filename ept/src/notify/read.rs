@@ -1,4 +1,4 @@
-//! The reader's side of the sequence protocol.
+//! Sequence protocol: the side of the reader.
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -7,15 +7,14 @@ use crate::addr::GpaRange;
 use crate::notify::state::State;
 use crate::sync::SpinLock;
 
-/// Work in progress from translations of a range.
+/// Ticket of a reader that uses translations of a range.
 ///
-/// The notifier notes it until it is dropped, so that exactly the changes that overlap its range
-/// make it stale, however many others there are.
+/// It is registered with the notifier until it is dropped. Only changes that overlap its range make it stale.
 #[must_use = "a ticket is there to be checked"]
 pub struct ReadTicket {
     state: Arc<SpinLock<State>>,
     range: GpaRange,
-    /// `None` where there was no memory to note it: then every check says stale.
+    /// Registration; `None` if there was no memory for it. Then every check reports a stale ticket.
     id: Option<u64>,
 }
 
@@ -28,7 +27,7 @@ impl ReadTicket {
         }
     }
 
-    /// The range it works from.
+    /// Returns the range whose translations the reader uses.
     pub fn range(&self) -> GpaRange {
         self.range
     }

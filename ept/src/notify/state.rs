@@ -1,4 +1,4 @@
-//! What a notifier keeps under its lock: subscribers, open ranges, readers.
+//! State of a notifier, under its lock: subscribers, open ranges, readers.
 
 use crate::sync::atomic::{AtomicBool, Ordering};
 use alloc::sync::Arc;
@@ -8,7 +8,7 @@ use crate::addr::GpaRange;
 use crate::notify::{OpenError, Subscriber};
 use crate::sync::relax;
 
-/// One registration.
+/// A registered subscriber.
 pub(crate) struct Subscribed {
     pub(crate) subscriber: Arc<dyn Subscriber>,
     active: AtomicBool,
@@ -22,7 +22,7 @@ impl Subscribed {
         })
     }
 
-    /// Nobody waits for it from here on.
+    /// Ends the registration: from then on no range waits for the subscriber.
     pub(crate) fn leave(&self) {
         self.active.store(false, Ordering::SeqCst);
     }
@@ -32,19 +32,19 @@ impl Subscribed {
     }
 }
 
-/// An open range that a new subscriber joins.
+/// An open range of which a new subscriber must be notified.
 pub(crate) struct Joined {
     range: GpaRange,
     progress: Arc<Progress>,
 }
 
 impl Joined {
-    /// Tells the subscriber to start, after which the range may close.
+    /// Calls `start` of the subscriber. After that, the range may close.
     pub(crate) fn deliver(self, entry: &Subscribed) {
-        // Noted first: should the call unwind, it may have taken effect.
+        // Recorded first: if the call panics, it may have had its effect.
         self.progress.started.store(true, Ordering::SeqCst);
         entry.subscriber.start(self.range);
-        // The drop below lets the close go on.
+        // The drop below lets the range close.
     }
 }
 
@@ -54,23 +54,23 @@ impl Drop for Joined {
     }
 }
 
-/// How far a late subscriber has been told of an open range.
+/// Whether a subscriber that was added while a range was open was notified of it.
 #[derive(Default)]
 struct Progress {
-    /// It was told to start, and is owed an end.
+    /// `start` was called, so `end` must be.
     started: AtomicBool,
-    /// Nothing more will be told.
+    /// The subscriber is not called any more.
     settled: AtomicBool,
 }
 
-/// A subscriber that came while a range was open.
+/// A subscriber that was added while a range was open.
 pub(crate) struct Late {
     pub(crate) entry: Arc<Subscribed>,
     progress: Arc<Progress>,
 }
 
 impl Late {
-    /// Waits until the subscriber has been told to start; false if a panic prevented that.
+    /// Waits until `start` of the subscriber was called. Returns false if a panic prevented that.
     pub(crate) fn settle(&self) -> bool {
         let mut spins = 0;
         while !self.progress.settled.load(Ordering::Acquire) {
@@ -106,7 +106,7 @@ impl State {
         self.next_id
     }
 
-    /// Adds a subscriber; the result are the open ranges that it must be told of.
+    /// Adds a subscriber, and returns the open ranges of which it must be notified.
     pub(crate) fn subscribe(&mut self, entry: &Arc<Subscribed>) -> Result<Vec<Joined>, OpenError> {
         let mut joined = Vec::new();
         joined
@@ -139,7 +139,7 @@ impl State {
         Some(self.subscribers.swap_remove(position))
     }
 
-    /// Notes an open range; the result is its id and the subscribers to tell.
+    /// Registers an open range, and returns its id and the subscribers to notify.
     pub(crate) fn open(
         &mut self,
         range: GpaRange,
@@ -161,7 +161,7 @@ impl State {
         Ok((id, told))
     }
 
-    /// Forgets an open range; the result are the subscribers that came while it was open.
+    /// Removes an open range, and returns the subscribers that were added while it was open.
     pub(crate) fn close(&mut self, id: u64) -> Vec<Late> {
         match self.open.iter().position(|open| open.id == id) {
             Some(position) => self.open.swap_remove(position).late,
@@ -173,7 +173,7 @@ impl State {
         self.open.len()
     }
 
-    /// Notes a reader; `None` without memory for the note.
+    /// Registers a reader; `None` if there is no memory.
     pub(crate) fn begin_read(&mut self, range: GpaRange) -> Option<u64> {
         self.readers.try_reserve(1).ok()?;
         let stale = self.open.iter().any(|open| open.range.overlaps(&range));

@@ -1,7 +1,7 @@
-//! A lock for data that is touched rarely and briefly: lists of consumers, subscribers, free tables.
+//! A spin lock for data that is used rarely and briefly: regions and consumers, subscribers, lists of free tables.
 //!
-//! `unsafe` because `core` has no mutex; the alternative, fixed arrays of atomics, would bound how
-//! many subscribers there may be and make every list operation a protocol of its own.
+//! It needs `unsafe` because `core` has no mutex. The alternative, fixed arrays of atomics, would limit the number of
+//! subscribers, and each operation on a list would need its own lock-free protocol.
 #![allow(unsafe_code)]
 
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -10,23 +10,23 @@ use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
 #[cfg(not(loom))]
-/// Spins before a waiting thread gives its processor away (with the feature `std`).
+/// Number of spins before a waiting thread yields its processor (with the feature `std`).
 const SPINS: u32 = 64;
 
-/// A mutual-exclusion lock without a queue.
+/// Mutual-exclusion lock without a queue.
 pub(crate) struct SpinLock<T> {
     held: AtomicBool,
     value: UnsafeCell<T>,
 }
 
-// SAFETY: the value is reached only through a guard, and only one guard exists at a time, so a
-// shared lock hands the value from thread to thread as moving it would: `T: Send` is enough.
+// SAFETY: the value is only reached through a guard, and only one guard exists at a time. So a shared lock passes the value
+// from thread to thread as a move would, for which `T: Send` is enough.
 unsafe impl<T: Send> Sync for SpinLock<T> {}
 
-/// Access to a locked value; unlocks when dropped.
+/// Access to the value of a lock. Dropping it unlocks.
 pub(crate) struct SpinGuard<'a, T> {
     lock: &'a SpinLock<T>,
-    /// It lends the value, so it may be shared between threads only where the value may.
+    /// The guard lends the value, so it may only be shared between threads if the value may.
     lends: PhantomData<&'a mut T>,
 }
 
@@ -38,7 +38,7 @@ impl<T> SpinLock<T> {
         }
     }
 
-    /// Waits for the lock. Not re-entrant.
+    /// Waits for the lock and takes it. A thread that holds it already waits for ever.
     pub(crate) fn lock(&self) -> SpinGuard<'_, T> {
         let mut spins = 0;
         while self
@@ -55,13 +55,13 @@ impl<T> SpinLock<T> {
     }
 }
 
-/// One turn of waiting for another thread.
+/// Waits a moment for another thread. `spins` counts the calls in a row.
 #[cfg(loom)]
 pub(crate) fn relax(_: &mut u32) {
     loom::thread::yield_now();
 }
 
-/// One turn of waiting for another thread.
+/// Waits a moment for another thread. `spins` counts the calls in a row.
 #[cfg(not(loom))]
 pub(crate) fn relax(spins: &mut u32) {
     *spins += 1;
@@ -78,14 +78,14 @@ impl<T> Deref for SpinGuard<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: this guard exists, so no other does, and it lends the value no longer than itself.
+        // SAFETY: this guard exists, so there is no other, and it lends the value no longer than it lives.
         unsafe { &*self.lock.value.get() }
     }
 }
 
 impl<T> DerefMut for SpinGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
-        // SAFETY: as in `deref`, and `&mut self` rules out a second borrow through this guard.
+        // SAFETY: as in `deref`; `&mut self` rules out a second borrow through this guard.
         unsafe { &mut *self.lock.value.get() }
     }
 }

@@ -1,7 +1,7 @@
-//! An array whose places are filled once each, read without a lock, and freed together.
+//! An array whose elements are written once each, read without a lock, and freed together.
 //!
-//! `unsafe` because `core` has no shared once-cell; a lock in its place would cost a locked
-//! operation at every level of every descent.
+//! It needs `unsafe` because `core` has no once-cell that threads can share. A lock in its place would cost a locked
+//! operation at every level of every walk.
 #![allow(unsafe_code)]
 
 use crate::sync::atomic::{AtomicPtr, Ordering};
@@ -11,19 +11,19 @@ use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::ptr;
 
-/// A fixed number of places for `T`, empty at first.
+/// A fixed number of places for a `T`, all empty at first.
 pub(crate) struct OnceArray<T> {
     places: Box<[AtomicPtr<T>]>,
-    /// The places own what they point to.
+    /// Each place owns the `T` that it points to.
     owns: PhantomData<Box<T>>,
 }
 
-// SAFETY: a filled place only lends `&T` until the array is dropped, and `fill` moves a `T` in from
-// any thread: `T: Send + Sync` covers both.
+// SAFETY: a filled place only lends `&T` until the array is dropped, and `fill` moves a `T` in from any thread.
+// `T: Send + Sync` allows both.
 unsafe impl<T: Send + Sync> Sync for OnceArray<T> {}
 
 impl<T> OnceArray<T> {
-    /// `len` empty places.
+    /// Creates an array of `len` empty places.
     pub(crate) fn try_new(len: usize) -> Result<Self, TryReserveError> {
         let mut places = Vec::new();
         places.try_reserve_exact(len)?;
@@ -38,18 +38,17 @@ impl<T> OnceArray<T> {
         self.places.len()
     }
 
-    /// What place `index` holds; `None` while it is empty or where there is no such place.
+    /// Returns the value in place `index`; `None` if the place is empty or does not exist.
     #[inline]
     pub(crate) fn get(&self, index: usize) -> Option<&T> {
         let place = self.places.get(index)?.load(Ordering::Acquire);
-        // SAFETY: a place is null or came from `Box::into_raw` in `fill`; it is never changed again
-        // and freed only by `drop`, which needs the array for itself. The acquire load pairs with
-        // the release exchange there, so the value is seen complete.
+        // SAFETY: the pointer is null or came from `Box::into_raw` in `fill`. It never changes again, and only `drop`
+        // frees it, which needs `&mut self`. The acquire load pairs with the release exchange in `fill`, so the value is
+        // seen complete.
         unsafe { place.as_ref() }
     }
 
-    /// Fills place `index`. Where another thread was first, or there is no such place, `value` is
-    /// dropped.
+    /// Fills place `index`. Drops `value` if the place is filled already or does not exist.
     pub(crate) fn fill(&self, index: usize, value: Box<T>) {
         let Some(place) = self.places.get(index) else {
             return;
@@ -58,7 +57,7 @@ impl<T> OnceArray<T> {
         let won =
             place.compare_exchange(ptr::null_mut(), new, Ordering::Release, Ordering::Relaxed);
         if won.is_err() {
-            // SAFETY: `new` came from `Box::into_raw` just above and was not published.
+            // SAFETY: `new` came from `Box::into_raw` above, and no other thread has seen it.
             drop(unsafe { Box::from_raw(new) });
         }
     }
@@ -69,8 +68,7 @@ impl<T> Drop for OnceArray<T> {
         for place in &self.places {
             let held = place.load(Ordering::Relaxed);
             if !held.is_null() {
-                // SAFETY: it came from `Box::into_raw` in `fill`, and `&mut self` means that nobody
-                // borrows it any more.
+                // SAFETY: the pointer came from `Box::into_raw` in `fill`, and `&mut self` means that no borrow is left.
                 drop(unsafe { Box::from_raw(held) });
             }
         }

@@ -1,10 +1,15 @@
-//! The one dirty set that every writer marks and every consumer harvests.
+//! The dirty set of a guest: every writer marks it and every consumer harvests it.
 //!
-//! A marker writes its data first and marks after; a harvester clears first and reads data after.
-//! Marks go to the shared tree only, one locked operation for 64 pages, however many consumers
-//! there are. A harvest drains the shared tree into what is pending for the other consumers.
+//! A writer writes its data first and marks the pages after. A harvester clears the marks first and reads the data after.
+//! Marks go to shared trees only: one locked operation for up to 64 pages, however many consumers there are. A harvest
+//! moves them from the shared trees to the *pending* tree of each consumer.
+//!
+//! One shared tree holds the regions that the tracker was made with. Each region that is added later has its own.
 
+mod added;
+mod hotplug;
 mod protect;
+mod registry;
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -13,23 +18,30 @@ use core::fmt;
 use crate::addr::{Gpa, GpaRange, PAGE_SHIFT, PAGE_SIZE, SPACE_PAGES};
 use crate::clock::Clock;
 use crate::counters::{Counters, CountersSnapshot, Source};
-use crate::epoch::Consumer;
 use crate::format::OutOfTables;
 use crate::marker::Marker;
 use crate::region::{Region, Regions, Unfit};
-use crate::sync::SpinLock;
+use crate::sync::{SpinGuard, SpinLock};
 use crate::tracking::{Bitmap, Bits, Every, MarkTally, Plane, Tree};
 
+pub use added::MAX_ADDED_REGIONS;
+pub use hotplug::RemoveError;
 pub use protect::{Fault, ProtectError};
+pub(crate) use registry::{Pending, Registry, up_to};
 
-/// Why a tracker could not be made.
+use added::AddedRegions;
+
+/// Reason why a tracker could not be created, or why a region could not be added to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TrackerError {
     /// These two regions overlap.
     Overlap(GpaRange, GpaRange),
     /// No region was given.
     NoRegions,
-    /// No memory for the tracker's directories.
+    /// [`MAX_ADDED_REGIONS`] regions were added and not removed.
+    TooManyRegions,
+    /// There is no memory for the tracker's tables.
     OutOfMemory,
 }
 
@@ -38,36 +50,58 @@ impl fmt::Display for TrackerError {
         match self {
             Self::Overlap(one, other) => write!(f, "regions {one} and {other} overlap"),
             Self::NoRegions => f.write_str("a tracker needs at least one region"),
-            Self::OutOfMemory => f.write_str("no memory for a tracker"),
+            Self::TooManyRegions => write!(
+                f,
+                "{MAX_ADDED_REGIONS} regions were added already (remove one first)"
+            ),
+            Self::OutOfMemory => f.write_str("no memory for the tracker's tables"),
         }
     }
 }
 
 impl core::error::Error for TrackerError {}
 
-/// Which pages of a guest's memory were written, and which of them fault at the next write.
+impl From<Unfit> for TrackerError {
+    fn from(unfit: Unfit) -> Self {
+        match unfit {
+            Unfit::Empty => Self::NoRegions,
+            Unfit::Overlap(one, other) => Self::Overlap(one, other),
+            Unfit::OutOfMemory => Self::OutOfMemory,
+        }
+    }
+}
+
+/// Records which pages of a guest's memory were written, and which pages fault at the next write.
+///
+/// Regions can be added and removed while writers mark and epochs harvest: see [`Tracker::add_region`] and
+/// [`Tracker::remove_region`].
 pub struct Tracker {
+    /// The regions that the tracker was made with, as far as they were not removed.
     regions: Arc<Regions>,
+    /// The shared tree of these regions.
     tree: Tree<2>,
+    added: AddedRegions,
     max_leaf_tables: usize,
-    /// The consumers. Held while the shared tree is drained, so that there is one drain at a time.
-    consumers: SpinLock<Vec<Arc<Consumer>>>,
+    /// All regions, and the consumers. Locked while shared trees are drained, so that one drain runs at a time.
+    registry: SpinLock<Registry>,
     counters: Counters,
     clock: Option<Clock>,
 }
 
 impl Tracker {
-    /// A clean tracker for `regions`, in any order.
+    /// Creates a tracker for `regions`, which may be in any order. Every page is clean.
     ///
     /// # Errors
-    /// Regions that overlap, none at all, or no memory.
+    /// Returns [`TrackerError::Overlap`] if two regions overlap, [`TrackerError::NoRegions`] if `regions` is empty, and
+    /// [`TrackerError::OutOfMemory`] if there is no memory.
     pub fn new(regions: &[Region]) -> Result<Self, TrackerError> {
         Self::with_table_limit(regions, usize::MAX)
     }
 
-    /// A tracker that keeps at most `max_leaf_tables` 2 MiB parts in 4 KiB detail, and as many for
-    /// each consumer. Beyond that it works in coarse entries: more is reported dirty than
-    /// was written, never less.
+    /// Creates a tracker that keeps 4 KiB detail for at most `max_leaf_tables` parts of 2 MiB each. The limit holds for
+    /// the regions given here together, for each region that is added later, and for the pending pages of each epoch.
+    /// Beyond the limit, a mark makes a larger part dirty: a harvest may then report pages that were not written, but
+    /// never misses one that was.
     ///
     /// # Errors
     /// As [`Tracker::new`].
@@ -75,73 +109,80 @@ impl Tracker {
         regions: &[Region],
         max_leaf_tables: usize,
     ) -> Result<Self, TrackerError> {
-        let mut owned = Vec::new();
-        owned
-            .try_reserve_exact(regions.len())
-            .map_err(|_| TrackerError::OutOfMemory)?;
-        owned.extend_from_slice(regions);
-        let regions = Arc::new(Regions::new(owned).map_err(|unfit| match unfit {
-            Unfit::Empty => TrackerError::NoRegions,
-            Unfit::Overlap(one, other) => TrackerError::Overlap(one, other),
-        })?);
+        let regions = Arc::new(Regions::new(regions)?);
         let tree = Tree::try_new(regions.clone(), max_leaf_tables)
             .map_err(|_| TrackerError::OutOfMemory)?;
         Ok(Self {
-            regions,
             tree,
+            added: AddedRegions::try_new().ok_or(TrackerError::OutOfMemory)?,
             max_leaf_tables,
-            consumers: SpinLock::new(Vec::new()),
+            registry: SpinLock::new(Registry::new(regions.clone())),
+            regions,
             counters: Counters::new(),
             clock: None,
         })
     }
 
-    /// The same tracker with a clock, so that it can say for how long harvests held its lock.
+    /// Returns the same tracker with a clock, so that it can measure how long harvests hold its lock.
     #[must_use]
     pub fn with_clock(mut self, clock: Clock) -> Self {
         self.clock = Some(clock);
         self
     }
 
-    /// The regions, in order of address.
-    pub fn regions(&self) -> &[Region] {
-        self.regions.as_slice()
+    /// Returns the regions as they are now, in order of address.
+    pub fn regions(&self) -> Vec<Region> {
+        self.registry.lock().regions().iter().collect()
     }
 
-    /// Makes 4 KiB detail everywhere in `range`, so that marking and protecting there need no more
-    /// memory. An epoch's own pending pages may.
+    /// Returns the region that contains `gpa`.
+    pub fn region_at(&self, gpa: Gpa) -> Option<Region> {
+        self.registry.lock().regions().at(gpa.page()).copied()
+    }
+
+    /// Returns whether every page of `range` lies in a region.
+    #[cfg(feature = "vm-memory")]
+    pub(crate) fn tracks(&self, range: GpaRange) -> bool {
+        self.registry.lock().regions().pages_in(range) == range.pages()
+    }
+
+    /// Allocates 4 KiB detail for all of `range`, so that marking and protecting there need no more memory. The pending
+    /// pages of an epoch may still need some.
     ///
     /// # Errors
-    /// The table limit, or no memory; what was made stays.
+    /// Returns [`OutOfTables`] if the table limit is reached or there is no memory. Detail that was allocated before
+    /// stays.
     pub fn reserve(&self, range: GpaRange) -> Result<(), OutOfTables> {
-        self.tree.reserve(range)
+        self.tree.reserve(range)?;
+        let mut added = self.added.iter();
+        added.try_for_each(|one| one.reserve(range))
     }
 
-    /// A handle for one writer that marks much, with a figure of its own.
+    /// Returns a handle for one writer that marks often. It has a counter of its own.
     ///
     /// # Errors
-    /// No memory.
+    /// Returns [`TrackerError::OutOfMemory`] if there is no memory.
     pub fn marker(self: &Arc<Self>, source: Source) -> Result<Marker, TrackerError> {
         Marker::new(self, source)
     }
 
-    /// Marks the pages of `len_bytes` bytes from `gpa` as written by `source`: call it after the
-    /// bytes were written. Pages outside the regions are ignored and counted.
+    /// Marks the pages of `len_bytes` bytes from `gpa` as written by `source`. The caller must have written the bytes
+    /// before. Pages outside the regions are counted in [`CountersSnapshot::outside`] and otherwise ignored.
     #[inline]
     pub fn mark(&self, gpa: Gpa, len_bytes: u64, source: Source) {
         let marked = self.mark_bytes(gpa, len_bytes);
         self.count(marked, source);
     }
 
-    /// Marks page `first_page + i` for each bit `i` of `words` (bit `i % 64` of word `i / 64`), as
-    /// KVM's dirty log gives them. `first_page` may be any page.
+    /// Marks page `first_page + i` for each bit `i` of `words` (bit `i % 64` of word `i / 64`), the form of KVM's dirty
+    /// log. `first_page` may be any page.
     pub fn mark_words(&self, first_page: Gpa, words: &[u64], source: Source) {
         let marked = self.mark_bits_of(first_page, words);
         self.count(marked, source);
     }
 
-    /// [`Tracker::mark`], for the caller to count. A page that has its leaf table is the short way, all of it inlined:
-    /// a call would be dearer than what is done.
+    /// As [`Tracker::mark`], but the caller counts the result. The path for one page that has a leaf table is inlined,
+    /// because a call would take longer than the mark itself.
     #[inline(always)]
     pub(crate) fn mark_bytes(&self, gpa: Gpa, len_bytes: u64) -> MarkTally {
         let in_page = len_bytes.wrapping_sub(1) < PAGE_SIZE - gpa.0 % PAGE_SIZE;
@@ -170,7 +211,7 @@ impl Tracker {
         self.mark_parts(range, &Every)
     }
 
-    /// [`Tracker::mark_words`], for the caller to count.
+    /// As [`Tracker::mark_words`], but the caller counts the result.
     pub(crate) fn mark_bits_of(&self, first_page: Gpa, words: &[u64]) -> MarkTally {
         let mut tally = MarkTally::default();
         let mut page = first_page.page();
@@ -192,17 +233,33 @@ impl Tracker {
         tally
     }
 
-    /// Marks what of `bits` lies in regions, and counts what does not.
+    /// Marks the pages of `bits` in `range` that lie in regions, and counts those that do not.
     #[inline(never)]
     fn mark_parts<B: Bits>(&self, range: GpaRange, bits: &B) -> MarkTally {
         let mut tally = MarkTally::default();
         let mut next = range.first_page();
         for (part, _) in self.regions.parts(range) {
-            self.outside(next, part.first_page(), bits);
+            tally = tally.and(self.mark_gap(next, part.first_page(), bits));
             tally = tally.and(self.tree.mark(part, bits));
             next = part.end_page();
         }
-        self.outside(next, range.end_page(), bits);
+        tally.and(self.mark_gap(next, range.end_page(), bits))
+    }
+
+    /// Marks the pages of `bits` from page `first` to `end`, none of which lies in the regions that the tracker was made
+    /// with: those in added regions are marked, the others are counted.
+    fn mark_gap<B: Bits>(&self, first: u64, end: u64, bits: &B) -> MarkTally {
+        if first >= end {
+            return MarkTally::default();
+        }
+        let gap = GpaRange::of(first, end);
+        if self.added.is_unused() {
+            self.counters.outside(bits.count(gap));
+            return MarkTally::default();
+        }
+        let (tally, inside) = self.added.mark(gap, bits);
+        self.counters
+            .outside(bits.count(gap).saturating_sub(inside));
         tally
     }
 
@@ -212,44 +269,45 @@ impl Tracker {
         self.counters.coarse(tally.coarse);
     }
 
-    fn outside<B: Bits>(&self, first: u64, end: u64, bits: &B) {
-        if first < end {
-            self.counters.outside(bits.count(GpaRange::of(first, end)));
-        }
-    }
-
-    /// Whether the page at `gpa` is marked for some consumer that has not harvested it yet (or,
-    /// without consumers, since the last one went). For tests and diagnosis: it may wait for a
-    /// harvest in progress.
+    /// Returns whether the page at `gpa` is dirty for any epoch; without epochs, whether it was marked since the last
+    /// one ended. For tests and diagnosis: it waits for a harvest in progress.
     pub fn dirty_at(&self, gpa: Gpa) -> bool {
-        if self.regions.at(gpa.page()).is_none() {
-            return false;
-        }
-        let consumers = self.consumers.lock();
-        self.tree.has(gpa.page(), Plane::Dirty)
-            || consumers
-                .iter()
-                .any(|consumer| consumer.pending.has(gpa.page(), Plane::Dirty))
+        let registry = self.registry.lock();
+        self.is_marked(gpa.page()) || registry.is_pending(gpa.page())
     }
 
-    /// The figures so far.
+    /// Returns whether page `page` is dirty in its shared tree.
+    pub(crate) fn is_marked(&self, page: u64) -> bool {
+        self.has(page, Plane::Dirty)
+    }
+
+    /// Returns whether page `page` has the property `plane` in its shared tree. No page outside the regions has any.
+    fn has(&self, page: u64, plane: Plane) -> bool {
+        if self.regions.at(page).is_some() {
+            return self.tree.has(page, plane);
+        }
+        let added = self.added.at(page);
+        added.is_some_and(|one| one.has(page, plane))
+    }
+
+    /// Returns the counters since the tracker was created.
     pub fn counters(&self) -> CountersSnapshot {
         self.counters.snapshot()
     }
 
-    /// Bytes of memory held for the shared map and for every consumer's pending pages.
+    /// Returns the bytes of memory that the shared trees and the pending trees of all epochs hold.
     pub fn memory_bytes(&self) -> usize {
-        let consumers = self.consumers.lock();
-        let pending = consumers.iter().map(|consumer| consumer.pending.bytes());
-        self.tree.bytes() + pending.sum::<usize>()
+        let registry = self.registry.lock();
+        self.tree.bytes() + self.added.bytes() + registry.pending_bytes()
     }
 
     pub(crate) fn tree(&self) -> &Tree<2> {
         &self.tree
     }
 
-    pub(crate) fn consumers(&self) -> &SpinLock<Vec<Arc<Consumer>>> {
-        &self.consumers
+    /// Locks the regions and the consumers.
+    pub(crate) fn registry(&self) -> SpinGuard<'_, Registry> {
+        self.registry.lock()
     }
 
     pub(crate) fn clock(&self) -> Option<Clock> {
@@ -260,17 +318,16 @@ impl Tracker {
         &self.counters
     }
 
-    /// An empty tree for what is pending for one consumer.
-    pub(crate) fn pending_tree(&self) -> Result<Tree<1>, TrackerError> {
-        Tree::try_new(self.regions.clone(), self.max_leaf_tables)
-            .map_err(|_| TrackerError::OutOfMemory)
+    /// Creates an empty tree for the pending pages of one consumer.
+    pub(crate) fn pending_tree(&self, regions: Arc<Regions>) -> Option<Tree<1>> {
+        Tree::try_new(regions, self.max_leaf_tables).ok()
     }
 }
 
 impl fmt::Debug for Tracker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tracker")
-            .field("regions", &self.regions.as_slice())
+            .field("regions", &self.regions())
             .field("counters", &self.counters.snapshot())
             .finish_non_exhaustive()
     }

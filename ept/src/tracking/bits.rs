@@ -1,22 +1,22 @@
-//! Sets of pages to mark.
+//! Sets of pages that are marked together.
 
 use crate::addr::GpaRange;
 use crate::region::Regions;
 use crate::tracking::table::word_mask;
 
-/// A set of pages to mark.
+/// A set of pages that are marked together.
 pub(crate) trait Bits {
-    /// Whether any page of `part` is in the set.
+    /// Returns whether any page of `part` is in the set.
     fn any(&self, part: GpaRange) -> bool;
-    /// Whether every page of `part` is in the set.
+    /// Returns whether every page of `part` is in the set.
     fn all(&self, part: GpaRange) -> bool;
-    /// Pages of `part` that are in the set.
+    /// Counts the pages of `part` that are in the set.
     fn count(&self, part: GpaRange) -> u64;
-    /// The pages of `mask` that are in the set: bit `i` is page `start + i`.
+    /// Returns the bits of `mask` whose pages are in the set. Bit `i` is page `start + i`.
     fn word(&self, start: u64, mask: u64) -> u64;
 }
 
-/// Every page.
+/// The set of all pages.
 pub(crate) struct Every;
 
 impl Bits for Every {
@@ -40,7 +40,7 @@ impl Bits for Every {
     }
 }
 
-/// A bitmap whose bit `i` is page `first_page + i`.
+/// A set as a bitmap: bit `i` is page `first_page + i`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bitmap<'a> {
     pub(crate) first_page: u64,
@@ -48,7 +48,7 @@ pub(crate) struct Bitmap<'a> {
 }
 
 impl Bitmap<'_> {
-    /// The 64 bits from page `page`, which may lie anywhere; pages beyond the bitmap are 0.
+    /// Returns the 64 bits from page `page` on. `page` need not be aligned. Bits beyond the bitmap are 0.
     fn bits_from(&self, page: u64) -> u64 {
         if page < self.first_page {
             let missing = self.first_page - page;
@@ -75,7 +75,7 @@ impl Bitmap<'_> {
             .unwrap_or(0)
     }
 
-    /// The words of `part`, cut to it.
+    /// Iterates over the words of `part`, each with the mask of the bits that lie in it.
     fn words_of(&self, part: GpaRange) -> impl Iterator<Item = (u64, u64)> {
         let starts = (part.first_page()..part.end_page()).step_by(64);
         starts.map(move |start| {
@@ -104,14 +104,14 @@ impl Bits for Bitmap<'_> {
     }
 }
 
-/// The pages of a range that lie in regions.
+/// The set of the pages of a range that lie in regions.
 pub(crate) struct Tracked<'r> {
     pub(crate) range: GpaRange,
     pub(crate) regions: &'r Regions,
 }
 
 impl Tracked<'_> {
-    /// What of `part` is in the set, as ranges.
+    /// Iterates over the pages of `part` that are in the set, as ranges.
     fn parts(&self, part: GpaRange) -> impl Iterator<Item = GpaRange> {
         let both = self.range.intersection(&part);
         both.into_iter()
@@ -139,8 +139,39 @@ impl Bits for Tracked<'_> {
     }
 }
 
-/// How many bits are set. Whole words are most of a long run, and counting costs a dozen instructions where the
-/// processor that is built for need not have one for it.
+/// The set `bits` as seen by a tree whose page 0 is the guest's page `base`.
+pub(crate) struct Shifted<'b, B> {
+    pub(crate) bits: &'b B,
+    pub(crate) base: u64,
+}
+
+impl<B> Shifted<'_, B> {
+    /// Converts `part` from the tree's page numbers to the guest's.
+    fn absolute(&self, part: GpaRange) -> GpaRange {
+        GpaRange::of(part.first_page() + self.base, part.end_page() + self.base)
+    }
+}
+
+impl<B: Bits> Bits for Shifted<'_, B> {
+    fn any(&self, part: GpaRange) -> bool {
+        self.bits.any(self.absolute(part))
+    }
+
+    fn all(&self, part: GpaRange) -> bool {
+        self.bits.all(self.absolute(part))
+    }
+
+    fn count(&self, part: GpaRange) -> u64 {
+        self.bits.count(self.absolute(part))
+    }
+
+    fn word(&self, start: u64, mask: u64) -> u64 {
+        self.bits.word(start + self.base, mask)
+    }
+}
+
+/// Counts the bits that are set. Words with all bits set are a special case, because they are most of a long run and
+/// counting takes a dozen instructions on processors without one for it.
 #[inline]
 pub(crate) fn count(bits: u64) -> u64 {
     if bits == u64::MAX {

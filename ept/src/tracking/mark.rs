@@ -1,4 +1,4 @@
-//! Marking pages dirty. It never fails: where memory for detail is short, the whole entry is marked.
+//! Marking pages dirty. It never fails: if there is no memory for 4 KiB detail, the whole entry is marked.
 
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -9,17 +9,17 @@ use crate::tracking::way::Way;
 use crate::tracking::{Bits, Never, PLANE_WORDS, Plane, Tree, count};
 use crate::walk::{Action, Exhausted, Outcome, Place, Record, Run, Visitor, Walk};
 
-/// What a marking did.
+/// Figures of a mark.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct MarkTally {
-    /// Pages that were clean.
+    /// Number of pages that were clean before.
     pub(crate) newly: u64,
-    /// Entries marked whole because memory for detail was short.
+    /// Number of entries that were marked whole because memory for 4 KiB detail was short.
     pub(crate) coarse: u64,
 }
 
 impl MarkTally {
-    /// The figures of both.
+    /// Returns the sums of both.
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
             newly: self.newly + other.newly,
@@ -29,8 +29,9 @@ impl MarkTally {
 }
 
 impl<const PLANES: usize> Tree<PLANES> {
-    /// Marks one page, which lies in a region: whether it was clean; `None`, with nothing done, where there is no leaf
-    /// table for it. Inlined where the root holds entries of 1 GiB, as it does for guests of 1 to 512 GiB.
+    /// Marks one page, which must lie in a region, and returns whether it was clean before. Returns `None`, and marks
+    /// nothing, if the page has no leaf table. Inlined for trees whose root holds entries of 1 GiB, which guests of 1 to
+    /// 512 GiB have.
     #[inline]
     pub(crate) fn mark_page(&self, page: u64) -> Option<bool> {
         if self.uppers() == 2 {
@@ -60,13 +61,13 @@ impl<const PLANES: usize> Tree<PLANES> {
         Some(was_clean)
     }
 
-    /// Marks the pages of `bits` that lie in `range`, all of which lies in regions.
+    /// Marks the pages of `bits` that lie in `range`. All of `range` must lie in regions.
     #[inline]
     pub(crate) fn mark<B: Bits>(&self, range: GpaRange, bits: &B) -> MarkTally {
         if range.pages() > Level::PAGE.up().pages() {
             return self.mark_walking(range, bits);
         }
-        // At most two leaf tables: the way down to each is shorter than a walk.
+        // The range meets at most two leaf tables. Going down to each of them is shorter than a walk.
         let edge = Level::PAGE.up().span_at(range.first_page()).end_page();
         if range.end_page() <= edge {
             return self.mark_in_table(range, bits);
@@ -75,7 +76,7 @@ impl<const PLANES: usize> Tree<PLANES> {
         first.and(self.mark_in_table(GpaRange::of(edge, range.end_page()), bits))
     }
 
-    /// As [`Tree::mark`], for a range that lies in the span of one leaf table.
+    /// As [`Tree::mark`], for a range in the span of one leaf table.
     #[inline]
     fn mark_in_table<B: Bits>(&self, range: GpaRange, bits: &B) -> MarkTally {
         let tally = match self.uppers() {
@@ -88,7 +89,7 @@ impl<const PLANES: usize> Tree<PLANES> {
         tally.unwrap_or_else(|| self.mark_walking(range, bits))
     }
 
-    /// The short way; `None` where there is no leaf table.
+    /// Marks in the leaf table of `range` without a walk. Returns `None` if there is no such table.
     #[inline]
     fn mark_below<const UPPERS: usize, B: Bits>(
         &self,
@@ -103,7 +104,7 @@ impl<const PLANES: usize> Tree<PLANES> {
         })
     }
 
-    /// Levels of tables above the leaf tables: 1 to 5.
+    /// Returns the number of levels above the leaf tables: 1 to 5.
     #[inline]
     fn uppers(&self) -> u8 {
         self.geometry().root_level().number()
@@ -135,10 +136,10 @@ impl<const PLANES: usize> Tree<PLANES> {
     }
 }
 
-/// Marks the pages of `part` in `leaf`, the leaf table at page `base` below `uppers`; the result is how many were clean.
+/// Marks the pages of `part` in `leaf`, the leaf table of page `base` below `uppers`. Returns how many were clean before.
 ///
-/// A bit is always written with a locked operation, also where it is set already: that is what
-/// orders the caller's data before it (see [`confirm`] for the alternative, which costs as much).
+/// A bit is always written with a locked operation, even if it is set already, because this operation orders the caller's
+/// data before the mark. The alternative is the fence of [`confirm`], which costs as much.
 #[inline]
 fn mark_words<'t, B: Bits, const PLANES: usize>(
     leaf: LeafTable<'t, PLANES>,
@@ -167,12 +168,12 @@ struct Marking<'b, 't, B, const PLANES: usize> {
     range: GpaRange,
     bits: &'b B,
     tally: MarkTally,
-    /// The next entry without detail is marked whole: there was no memory to split it.
+    /// Whether the next entry without detail is marked whole, because there was no memory to split it.
     whole: bool,
 }
 
 impl<'t, B: Bits, const PLANES: usize> Marking<'_, 't, B, PLANES> {
-    /// An entry without detail below it.
+    /// Marks in an entry without detail: the whole entry, or a part of it after a split.
     #[cold]
     fn undivided(&mut self, place: &Place<'_, 't, Tree<PLANES>, Record>) -> Action<Never> {
         if !self.bits.any(place.part()) {
@@ -216,22 +217,22 @@ impl<'t, B: Bits, const PLANES: usize> Marking<'_, 't, B, PLANES> {
     }
 }
 
-/// The entry read as dirty already. Nothing needs to be written if that is still so after a full
-/// fence: the caller's data is then visible before the flag is cleared, and a harvester that
-/// clears it passes a full fence before it reads data. Without the fence the processor could
-/// read the flag before the data has left its store buffer.
+/// Handles an entry that was read as dirty already. If it is still dirty after a full fence, nothing needs to be written:
+/// the caller's data is then visible before the flag is cleared, and a harvester that clears the flag passes a full fence
+/// before it reads the data. Without the fence, the processor could read the flag before the data has left its store
+/// buffer.
 fn confirm<const PLANES: usize>(place: &Place<'_, '_, Tree<PLANES>, Record>) -> Action<Never> {
     fence(Ordering::SeqCst);
     if place.slot().load(Ordering::SeqCst) != place.raw() {
         return Action::Again;
     }
-    // Whoever set the flag may not have reached the root yet.
+    // The marker that set the flag may not have reached the root yet.
     summarise(place.ancestors());
     Action::Skip
 }
 
-/// Sets bits; the result is the old word. A full word is one exchange, where an or that returns the
-/// old value is a loop of them on x86.
+/// Sets bits and returns the old word. A full word is exchanged: on x86 that is one instruction, while a `fetch_or` whose
+/// result is used is a loop.
 #[inline]
 fn set_bits(word: &AtomicU64, bits: u64) -> u64 {
     if bits == u64::MAX {
@@ -241,13 +242,13 @@ fn set_bits(word: &AtomicU64, bits: u64) -> u64 {
     }
 }
 
-/// The index of a page's word in its leaf table's planes.
+/// Returns the index of a page's word in the planes of its leaf table.
 #[inline]
 fn word_of(page: u64) -> usize {
     usize::try_from(page / 64 % PLANE_WORDS as u64).unwrap_or(0)
 }
 
-/// Tells every level up to the root, lowest first.
+/// Sets the summary bits of every level up to the root, lowest first.
 #[inline]
 fn summarise<'t>(ancestors: impl Iterator<Item = (&'t UpperTable, usize)>) {
     for (table, index) in ancestors {

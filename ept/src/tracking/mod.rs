@@ -1,17 +1,15 @@
 //! The *tracking format*: a radix tree in which a leaf table is a handful of bit planes.
 //!
-//! An entry above level 0 is absent (nothing below it is dirty or protected), a leaf with flags that
-//! hold for its whole span, or a table. A leaf table covers 2 MiB: one plane of 512 bits, one
-//! cache line, for each property. Tables above have a summary bit for each entry: something
-//! below is, or is just becoming, dirty.
+//! An entry above level 0 is absent (no page below it is dirty or protected), or a leaf whose flags hold for its whole
+//! span, or a table. A leaf table covers 2 MiB. It has one plane of 512 bits, which is one cache line, for each property.
+//! The tables above have a summary bit for each entry: if it is clear, no page below is dirty.
 //!
 //! # Order
-//! A marker works upwards: the page's bit, then every summary bit on the way to the root. A
-//! harvester works downwards: it clears summary bits, then takes the words below. All of these are
-//! `SeqCst`, so of a marker's step at one level and a harvester's at the next, one sees the other:
-//! if the marker found a summary bit still set and left it, then its bit below was there before
-//! the harvester came to look; if not, it set the summary bit again. A marker checks every level,
-//! also above a bit that was set already, because whoever set that one may not have got further.
+//! A marker works upwards: it sets the page's bit, then every summary bit on the way to the root. A harvester works
+//! downwards: it clears summary bits, then takes the words below them. All of these accesses are `SeqCst`. So if a marker
+//! finds a summary bit set and leaves it, the harvester that clears this bit reads the marker's bit below it. If the
+//! harvester has cleared the summary bit already, the marker sets it again. A marker checks every level, also above a bit
+//! that was set already, because the marker that set that bit may not have reached the next level yet.
 
 mod bits;
 mod look;
@@ -35,11 +33,13 @@ use crate::format::{Allocate, Entry, Format, OutOfTables, TableId, Tables};
 use crate::geometry::Geometry;
 use crate::region::Regions;
 
-pub(crate) use bits::{Bitmap, Bits, Every, Tracked, count};
+pub(crate) use bits::{Bitmap, Bits, Every, Shifted, Tracked, count};
 pub(crate) use mark::MarkTally;
 pub use protect::Changed;
 pub(crate) use protect::Toggle;
-pub(crate) use take::{Sink, Taken};
+pub(crate) use take::{Discard, Sink, Taken};
+
+pub(crate) use table::word_mask;
 
 use table::{LEAF_CHUNK, LeafChunk, LeafTable, UpperTable, WORDS};
 
@@ -49,23 +49,23 @@ pub(crate) const PLANE_WORDS: usize = WORDS;
 /// A property of pages, with a plane of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Plane {
-    /// Written since the page was last taken.
+    /// The page was written since it was last harvested.
     Dirty = 0,
-    /// A write faults.
+    /// A write to the page faults.
     Protected = 1,
 }
 
-/// The properties that hold for an entry's whole span.
+/// The properties that all pages of an entry's span have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Flags(u64);
 
 impl Flags {
-    /// Whether every page is dirty.
+    /// Returns whether every page is dirty.
     pub(crate) fn dirty(self) -> bool {
         self.has(Plane::Dirty)
     }
 
-    /// Whether every page is protected.
+    /// Returns whether every page is write-protected.
     pub(crate) fn protected(self) -> bool {
         self.has(Plane::Protected)
     }
@@ -81,10 +81,10 @@ impl Plane {
     }
 }
 
-/// Raw entries: bits 0 and 1 are flags, bit 2 says table, the table's index starts at bit 8.
+/// Encoding of entries: bits 0 and 1 are flags, bit 2 is set for a table, and the index of the table starts at bit 8.
 ///
-/// A table's flag bits are always 0: clearing a flag with `fetch_and` is harmless to an entry that
-/// has become a table meanwhile. Bits 3 to 7 are left for a collapse in progress.
+/// The flag bits of a table are always 0, so clearing a flag with `fetch_and` does no harm if the entry has become a table
+/// meanwhile. Bits 3 to 7 are unused.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tracking;
 
@@ -115,13 +115,13 @@ impl Format for Tracking {
     }
 }
 
-/// The stop of a walk that never stops.
+/// Stop value of a walk that never stops.
 pub(crate) enum Never {}
 
-/// Tables that threads losing a race may hold for a moment, beyond those that can be linked.
+/// Number of tables, beyond those that can be linked, for threads that lose a race to link one.
 const IN_FLIGHT: usize = 64;
 
-/// One tree of the tracking format, with `PLANES` planes (dirty; dirty and protected).
+/// A tree of the tracking format. With one plane it records which pages are dirty; with two, also which are protected.
 pub(crate) struct Tree<const PLANES: usize> {
     geometry: Geometry,
     regions: Arc<Regions>,
@@ -131,7 +131,7 @@ pub(crate) struct Tree<const PLANES: usize> {
 }
 
 impl<const PLANES: usize> Tree<PLANES> {
-    /// A clean tree over `regions`, with at most `max_leaf_tables` leaf tables.
+    /// Creates a clean tree over `regions` with at most `max_leaf_tables` leaf tables.
     pub(crate) fn try_new(
         regions: Arc<Regions>,
         max_leaf_tables: usize,
@@ -151,7 +151,7 @@ impl<const PLANES: usize> Tree<PLANES> {
         &self.regions
     }
 
-    /// Bytes held.
+    /// Returns the bytes of memory that the tree holds.
     pub(crate) fn bytes(&self) -> usize {
         size_of::<Self>() + self.uppers.bytes() + self.leaves.bytes()
     }
@@ -161,7 +161,7 @@ impl<const PLANES: usize> Tables for Tree<PLANES> {
     type Format = Tracking;
     type Upper = UpperTable;
     type Leaf<'t> = LeafTable<'t, PLANES>;
-    /// A table that was linked stays where it is.
+    /// Nothing: a table that was linked is not freed before the tree.
     type Reading<'t> = ();
 
     #[inline]
@@ -235,7 +235,7 @@ impl<const PLANES: usize> fmt::Debug for Tree<PLANES> {
     }
 }
 
-/// The levels of the tables between the root and the leaf tables.
+/// Iterates over the levels of the tables between the root and the leaf tables.
 fn levels_between(geometry: Geometry) -> impl Iterator<Item = Level> {
     (1..geometry.root_level().number()).filter_map(Level::new)
 }
@@ -246,13 +246,13 @@ fn upper_tables(regions: &Regions, geometry: Geometry) -> usize {
         .sum()
 }
 
-/// Tables of `level` that `regions` can need.
+/// Returns the maximum number of tables of `level` that `regions` can need.
 fn tables_at(regions: &Regions, level: Level) -> usize {
-    let parts = regions.as_slice().iter();
-    parts.map(|region| tables_over(region.range, level)).sum()
+    let regions = regions.iter();
+    regions.map(|region| tables_over(region.range, level)).sum()
 }
 
-/// Tables of `level` that meet `range`.
+/// Returns the number of tables of `level` whose span meets `range`.
 fn tables_over(range: GpaRange, level: Level) -> usize {
     let shift = level.up().shift();
     let count = ((range.end_page() - 1) >> shift) - (range.first_page() >> shift) + 1;

@@ -8,15 +8,15 @@ use crate::tracking::table::masks;
 use crate::tracking::{Never, Plane, Tree};
 use crate::walk::{Action, Exhausted, Outcome, Place, Run, Visitor, Walk, Writes};
 
-/// What a protection walk really changed.
+/// Entries that a protection walk really changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use = "the interval is to be flushed before the notifier range closes"]
 pub struct Changed {
-    /// Entries changed; a huge leaf is one.
+    /// Number of entries that were changed. A huge leaf counts as one.
     pub entries: u64,
-    /// Pages that those entries stand for.
+    /// Number of pages that these entries map.
     pub pages: u64,
-    /// The smallest range that has them all; `None` where nothing changed.
+    /// Smallest range that contains all of them; `None` if nothing changed.
     pub interval: Option<GpaRange>,
 }
 
@@ -27,7 +27,7 @@ impl Changed {
         self.interval = Some(self.interval.map_or(part, |old| old.hull(&part)));
     }
 
-    /// The figures of both.
+    /// Returns the sums of both, and the range around both.
     pub(crate) fn and(mut self, other: Self) -> Self {
         if let Some(part) = other.interval {
             self.add(other.entries, part, other.pages);
@@ -36,14 +36,14 @@ impl Changed {
     }
 }
 
-/// What to do with the protected plane.
+/// Operation on the protected plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Toggle {
-    /// Protect.
+    /// Write-protects pages.
     On,
-    /// Release.
+    /// Releases pages.
     Off,
-    /// Release; where memory for detail is short, release the whole entry and mark it dirty.
+    /// Releases pages. If there is no memory for 4 KiB detail, it releases the whole entry and marks it dirty.
     OffOrWhole,
 }
 
@@ -54,8 +54,8 @@ impl Toggle {
 }
 
 impl<const PLANES: usize> Tree<PLANES> {
-    /// Does `toggle` to the pages of `walk`, which lie in one region; then the page where it ran
-    /// out of tables, if it did.
+    /// Applies `toggle` to the pages of `walk`, which must lie in one region. Also returns the address at which it ran out
+    /// of tables, if it did.
     pub(crate) fn toggle<'t, A: Writes>(
         &'t self,
         walk: Walk<'t, Self, A>,
@@ -86,14 +86,14 @@ impl<const PLANES: usize> Tree<PLANES> {
     }
 }
 
-/// The flag of an entry without detail.
+/// Flag of a protected entry without detail.
 const PROTECTED: u64 = Plane::Protected.flag();
 
 struct Toggling<'t, const PLANES: usize> {
     tree: &'t Tree<PLANES>,
     range: GpaRange,
     toggle: Toggle,
-    /// The next entry without detail is released whole.
+    /// Whether the next entry without detail is released whole.
     whole: bool,
     changed: Changed,
 }
@@ -113,7 +113,7 @@ impl<'t, const PLANES: usize> Toggling<'t, PLANES> {
         }
         if self.whole {
             self.whole = false;
-            // Releasing pages that nobody wrote would lose their first write: they count as written.
+            // The first write to the other released pages will not fault any more, so they count as written now.
             let raw = self.flip(place.raw(), PROTECTED) | Plane::Dirty.flag();
             return self.change_whole(place, raw);
         }
@@ -123,7 +123,7 @@ impl<'t, const PLANES: usize> Toggling<'t, PLANES> {
         }
     }
 
-    /// `word` with the bits of `mask` as they are to be.
+    /// Returns `word` with the bits of `mask` set or cleared.
     fn flip(&self, word: u64, mask: u64) -> u64 {
         if self.toggle.protects() {
             word | mask
@@ -170,7 +170,7 @@ impl<'t, A: Writes, const PLANES: usize> Visitor<'t, Tree<PLANES>, A> for Toggli
         let (base, part) = (run.span().first_page(), run.part());
         let plane = run.live_table().plane(Plane::Protected);
         for (word, mask) in masks(base, part) {
-            // A word is only written where there is something to change.
+            // A word in which nothing changes is not written.
             let old = plane[word].load(Ordering::SeqCst);
             if self.flip(old, mask) == old {
                 continue;

@@ -1,4 +1,4 @@
-//! Making detail before it is needed.
+//! Allocating leaf tables before they are needed.
 
 use crate::addr::GpaRange;
 use crate::format::{Entry, OutOfTables};
@@ -6,7 +6,7 @@ use crate::tracking::{Never, Tree};
 use crate::walk::{Action, Outcome, Place, Record, Run, Visitor, Walk};
 
 impl<const PLANES: usize> Tree<PLANES> {
-    /// Makes every leaf table that `range` can need.
+    /// Allocates every leaf table that `range` can need.
     pub(crate) fn reserve(&self, range: GpaRange) -> Result<(), OutOfTables> {
         for (part, _) in self.regions().parts(range) {
             let mut left = Some(part);
@@ -23,7 +23,7 @@ impl<const PLANES: usize> Tree<PLANES> {
     }
 }
 
-/// Goes down everywhere.
+/// A visitor that makes every table on its way.
 struct Reserving;
 
 impl<'t, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record> for Reserving {

@@ -1,4 +1,4 @@
-//! The two kinds of table.
+//! The two kinds of table: leaf tables, and the upper tables above them.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,10 +6,10 @@ use crate::addr::{GpaRange, TABLE_ENTRIES};
 use crate::region::Regions;
 use crate::tracking::Plane;
 
-/// Words of 64 bits that hold one bit for each of a table's entries.
+/// Number of 64-bit words that hold one bit for each entry of a table.
 pub(crate) const WORDS: usize = TABLE_ENTRIES / 64;
 
-/// 512 entries, and a bit for each that says something below may be dirty.
+/// Table above the leaf tables: 512 entries, and a summary bit for each, which is set if a page below may be dirty.
 #[repr(C, align(64))]
 pub(crate) struct UpperTable {
     summary: [AtomicU64; WORDS],
@@ -32,7 +32,7 @@ impl AsRef<[AtomicU64]> for UpperTable {
 }
 
 impl UpperTable {
-    /// Makes every entry a leaf with `flags`. For tables that are not linked yet.
+    /// Makes every entry a leaf with `flags`. The table must not be linked yet.
     pub(crate) fn fill(&self, flags: u64) {
         let dirty = flags & Plane::Dirty.flag() != 0;
         for entry in &self.entries {
@@ -43,9 +43,8 @@ impl UpperTable {
         }
     }
 
-    /// Says that something below entry `index` is dirty. A locked operation only where that is
-    /// news: the load is `SeqCst`, and the caller's mark below was, so a set bit that it reads is
-    /// one that no harvester has cleared before looking below (see the module).
+    /// Sets the summary bit of entry `index`. If it is set already, there is no locked operation: the load is `SeqCst`, as
+    /// the caller's mark below was, so no harvester has cleared this bit before it reads that mark (see the module).
     #[inline]
     pub(crate) fn set_summary(&self, index: usize) {
         let (word, bit) = (&self.summary[index / 64], 1 << (index % 64));
@@ -54,12 +53,12 @@ impl UpperTable {
         }
     }
 
-    /// Sets the bits `bits` of summary word `word` again.
+    /// Sets `bits` in summary word `word` again.
     pub(crate) fn restore_summary(&self, word: usize, bits: u64) {
         self.summary[word].fetch_or(bits, Ordering::SeqCst);
     }
 
-    /// The bits of summary word `word` that are in `wanted`; those also in `clear` are cleared.
+    /// Returns the bits of summary word `word` that are in `wanted`, and clears those in `clear`.
     #[inline]
     pub(crate) fn take_summary(&self, word: usize, wanted: u64, clear: u64) -> u64 {
         let word = &self.summary[word];
@@ -70,23 +69,23 @@ impl UpperTable {
         word.fetch_and(!clear, Ordering::SeqCst) & wanted
     }
 
-    /// Whether no summary bit is set.
+    /// Returns whether no summary bit is set.
     pub(crate) fn is_clean(&self) -> bool {
         let mut words = self.summary.iter();
         words.all(|word| word.load(Ordering::SeqCst) == 0)
     }
 }
 
-/// Leaf tables allocated together, so that each of their planes is a 4 KiB page.
+/// Number of leaf tables that are allocated together, so that each of their planes fills a 4 KiB page.
 pub(crate) const LEAF_CHUNK: usize = 64;
 
-/// One plane of one leaf table: a cache line.
+/// One plane of one leaf table, which is one cache line.
 #[repr(align(64))]
 #[derive(Default)]
 pub(crate) struct PlaneLine([AtomicU64; WORDS]);
 
-/// The memory of 64 leaf tables, one plane after the other: marking touches the dirty planes
-/// only, which lie as close together as in a plain bitmap.
+/// Memory of 64 leaf tables, one plane after the other. A mark touches the dirty planes only, which lie as close together
+/// as in a plain bitmap.
 pub(crate) struct LeafChunk<const PLANES: usize> {
     planes: [[PlaneLine; LEAF_CHUNK]; PLANES],
 }
@@ -99,11 +98,11 @@ impl<const PLANES: usize> Default for LeafChunk<PLANES> {
     }
 }
 
-/// The planes of 512 pages.
+/// Reference to one leaf table: the planes of 512 pages.
 #[derive(Clone, Copy)]
 pub(crate) struct LeafTable<'t, const PLANES: usize> {
     chunk: &'t LeafChunk<PLANES>,
-    /// Which of the chunk's tables this is.
+    /// Index of the table in the chunk.
     place: usize,
 }
 
@@ -113,8 +112,8 @@ impl<'t, const PLANES: usize> LeafTable<'t, PLANES> {
         Self { chunk, place }
     }
 
-    /// Sets the planes in `flags` for the pages of `span` that lie in regions, and clears all else.
-    /// For tables that are not linked yet.
+    /// Sets the planes in `flags` for the pages of `span` that lie in regions, and clears all other bits. The table must not
+    /// be linked yet.
     pub(crate) fn fill(&self, flags: u64, span: GpaRange, regions: &Regions) {
         let tracked = tracked_words(span, regions);
         for (number, lines) in self.chunk.planes.iter().enumerate() {
@@ -125,13 +124,13 @@ impl<'t, const PLANES: usize> LeafTable<'t, PLANES> {
         }
     }
 
-    /// The words of `plane`.
+    /// Returns the words of `plane`.
     #[inline]
     pub(crate) fn plane(&self, plane: Plane) -> &'t [AtomicU64; WORDS] {
         &self.chunk.planes[plane as usize][self.place].0
     }
 
-    /// The flags of page `index`.
+    /// Returns the flags of page `index`.
     pub(crate) fn flags(&self, index: usize) -> u64 {
         let mut flags = 0;
         for (number, lines) in self.chunk.planes.iter().enumerate() {
@@ -142,8 +141,8 @@ impl<'t, const PLANES: usize> LeafTable<'t, PLANES> {
     }
 }
 
-/// A bit for each page of the 2 MiB `span` that lies in a region.
-fn tracked_words(span: GpaRange, regions: &Regions) -> [u64; WORDS] {
+/// Returns a bitmap of the 2 MiB `span` with a bit set for each page that lies in a region.
+pub(crate) fn tracked_words(span: GpaRange, regions: &Regions) -> [u64; WORDS] {
     let mut words = [0; WORDS];
     for (part, _) in regions.parts(span) {
         for (word, tracked) in words.iter_mut().enumerate() {
@@ -153,7 +152,7 @@ fn tracked_words(span: GpaRange, regions: &Regions) -> [u64; WORDS] {
     words
 }
 
-/// The bits of word `word` of the leaf table at page `base` that stand for pages of `part`.
+/// Returns the bits of word `word`, in the leaf table of page `base`, whose pages lie in `part`.
 #[inline]
 pub(crate) fn word_mask(base: u64, word: usize, part: GpaRange) -> u64 {
     let start = base + 64 * word as u64;
@@ -165,7 +164,7 @@ pub(crate) fn word_mask(base: u64, word: usize, part: GpaRange) -> u64 {
     u64::MAX << from & u64::MAX >> (64 - to)
 }
 
-/// The words of the leaf table at page `base` that have pages of `part`, each with the bits that stand for them.
+/// Iterates over the words of the leaf table of page `base` that have pages of `part`, each with the bits of these pages.
 #[inline]
 pub(crate) fn masks(base: u64, part: GpaRange) -> impl Iterator<Item = (usize, u64)> {
     let (first, last) = (part.first_page() - base, part.end_page() - 1 - base);

@@ -1,42 +1,55 @@
-//! Taking dirty pages: every bit that is cleared is handed to a sink.
+//! Taking dirty pages: every bit that is cleared is passed to a sink.
 
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::addr::{Gpa, GpaRange, Level, MAX_LEVELS};
 use crate::format::Entry;
-use crate::tracking::table::{UpperTable, masks};
+use crate::tracking::table::{UpperTable, masks, tracked_words};
 use crate::tracking::{Flags, PLANE_WORDS, Plane, Tree, count};
 use crate::walk::{Action, Exhausted, Outcome, Place, Record, Run, Visitor, Walk, Window};
 
-/// Receives what is taken, in order of address.
+/// Receiver of dirty pages that are taken, in order of address.
 pub(crate) trait Sink {
-    /// Makes room for `parts` more pieces. Nothing is taken before this said yes, so that nothing
-    /// is cleaned unrecorded.
+    /// Reserves space for `parts` more pieces, and returns whether there is memory. It must succeed before any dirty bit is
+    /// cleared, so that a failed allocation cannot lose a page.
     fn make_room(&mut self, parts: usize) -> bool;
 
-    /// Pages that are all dirty.
+    /// Receives a range, all of which was dirty.
     fn range(&mut self, part: GpaRange);
 
-    /// The dirty bits of the leaf table at page `base`, `pages` of them.
+    /// Receives the dirty bits of the leaf table of page `base`. `pages` of them are set.
     fn words(&mut self, base: u64, words: &[u64; PLANE_WORDS], pages: u64);
 }
 
-/// How far a taking got.
+/// How far [`Tree::take`] got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
-    /// Everything in the range was taken.
+    /// Every dirty page of the range was taken.
     All,
-    /// The limit was reached; nothing from here on was taken.
+    /// The limit was reached. No page from here on was taken.
     Limit(Gpa),
-    /// The sink has no room; nothing from here on was taken.
+    /// The sink has no memory. No page from here on was taken.
     NoRoom(Gpa),
 }
 
+/// A sink that drops all pages.
+pub(crate) struct Discard;
+
+impl Sink for Discard {
+    fn make_room(&mut self, _: usize) -> bool {
+        true
+    }
+
+    fn range(&mut self, _: GpaRange) {}
+
+    fn words(&mut self, _: u64, _: &[u64; PLANE_WORDS], _: u64) {}
+}
+
 impl<const PLANES: usize> Tree<PLANES> {
-    /// Takes the dirty pages of `range` into `sink` until there are `limit` of them; may exceed that
-    /// by one leaf table's.
+    /// Clears the dirty bits of `range` and passes their pages to `sink`, up to `limit` pages. It may exceed the limit by the
+    /// pages of one leaf table.
     ///
-    /// One taking at a time: callers hold the drain lock. Marks go on meanwhile.
+    /// The caller must hold the tracker's lock, so that only one thread takes pages. Other threads may mark meanwhile.
     pub(crate) fn take<S: Sink>(&self, range: GpaRange, limit: u64, sink: &mut S) -> Taken {
         let mut taking = Taking::new(self, range, limit, sink);
         let mut left = range;
@@ -53,8 +66,8 @@ impl<const PLANES: usize> Tree<PLANES> {
             };
             taking.restore();
             match left.from(at) {
-                // An entry that lies partly before `rest` straddles from now on: what is marked there
-                // meanwhile would be hidden if its summary bit were cleared by a look at the rest.
+                // An entry that lies partly before `rest` straddles the start from now on. If a look at the rest
+                // cleared its summary bit, marks in the part before would be hidden.
                 Some(rest) => (left, taking.range) = (rest, rest),
                 None => break Taken::All,
             }
@@ -62,14 +75,14 @@ impl<const PLANES: usize> Tree<PLANES> {
         if taken != Taken::All {
             taking.restore();
         }
-        // Pairs with the fence of a marker that found its page's entry dirty already and wrote
-        // nothing: what it wrote to the page is visible after this.
+        // Pairs with the fence of a marker that found its page's entry dirty and therefore wrote nothing to the tree: its
+        // write to the page is visible after this.
         fence(Ordering::SeqCst);
         taken
     }
 }
 
-/// Why a taking stops.
+/// Reason why a walk that takes pages stops.
 enum Stop {
     Limit,
     NoRoom,
@@ -84,21 +97,21 @@ impl Stop {
     }
 }
 
-/// Whether the next coarse entry may be split.
+/// Whether the next coarse entry can be split.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Splits {
     Possible,
-    /// There was no memory for it.
+    /// There was no memory for a leaf table.
     Impossible,
 }
 
 struct Taking<'s, 't, S, const PLANES: usize> {
     tree: &'t Tree<PLANES>,
     range: GpaRange,
-    /// Pages that may still be taken.
+    /// Number of pages that may still be taken.
     left: u64,
     splits: Splits,
-    /// By level: summary bits that were taken and not all looked under yet.
+    /// Summary bits that were cleared and whose entries were not all visited yet, by level.
     summaries: [Option<Summary<'t>>; MAX_LEVELS],
     sink: &'s mut S,
 }
@@ -122,7 +135,7 @@ impl<'s, 't, S: Sink, const PLANES: usize> Taking<'s, 't, S, PLANES> {
         }
     }
 
-    /// Sets the taken summary bits again that were not or not wholly looked under.
+    /// Sets those summary bits again whose entries were not completely visited.
     fn restore(&mut self) {
         for summary in &mut self.summaries {
             if let Some(Summary { table, word, bits }) = summary.take() {
@@ -131,7 +144,7 @@ impl<'s, 't, S: Sink, const PLANES: usize> Taking<'s, 't, S, PLANES> {
         }
     }
 
-    /// The summary bits of `word` from index `from` on, taken if this is the first look at them.
+    /// Returns the summary bits of `word` that lie in the window. The first call for a word clears them.
     fn summary(
         &mut self,
         level: Level,
@@ -153,7 +166,7 @@ impl<'s, 't, S: Sink, const PLANES: usize> Taking<'s, 't, S, PLANES> {
         bits
     }
 
-    /// A dirty entry that has no detail: taken whole, or split first if only a part is wanted.
+    /// Takes a dirty entry without 4 KiB detail. If only a part of it is wanted, it is split first.
     fn take_whole(&mut self, place: &Place<'_, 't, Tree<PLANES>, Record>) -> Action<Stop> {
         let span = place.span();
         let regions = self.tree.regions();
@@ -168,7 +181,7 @@ impl<'s, 't, S: Sink, const PLANES: usize> Taking<'s, 't, S, PLANES> {
             return Action::Stop(Stop::NoRoom);
         }
         self.splits = Splits::Possible;
-        // The other part of a straddling entry must stay dirty, so all of it does.
+        // If an entry that could not be split reaches beyond the range, that part must stay dirty, so all of it does.
         if !straddles && let Some(action) = clear_whole(place) {
             return action;
         }
@@ -180,19 +193,19 @@ impl<'s, 't, S: Sink, const PLANES: usize> Taking<'s, 't, S, PLANES> {
     }
 }
 
-/// Clears the dirty flag; an action if the entry turned out to be something else.
+/// Clears the dirty flag. Returns an action if the entry has changed meanwhile.
 fn clear_whole<const PLANES: usize>(
     place: &Place<'_, '_, Tree<PLANES>, Record>,
 ) -> Option<Action<Stop>> {
     let old = place
         .slot()
         .fetch_and(!Plane::Dirty.flag(), Ordering::SeqCst);
-    // A table has no flags, so one that has appeared meanwhile was not changed.
+    // A table has no flags: if the entry has become one, the operation above did not change it.
     (old & Plane::Dirty.flag() == 0).then_some(Action::Again)
 }
 
-/// Clears the bits of `mask`; the result is which of them were set. A full word is one exchange,
-/// where an and that returns the old value is a loop of them on x86.
+/// Clears the bits of `mask` and returns those that were set. A full word is exchanged: on x86 that is one instruction,
+/// while a `fetch_and` whose result is used is a loop.
 #[inline]
 fn clear_bits(word: &AtomicU64, mask: u64) -> u64 {
     if mask == u64::MAX {
@@ -202,15 +215,15 @@ fn clear_bits(word: &AtomicU64, mask: u64) -> u64 {
     }
 }
 
-/// The bits of summary word `word` that lie in the window.
+/// Returns the bits of summary word `word` that lie in the window.
 fn wanted_bits(word: usize, window: &Window) -> u64 {
     let from = window.from.saturating_sub(64 * word);
     let to = (window.to - 64 * word).min(64);
     u64::MAX << from & u64::MAX >> (64 - to)
 }
 
-/// The bits of summary word `word` whose entries have tracked pages outside of `range`: they are
-/// looked under and stay set. Only the window's first and last entry can be such.
+/// Returns the bits of summary word `word` whose entries have pages of regions outside `range`. These entries are visited,
+/// but their bits stay set. Only the first and the last entry of the window can be such.
 fn straddling_bits<const PLANES: usize>(
     tree: &Tree<PLANES>,
     range: GpaRange,
@@ -235,13 +248,13 @@ impl<'t, S: Sink, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
 {
     type Stop = Stop;
 
-    /// Jumps to the next entry that has its summary bit set, taking 64 of them at once.
+    /// Jumps to the next entry whose summary bit is set. It reads and clears 64 summary bits at once.
     fn seek(&mut self, level: Level, table: &'t UpperTable, window: Window) -> usize {
         let mut from = window.from;
         while from < window.to {
             let word = from / 64;
             let bits = self.summary(level, table, word, &window) & u64::MAX << (from % 64);
-            // The bit of the entry that is looked under next stays noted until the walk is past it.
+            // The bit of the entry that is visited next is kept until the walk is past it, for `restore`.
             if let Some(held) = &mut self.summaries[level.index()] {
                 held.bits = bits;
             }
@@ -272,14 +285,21 @@ impl<'t, S: Sink, const PLANES: usize> Visitor<'t, Tree<PLANES>, Record>
         }
         let (base, part) = (run.span().first_page(), run.part());
         let plane = run.live_table().plane(Plane::Dirty);
-        // All are read before any is written: what follows an exchange waits for it.
+        // All words are read before any is written, because loads wait for an exchange before them.
         let seen: [u64; PLANE_WORDS] =
             core::array::from_fn(|word| plane[word].load(Ordering::SeqCst));
         let mut taken = [0; PLANE_WORDS];
         for (word, mask) in masks(base, part) {
-            // A word is only written where there is something to take.
+            // A word without dirty pages of the range is not written.
             if seen[word] & mask != 0 {
                 taken[word] = clear_bits(&plane[word], mask);
+            }
+        }
+        if self.tree.regions().shrunk() {
+            // A mark that raced with the removal of its region may have set the bit of a page that lies in no region.
+            let tracked = tracked_words(run.span(), self.tree.regions());
+            for (word, tracked) in taken.iter_mut().zip(tracked) {
+                *word &= tracked;
             }
         }
         let pages = taken.iter().map(|word| count(*word)).sum();

@@ -1,5 +1,4 @@
-//! What needs a hand inside: marks that come while a taking is under way, and markers that stand
-//! still half-way.
+//! Tests that need access to the tree: marks that arrive while pages are taken, and markers that stop half-way.
 
 use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
@@ -13,22 +12,22 @@ use crate::tracking::{Every, PLANE_WORDS, Plane, Sink, Taken, Tree};
 
 const GIB: u64 = 1 << 18;
 
-/// A clean tree over one region from page 0.
+/// Creates a clean tree over one region from page 0.
 fn tree(pages: u64) -> Tree<1> {
     let region = Region {
         range: GpaRange::of(0, pages),
         kind: RegionKind::Ram,
     };
-    let regions = Arc::new(Regions::new(Vec::from([region])).unwrap());
+    let regions = Arc::new(Regions::new(&[region]).unwrap());
     Tree::try_new(regions, usize::MAX).unwrap()
 }
 
-/// Marks one page, whether there is detail for it or not.
+/// Marks one page, with or without 4 KiB detail.
 fn mark(tree: &Tree<1>, page: u64) {
     tree.mark(GpaRange::of(page, page + 1), &Every);
 }
 
-/// Notes what it is given, and marks a page when it is first given something.
+/// A sink that records the pages it receives, and marks a page when it receives the first ones.
 struct Marker<'t> {
     tree: &'t Tree<1>,
     page: Option<u64>,
@@ -67,13 +66,13 @@ impl Sink for Marker<'_> {
     }
 }
 
-/// S16: a taking that has to begin again in the middle, because there was no table for a split, hides
-/// nothing that is marked meanwhile in the part that it is past.
+/// S16: if `take` resumes in the middle because there was no table for a split, it hides no mark that arrives meanwhile in
+/// the part before.
 #[test]
 fn s16_a_taking_without_memory_hides_no_mark() {
     let range = GpaRange::of(0, 1024 * GIB);
     let tree = tree(range.pages());
-    // One page in detail, and a whole GiB in the same table of GiB entries.
+    // One page with 4 KiB detail, and a whole GiB in the same table of GiB entries.
     mark(&tree, 5);
     let whole = GpaRange::of(2 * GIB, 3 * GIB);
     tree.mark(whole, &Every);
@@ -89,8 +88,8 @@ fn s16_a_taking_without_memory_hides_no_mark() {
     assert!(tree.is_clean());
 }
 
-/// S16: a marker tells every level, also above a summary bit that it finds set: whoever set that one
-/// may stand still below the root.
+/// S16: a marker sets the summary bits of all levels, also above one that it finds set: the marker that set that one may
+/// not have reached the root.
 #[test]
 fn s16_a_marker_does_not_rely_on_one_that_stands_still() {
     let tree = tree(1024 * GIB);
@@ -111,7 +110,7 @@ fn s16_a_marker_does_not_rely_on_one_that_stands_still() {
     assert_eq!(sink.taken, [GpaRange::of(0, 512)]);
 }
 
-/// S16: the same where the other one has marked a whole entry and told nobody yet.
+/// S16: the same if the other marker has marked a whole entry and set no summary bit yet.
 #[test]
 fn s16_a_dirty_entry_is_told_by_who_finds_it() {
     let tree = tree(1024);

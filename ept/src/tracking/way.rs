@@ -1,4 +1,4 @@
-//! The way down to one page's leaf table and up again, for marks that touch no other: the work of a walk in a few
+//! The path from the root to one page's leaf table, for marks that touch no other table: the work of a walk in a few
 //! instructions.
 
 use crate::sync::atomic::Ordering;
@@ -8,10 +8,10 @@ use crate::format::{Entry, Format, Tables};
 use crate::tracking::table::{LeafTable, UpperTable};
 use crate::tracking::{Tracking, Tree};
 
-/// A page's leaf table and the `UPPERS` tables above it, the lowest first.
+/// The leaf table of a page, and the `UPPERS` tables above it, lowest first.
 ///
-/// The number is a constant so that the loops over it unroll: a mark is a chain of loads that ends in a locked
-/// operation, and nothing else should be in it.
+/// `UPPERS` is a constant so that the compiler unrolls the loops over it: a mark should be a chain of loads that ends in a
+/// locked operation, and nothing else.
 pub(crate) struct Way<'t, const PLANES: usize, const UPPERS: usize> {
     uppers: [&'t UpperTable; UPPERS],
     leaf: LeafTable<'t, PLANES>,
@@ -19,8 +19,8 @@ pub(crate) struct Way<'t, const PLANES: usize, const UPPERS: usize> {
 }
 
 impl<'t, const PLANES: usize, const UPPERS: usize> Way<'t, PLANES, UPPERS> {
-    /// Down from the root of `tree`, which has `UPPERS` levels of tables above the leaf tables, to the leaf table of
-    /// `page`, a page of the tree; `None` where there is no such table.
+    /// Goes from the root of `tree` down to the leaf table of `page`. Returns `None` if there is no such table. `tree` must
+    /// have `UPPERS` levels above the leaf tables, and must reach `page`.
     #[inline]
     pub(crate) fn down(tree: &'t Tree<PLANES>, page: u64) -> Option<Self> {
         let mut uppers = [tree.root(); UPPERS];
@@ -44,7 +44,7 @@ impl<'t, const PLANES: usize, const UPPERS: usize> Way<'t, PLANES, UPPERS> {
         self.leaf
     }
 
-    /// Up to the root: the tables above the leaf table, lowest first, each with the index taken in it.
+    /// Iterates over the tables above the leaf table, lowest first, each with the index of the entry on the path.
     #[inline]
     pub(crate) fn up(&self) -> impl Iterator<Item = (&'t UpperTable, usize)> {
         let page = self.page;
@@ -54,7 +54,7 @@ impl<'t, const PLANES: usize, const UPPERS: usize> Way<'t, PLANES, UPPERS> {
     }
 }
 
-/// The index of `page` in its table of level `number`. The root of this format has no more entries than others.
+/// Returns the index of `page` in its table of level `number`. In this format the root has no more entries than others.
 #[inline]
 fn index(page: u64, number: usize) -> usize {
     let index = page >> (LEVEL_BITS as usize * number) & (TABLE_ENTRIES as u64 - 1);

@@ -1,4 +1,4 @@
-//! Where a walk stands: a page, a level, and the tables on the way from the root.
+//! Position of a walk: a page, a level, and the tables on the path from the root.
 
 use crate::sync::atomic::AtomicU64;
 
@@ -10,16 +10,16 @@ use crate::walk::{Visitor, Window};
 pub(crate) struct Cursor<'t, T: Tables> {
     tables: &'t T,
     geometry: Geometry,
-    /// By level; meaningful from `level` up to the root's.
+    /// Tables on the path, by level. Valid from `level` up to the level of the root.
     path: [&'t T::Upper; MAX_LEVELS],
     level: Level,
-    /// The next page to cover.
+    /// Next page to visit.
     page: u64,
     end_page: u64,
 }
 
 impl<'t, T: Tables> Cursor<'t, T> {
-    /// At the start of `range`, which lies inside the geometry's span.
+    /// Creates a cursor at the start of `range`, which must lie in the span of the geometry.
     #[inline]
     pub(crate) fn new(tables: &'t T, range: GpaRange) -> Self {
         let geometry = tables.geometry();
@@ -33,7 +33,7 @@ impl<'t, T: Tables> Cursor<'t, T> {
         }
     }
 
-    /// Moves to the next index that the visitor wants to see; false at the end of the range.
+    /// Moves to the next index that the visitor wants to see. Returns false at the end of the range.
     #[inline]
     pub(crate) fn seek<A, V: Visitor<'t, T, A>>(&mut self, visitor: &mut V) -> bool {
         while self.page < self.end_page {
@@ -50,12 +50,12 @@ impl<'t, T: Tables> Cursor<'t, T> {
         false
     }
 
-    /// The indexes of the current table that the range still has.
+    /// Returns the indices of the current table that remain to be visited.
     #[inline]
     fn window(&self) -> Window {
         let from = self.geometry.index(self.page, self.level);
         let last = self.geometry.index(self.end_page - 1, self.level);
-        // The range ends in this table exactly if its last page has the same way down to it.
+        // The range ends in this table if and only if the path to its last page leads through it.
         let to = if self.same_table(self.end_page - 1) {
             last + 1
         } else {
@@ -76,13 +76,13 @@ impl<'t, T: Tables> Cursor<'t, T> {
         }
     }
 
-    /// Past the entry under the cursor.
+    /// Moves past the current entry.
     #[inline]
     pub(crate) fn advance(&mut self) {
         self.jump(1);
     }
 
-    /// Past `entries` entries, and up out of every table that ends there.
+    /// Moves past `entries` entries, and up from every table that ends there.
     #[inline]
     fn jump(&mut self, entries: u64) {
         let shift = self.level.shift();
@@ -96,7 +96,7 @@ impl<'t, T: Tables> Cursor<'t, T> {
         }
     }
 
-    /// Into the table under the cursor, which is not a leaf table.
+    /// Moves into `table`, to which the current entry points. It must not be a leaf table.
     #[inline]
     pub(crate) fn descend(&mut self, table: TableId) {
         self.level = self.level.down();
@@ -117,32 +117,32 @@ impl<'t, T: Tables> Cursor<'t, T> {
         self.geometry.root_level()
     }
 
-    /// The table of `level` on the way to the current entry.
+    /// Returns the table of `level` on the path to the current entry.
     #[inline]
     pub(crate) fn table(&self, level: Level) -> &'t T::Upper {
         self.path[level.index()]
     }
 
-    /// The index in that table.
+    /// Returns the index on the path in the table of `level`.
     #[inline]
     pub(crate) fn index(&self, level: Level) -> usize {
         self.geometry.index(self.page, level)
     }
 
-    /// The entry under the cursor.
+    /// Returns the current entry.
     #[inline]
     pub(crate) fn slot(&self) -> &'t AtomicU64 {
         let entries: &'t [AtomicU64] = self.table(self.level).as_ref();
         &entries[self.index(self.level)]
     }
 
-    /// The true span of the entry under the cursor.
+    /// Returns everything that the current entry maps.
     #[inline]
     pub(crate) fn span(&self) -> GpaRange {
         self.level.span_at(self.page)
     }
 
-    /// The part of that span that the walk still has to cover.
+    /// Returns the part of this span that remains to be visited.
     #[inline]
     pub(crate) fn part(&self) -> GpaRange {
         GpaRange::of(self.page, self.end_page.min(self.span().end_page()))

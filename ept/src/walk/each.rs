@@ -1,29 +1,30 @@
-//! The per-entry adaptor: a leaf table's run, one page at a time.
+//! Adaptor for visitors that see one page at a time instead of a whole leaf table.
 
 use crate::addr::{GpaRange, TABLE_ENTRIES};
 use crate::format::{Entry, Format, Tables};
 use crate::walk::{Action, Place, Run, Visitor};
 
-/// One level-0 entry.
+/// An entry of level 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page<L> {
     /// Number of the page.
     pub page: u64,
-    /// Index in its leaf table.
+    /// Index of the entry in its leaf table.
     pub index: usize,
-    /// What the entry said.
+    /// Decoded value of the entry.
     pub entry: Entry<L>,
 }
 
-/// Sees entries one at a time.
+/// Visitor that sees one entry at a time.
 pub trait PageVisitor<'t, T: Tables, A> {
-    /// What a stop carries.
+    /// Value of [`Action::Stop`].
     type Stop;
 
-    /// An entry above level 0.
+    /// Visits an entry above level 0.
     fn entry(&mut self, place: &Place<'_, 't, T, A>) -> Action<Self::Stop>;
 
-    /// A level-0 entry of `run`; only `Stop` and `Again` (the whole run) differ from `Continue`.
+    /// Visits an entry of level 0 in `run`. `Again` shows the whole run again, and `Stop` stops; all other actions mean
+    /// `Continue`.
     fn page(
         &mut self,
         run: &Run<'_, 't, T, A>,
@@ -31,7 +32,7 @@ pub trait PageVisitor<'t, T: Tables, A> {
     ) -> Action<Self::Stop>;
 }
 
-/// Makes a [`Visitor`] of a [`PageVisitor`].
+/// A [`Visitor`] that calls a [`PageVisitor`].
 #[derive(Debug)]
 pub struct EachEntry<V>(pub V);
 
@@ -59,7 +60,7 @@ where
     }
 }
 
-/// The pages of `part`, which lies in one leaf table, with their indexes there.
+/// Iterates over the pages of `part`, which lies in one leaf table, with their indices in it.
 fn indexes(part: GpaRange) -> impl Iterator<Item = (u64, usize)> {
     let mask = TABLE_ENTRIES as u64 - 1;
     (part.first_page()..part.end_page())

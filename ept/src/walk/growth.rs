@@ -1,4 +1,4 @@
-//! Where a walk gets new tables from, if it may make any.
+//! Allocation of new tables during a walk.
 
 use crate::sync::atomic::Ordering;
 use core::convert::Infallible;
@@ -7,11 +7,12 @@ use crate::format::{Allocate, Entry, Format, OutOfTables, TableId, Tables};
 use crate::walk::Exhausted;
 use crate::walk::cursor::Cursor;
 
-/// Whether and how a walk gets new tables.
+/// Policy of a walk for new tables.
 pub(crate) trait Growth<T: Tables> {
     type Error;
 
-    /// Makes a table of `entry`, whose raw value is `raw`, and links it as `replacing` has the new raw value.
+    /// Replaces `entry`, whose raw value is `raw`, by a table that says the same. `replacing` maps the raw value of the new
+    /// entry to the one that is written.
     fn fill(
         &self,
         cursor: &Cursor<'_, T>,
@@ -22,15 +23,15 @@ pub(crate) trait Growth<T: Tables> {
 }
 
 pub(crate) enum Filled {
-    /// The entry is now this table.
+    /// The entry now points to this table.
     Linked(TableId),
-    /// Somebody else changed the entry first.
+    /// Another thread changed the entry first.
     Changed,
-    /// This walk makes no tables.
+    /// This walk allocates no tables.
     Never,
 }
 
-/// Absent entries and leaves stay what they are.
+/// Policy that allocates no tables.
 pub(crate) struct NoGrowth;
 
 impl<T: Tables> Growth<T> for NoGrowth {
@@ -47,13 +48,13 @@ impl<T: Tables> Growth<T> for NoGrowth {
     }
 }
 
-/// Tables are made where the visitor asks for them.
+/// Policy that allocates a table when the visitor asks for one.
 pub(crate) struct Growing;
 
 impl<T: Allocate> Growth<T> for Growing {
     type Error = Exhausted;
 
-    /// The new table is complete before the exchange links it; the loser of a race gives its back.
+    /// The new table is complete before the compare-exchange links it. If that fails, the table is given back.
     #[cold]
     fn fill(
         &self,

@@ -1,17 +1,16 @@
 //! The one range walker.
 //!
-//! A [`Walk`] goes over the pages of a range, in order, in the tables that a [`Tables`] store
-//! lends. It shows a [`Visitor`] every entry above level 0 that meets the range (tables, huge
-//! leaves and holes, with level, true span and a snapshot), and each leaf table as one [`Run`].
-//! The visitor answers with an [`Action`].
+//! A [`Walk`] goes over the pages of a range in order of address, in the tables of a [`Tables`] store. It shows a
+//! [`Visitor`] every entry above level 0 that meets the range (tables, huge leaves and holes, with level, true span and the
+//! value that was read), and each leaf table as one [`Run`]. The visitor returns an [`Action`].
 //!
-//! What a walk may do is in its type:
-//! - [`Walk::look`] cannot change anything: its places lend no atomics;
-//! - [`Walk::change`] needs the open notifier range that covers it;
-//! - [`Walk::run`] cannot run out of memory: it has no such error. [`Walk::run_allocating`] can,
-//!   and says how far it got.
+//! The type of a walk says what it may do:
+//! - [`Walk::look`] cannot change anything, because its visitors get no reference to an atomic.
+//! - [`Walk::change`] requires an open notifier range that covers it.
+//! - [`Walk::run`] cannot run out of memory, and has no error for it. [`Walk::run_allocating`] can, and its error says how
+//!   far it got.
 //!
-//! A visitor is handed nothing that could open a notifier range or flush.
+//! A visitor gets no access to anything that could open a notifier range or flush.
 
 mod cursor;
 mod each;
@@ -32,23 +31,23 @@ pub use place::{Change, Look, Place, Run, Writes};
 use cursor::Cursor;
 use growth::{Filled, Growing, Growth, NoGrowth};
 
-/// How often in a row a visitor may ask for the same entry again.
+/// Maximum number of times in a row that a visitor may return [`Action::Again`].
 pub const AGAIN_LIMIT: u32 = 64;
 
-/// A visitor's answer.
+/// Result of a visit: how the walk continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action<S> {
-    /// Go on as usual: into a table, past anything else.
+    /// Go into a table, and past anything else.
     Continue,
-    /// Go below this entry: into a table, or into one made for an absent entry where the walk
-    /// allocates; elsewhere like `Continue`.
+    /// Go into a table. If the entry is absent and the walk allocates, make a table for it and go into that. Otherwise like
+    /// `Continue`.
     Descend,
-    /// Go on without looking below this entry.
+    /// Go past this entry, also if it is a table.
     Skip,
-    /// Replace a leaf with a table that says the same, and go into it, where the walk allocates;
-    /// elsewhere like `Continue`.
+    /// If the entry is a leaf and the walk allocates, replace it with a table that says the same, and go into that.
+    /// Otherwise like `Continue`.
     Split,
-    /// Read this entry anew and show it again, at most [`AGAIN_LIMIT`] times in a row.
+    /// Read this entry again and show it again, at most [`AGAIN_LIMIT`] times in a row.
     Again,
     /// End the walk here with a value.
     Stop(S),
@@ -57,28 +56,28 @@ pub enum Action<S> {
 /// How a walk ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome<S> {
-    /// Every page was covered.
+    /// Every page was visited.
     Completed,
-    /// The visitor stopped, at the first page of the range in the entry it was shown.
+    /// The visitor returned [`Action::Stop`].
     Stopped {
-        /// What it answered.
+        /// Value that the visitor returned.
         value: S,
-        /// Where.
+        /// First page of the range in the entry at which it stopped.
         at: Gpa,
     },
-    /// An entry kept changing under the visitor for [`AGAIN_LIMIT`] tries; nothing from here on
-    /// was covered.
+    /// The visitor returned [`Action::Again`] more than [`AGAIN_LIMIT`] times for an entry, because other threads kept
+    /// changing it. No page from there on was visited.
     Contended {
-        /// Where to go on.
+        /// Address at which to resume.
         at: Gpa,
     },
 }
 
-/// An allocating walk found no table to fill in; the tables are consistent, everything before
-/// `reached` is done and nothing from it on.
+/// Error of an allocating walk that ran out of tables. The tables are consistent. All pages before `reached` were visited,
+/// and no page from there on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exhausted {
-    /// The first page that was not covered.
+    /// Address of the first page that was not visited.
     pub reached: Gpa,
 }
 
@@ -94,12 +93,12 @@ impl core::error::Error for Exhausted {
     }
 }
 
-/// A changing walk was asked for pages that its notifier range does not cover.
+/// Error of a walk that would change pages which its notifier range does not cover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotOpen {
-    /// The range to walk.
+    /// Range of the walk.
     pub range: GpaRange,
-    /// The range that is open.
+    /// Range that is open.
     pub open: GpaRange,
 }
 
@@ -115,50 +114,50 @@ impl fmt::Display for NotOpen {
 
 impl core::error::Error for NotOpen {}
 
-/// Sees the entries of a walk over `T`, with access `A` to them.
+/// Visitor of the entries of a walk over `T`, with access `A`.
 pub trait Visitor<'t, T: Tables, A> {
-    /// What a stop carries.
+    /// Value of [`Action::Stop`].
     type Stop;
 
-    /// The first index in `from..to` of a table above level 0 that is worth a visit, or `to`.
+    /// Returns the first index in `from..to` of a table above level 0 that is to be visited, or `to` if there is none.
     ///
-    /// Formats that keep summaries jump over what is clean here; others see every index.
+    /// Visitors of formats that have summaries skip clean entries here. By default every index is visited.
     fn seek(&mut self, level: Level, table: &'t T::Upper, window: Window) -> usize {
         let _ = (level, table);
         window.from
     }
 
-    /// An entry above level 0.
+    /// Visits an entry above level 0.
     fn entry(&mut self, place: &Place<'_, 't, T, A>) -> Action<Self::Stop>;
 
-    /// What is written over a live leaf that is split, where `table` is the raw value of the new table's entry.
+    /// Returns the raw value that replaces a live leaf when it is split. `table` is the raw value of the entry for the new
+    /// table.
     fn replacing(&self, table: u64) -> u64 {
         table
     }
 
-    /// A live leaf, which mapped `span`, is now a table that says the same.
+    /// Called after a live leaf that mapped `span` was replaced by a table that says the same.
     fn was_split(&mut self, span: GpaRange) {
         let _ = span;
     }
 
-    /// The part of one leaf table that lies in the range. `Descend`, `Skip` and `Split` mean
-    /// `Continue` here.
+    /// Visits the part of one leaf table that lies in the range. `Descend`, `Skip` and `Split` mean `Continue` here.
     fn run(&mut self, run: &Run<'_, 't, T, A>) -> Action<Self::Stop>;
 }
 
-/// The part of a table that a walk still has before it.
+/// The part of a table that remains to be visited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
-    /// The first index.
+    /// First index.
     pub from: usize,
-    /// The index after the last.
+    /// Index after the last one.
     pub to: usize,
-    /// The page at which the walk stands, inside the span of index `from`.
+    /// Current page of the walk, in the span of index `from`.
     pub page: u64,
 }
 
 impl Window {
-    /// A page in the span of the window's last index, for a table of `level`.
+    /// Returns a page in the span of the last index, for a table of `level`.
     pub(crate) fn last_page(&self, level: Level) -> u64 {
         let first = self.page >> level.shift();
         (first + (self.to - 1 - self.from) as u64) << level.shift()
@@ -173,14 +172,14 @@ pub struct Walk<'t, T, A> {
 }
 
 impl<'t, T: Tables> Walk<'t, T, Look> {
-    /// A walk that only looks.
+    /// Creates a walk that changes nothing.
     pub fn look(tables: &'t T, range: GpaRange) -> Self {
         Self::over(tables, range)
     }
 }
 
 impl<'t, 'o, T: Tables> Walk<'t, T, Change<'o>> {
-    /// A walk that changes entries, inside an open notifier range.
+    /// Creates a walk that changes entries inside an open notifier range.
     ///
     /// The operations of a [`Stage2`](crate::stage2::Stage2), and [`apply`](crate::apply), take turns where their
     /// ranges overlap, note what is to be flushed, and break before they make on Arm. A walk of one's own does none of
@@ -203,7 +202,7 @@ impl<'t, 'o, T: Tables> Walk<'t, T, Change<'o>> {
     /// ```
     ///
     /// # Errors
-    /// `open` does not cover `range`.
+    /// Returns [`NotOpen`] if `open` does not cover `range`.
     pub fn change(tables: &'t T, range: GpaRange, open: &'o OpenRange) -> Result<Self, NotOpen> {
         if !open.range().covers(&range) {
             return Err(NotOpen {
@@ -216,8 +215,7 @@ impl<'t, 'o, T: Tables> Walk<'t, T, Change<'o>> {
 }
 
 impl<'t, T: Tables> Walk<'t, T, Record> {
-    /// A walk that changes what is recorded about pages and no translation of theirs, which needs
-    /// no notifier range.
+    /// Creates a walk that records properties of pages. It changes no translation, so it needs no notifier range.
     pub(crate) fn record(tables: &'t T, range: GpaRange) -> Self {
         Self::over(tables, range)
     }
@@ -232,19 +230,19 @@ impl<'t, T: Tables, A> Walk<'t, T, A> {
         }
     }
 
-    /// The range it covers.
+    /// Returns the range of the walk.
     pub fn range(&self) -> GpaRange {
         self.range
     }
 
-    /// The same walk over the part of its range that lies in `range`: a step of a longer one, or
-    /// what is left after a stop.
+    /// Returns the same walk for the part of its range that lies in `range`, for instance a step of a longer walk, or the
+    /// rest after a stop. `None` if the part is empty.
     pub fn within(&self, range: GpaRange) -> Option<Self> {
         let part = self.range.intersection(&range)?;
         Some(Self::over(self.tables, part))
     }
 
-    /// Walks without allocating: absent entries and leaves stay what they are.
+    /// Walks without allocating tables: absent entries and leaves are never replaced.
     #[inline]
     pub fn run<V: Visitor<'t, T, A>>(self, visitor: &mut V) -> Outcome<V::Stop> {
         let _reading = self.tables.reading();
@@ -288,10 +286,10 @@ impl<'t, T: Tables, A> Walk<'t, T, A> {
 }
 
 impl<'t, T: Allocate, A: Writes> Walk<'t, T, A> {
-    /// Walks, filling in tables where the visitor descends into an absent entry or splits a leaf.
+    /// Walks, and allocates a table when the visitor descends into an absent entry or splits a leaf.
     ///
     /// # Errors
-    /// [`Exhausted`] says how far the walk got.
+    /// Returns [`Exhausted`], which says how far the walk got, if there is no table.
     #[inline]
     pub fn run_allocating<V: Visitor<'t, T, A>>(
         self,
@@ -314,14 +312,14 @@ impl<'t, T: Allocate, A: Writes> Walk<'t, T, A> {
     }
 }
 
-/// What became of one step.
+/// Result of one step.
 enum Step<S> {
     Moved,
     Same,
     Ended(S),
 }
 
-/// Shows the visitor the entry under the cursor and does what it answers.
+/// Shows the visitor the current entry, and executes the action that it returns.
 #[inline]
 fn step<'t, T, A, V, G>(
     cursor: &mut Cursor<'t, T>,
@@ -367,7 +365,7 @@ where
     }
 }
 
-/// Goes into a table; a leaf table is handed to the visitor whole and left again.
+/// Goes into a table. A leaf table is shown to the visitor as one run, and left again.
 #[inline]
 fn enter<'t, T, A, V>(cursor: &mut Cursor<'t, T>, visitor: &mut V, table: TableId) -> Step<V::Stop>
 where

@@ -1,4 +1,4 @@
-//! What a visitor is shown: one entry, or one leaf table's run, and no more than its walk allows.
+//! Arguments of a visitor: an entry, or the run of a leaf table. They allow what the access of the walk allows.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 use core::marker::PhantomData;
@@ -8,19 +8,19 @@ use crate::format::{Entry, Format, TableId, Tables};
 use crate::notify::OpenRange;
 use crate::walk::cursor::Cursor;
 
-/// Access of a walk that only looks.
+/// Access of a walk that changes nothing.
 #[derive(Debug)]
 pub enum Look {}
 
-/// Access of a walk inside an open notifier range, which stays open as long as the walk lasts.
+/// Access of a walk inside an open notifier range. The range stays open for as long as the walk lasts.
 #[derive(Debug)]
 pub struct Change<'o>(PhantomData<&'o OpenRange>);
 
-/// Access of a walk that records dirtiness and changes no translation.
+/// Access of a walk that records properties of pages and changes no translation.
 #[derive(Debug)]
 pub(crate) enum Record {}
 
-/// The accesses that lend atomics. Sealed.
+/// Accesses that allow writes to entries. Sealed.
 pub trait Writes: sealed::Sealed {}
 
 mod sealed {
@@ -34,7 +34,7 @@ impl Writes for Record {}
 
 type LeafOf<T> = <<T as Tables>::Format as Format>::Leaf;
 
-/// An entry above level 0, as it was when the walk read it.
+/// An entry above level 0, with the value that the walk read.
 pub struct Place<'c, 't, T: Tables, A> {
     cursor: &'c Cursor<'t, T>,
     raw: u64,
@@ -55,37 +55,37 @@ impl<'c, 't, T: Tables, A> Place<'c, 't, T, A> {
         }
     }
 
-    /// The entry's level, 1 or higher.
+    /// Returns the level of the entry, which is 1 or higher.
     pub fn level(&self) -> Level {
         self.cursor.level()
     }
 
-    /// What the entry said.
+    /// Returns the decoded value of the entry.
     pub fn entry(&self) -> Entry<LeafOf<T>> {
         self.entry
     }
 
-    /// The raw value that it was decoded from.
+    /// Returns the raw value of the entry.
     pub fn raw(&self) -> u64 {
         self.raw
     }
 
-    /// Everything the entry maps, also where that exceeds the walk's range.
+    /// Returns everything that the entry maps, including pages outside the range of the walk.
     pub fn span(&self) -> GpaRange {
         self.cursor.span()
     }
 
-    /// The part of the span that lies in the walk's range.
+    /// Returns the part of the span that lies in the range of the walk.
     pub fn part(&self) -> GpaRange {
         self.cursor.part()
     }
 }
 
 impl<'t, T: Tables, A: Writes> Place<'_, 't, T, A> {
-    /// The live entry, lent for this visit. A change of it is one atomic read-modify-write; where a compare-exchange
-    /// against [`Place::raw`] fails, answer [`Action::Again`](crate::walk::Action::Again).
+    /// Returns the live entry, for the time of this visit. Change it by one atomic read-modify-write. If a compare-exchange
+    /// against [`Place::raw`] fails, return [`Action::Again`](crate::walk::Action::Again).
     ///
-    /// It cannot be kept for when the open range is closed:
+    /// The reference cannot be kept until the open range is closed:
     ///
     /// ```compile_fail
     /// # use core::sync::atomic::AtomicU64;
@@ -107,14 +107,14 @@ impl<'t, T: Tables, A: Writes> Place<'_, 't, T, A> {
         self.cursor.slot()
     }
 
-    /// The tables from this entry's up to the root, each with the index taken in it.
+    /// Iterates over the tables from that of this entry up to the root, each with the index on the path.
     #[inline]
     pub(crate) fn ancestors(&self) -> impl Iterator<Item = (&'t T::Upper, usize)> {
         ancestors(self.cursor)
     }
 }
 
-/// The part of one leaf table that lies in the walk's range.
+/// The part of one leaf table that lies in the range of the walk.
 pub struct Run<'c, 't, T: Tables, A> {
     cursor: &'c Cursor<'t, T>,
     id: TableId,
@@ -133,19 +133,19 @@ impl<'c, 't, T: Tables, A> Run<'c, 't, T, A> {
         }
     }
 
-    /// Everything the table maps.
+    /// Returns everything that the table maps.
     #[inline]
     pub fn span(&self) -> GpaRange {
         self.cursor.span()
     }
 
-    /// The pages of the run.
+    /// Returns the pages of the run.
     #[inline]
     pub fn part(&self) -> GpaRange {
         self.cursor.part()
     }
 
-    /// The raw value of the table's entry `index` (0 to 511, counted from the span's start).
+    /// Returns the raw value of entry `index` of the table (0 to 511, from the start of the span).
     pub fn peek(&self, index: usize) -> u64 {
         T::peek(self.table, index)
     }
@@ -157,20 +157,20 @@ impl<'c, 't, T: Tables, A> Run<'c, 't, T, A> {
 }
 
 impl<'t, T: Tables, A: Writes> Run<'_, 't, T, A> {
-    /// The live table, lent for this visit as [`Place::slot`] is.
+    /// Returns the live table, for the time of this visit, as [`Place::slot`].
     #[inline]
     pub fn table(&self) -> T::Leaf<'_> {
         let tables: &T = self.cursor.tables();
         tables.leaf(self.id)
     }
 
-    /// The live table, for as long as the tables are lent.
+    /// Returns the live table, for as long as the tables are borrowed.
     #[inline]
     pub(crate) fn live_table(&self) -> T::Leaf<'t> {
         self.table
     }
 
-    /// The tables above the leaf table, lowest first, each with the index taken in it.
+    /// Iterates over the tables above the leaf table, lowest first, each with the index on the path.
     #[inline]
     pub(crate) fn ancestors(&self) -> impl Iterator<Item = (&'t T::Upper, usize)> {
         ancestors(self.cursor)

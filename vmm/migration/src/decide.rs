@@ -1,79 +1,90 @@
-//! What to do after a round: a pure function of what was measured and what the user wants.
+//! The decision after each round: a pure function of the measurements and the user's limits.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// What to do when the guest dirties memory for longer than the user's time.
+/// What to do when the rounds take longer than [`Limits::timeout`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TimeoutStrategy {
-    /// Give up; the guest runs on at the source.
+    /// Give up: the guest goes on at the source. Ends a round that has begun.
     #[default]
     #[serde(alias = "Cancel")]
     Cancel,
-    /// Stop the guest and copy the rest, whatever downtime that takes.
+    /// Pause the guest after the current round and send the rest, whatever downtime that takes.
     #[serde(alias = "Ignore")]
     Ignore,
 }
 
-/// The user's limits.
-#[derive(Clone, Copy, Debug)]
+/// Limits of the rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The downtime to stay within.
+    /// Downtime to stay within. 300 ms by default.
     pub downtime: Duration,
-    /// How long the rounds may go on.
+    /// Time for the rounds. An hour by default.
     pub timeout: Duration,
-    /// What to do after that.
+    /// What to do after that time. [`TimeoutStrategy::Cancel`] by default.
     pub strategy: TimeoutStrategy,
-    /// How much of the time the vCPUs may be held so that the rounds converge, in percent: 0 to 99.
+    /// Highest percentage of the time for which vCPUs may be held so that the rounds converge, from 0 to 99. 80 by
+    /// default.
     pub throttle_max: u32,
 }
 
-/// What is known after a harvest.
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            downtime: Duration::from_millis(300),
+            timeout: Duration::from_secs(3600),
+            strategy: TimeoutStrategy::Cancel,
+            throttle_max: 80,
+        }
+    }
+}
+
+/// Measurements after a harvest.
 #[derive(Clone, Copy, Debug)]
-pub struct Measured {
-    /// Bytes that the destination lacks now.
-    pub left_bytes: u64,
-    /// Bytes a second that the last rounds reached; none before the first round.
-    pub bandwidth: Option<f64>,
+pub(crate) struct Measured {
+    /// Bytes of dirty pages.
+    pub(crate) left_bytes: u64,
+    /// Bytes a second that the last rounds sent; none before the first round.
+    pub(crate) bandwidth: Option<f64>,
     /// Bytes a second that the guest dirtied in the last round; none before the first round.
-    pub dirty_rate: Option<f64>,
-    /// What the switchover takes besides the copying: state, digest, hand-over.
-    pub overhead: Duration,
-    /// Since the first round began.
-    pub elapsed: Duration,
-    /// Rounds in a row, up to now, in which the guest dirtied nearly as much as was sent, or more.
-    pub losing_rounds: u32,
-    /// How much of the time the vCPUs are held now, in percent.
-    pub throttle: u32,
+    pub(crate) dirty_rate: Option<f64>,
+    /// Duration of the switchover without its pages: state, digest, hand-over.
+    pub(crate) overhead: Duration,
+    /// Time since the first round began.
+    pub(crate) elapsed: Duration,
+    /// Number of rounds in a row, up to now, in which the guest dirtied nearly as much as was sent, or more.
+    pub(crate) losing_rounds: u32,
+    /// Percentage of the time for which the vCPUs are held now.
+    pub(crate) throttle: u32,
 }
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Decision {
-    /// Send what is dirty while the guest runs, its vCPUs held for this percentage of the time.
+pub(crate) enum Decision {
+    /// Send the dirty pages while the guest runs, with its vCPUs held for this percentage of the time.
     Round {
-        /// 0 to 99.
+        /// From 0 to 99.
         throttle: u32,
     },
-    /// Stop the guest and send the rest.
+    /// Pause the guest and send the rest.
     StopAndCopy,
-    /// It does not converge, and the user wants no longer downtime.
+    /// Give up, for this reason: the rounds do not converge and the downtime would be too long.
     GiveUp(String),
 }
 
-/// A round is lost to the guest if it dirties at least this much of what was sent meanwhile.
-pub const LOSING_SHARE: f64 = 0.75;
-/// Rounds lost in a row after which more of the same are not expected to help.
-pub const LOSING_ROUNDS: u32 = 2;
-/// The first throttling, and each step up from it, in percent.
+/// A round is lost if the guest dirties at least this share of the bytes that are sent meanwhile.
+pub(crate) const LOSING_SHARE: f64 = 0.75;
+/// Number of lost rounds in a row after which unthrottled rounds are not expected to converge.
+pub(crate) const LOSING_ROUNDS: u32 = 2;
+/// First throttle percentage, and each step up from it.
 const THROTTLE_STEP: u32 = 20;
 
-/// How much the vCPUs should be held in the next round: a step more for each round that is lost all the
-/// same, never less.
+/// Returns the throttle percentage of the next round: one step more after each lost round, never less.
 #[must_use]
-pub fn next_throttle(measured: &Measured, limits: &Limits) -> u32 {
+fn next_throttle(measured: &Measured, limits: &Limits) -> u32 {
     match measured.losing_rounds >= LOSING_ROUNDS {
         true => (measured.throttle + THROTTLE_STEP)
             .min(limits.throttle_max)
@@ -82,17 +93,17 @@ pub fn next_throttle(measured: &Measured, limits: &Limits) -> u32 {
     }
 }
 
-/// The downtime to expect if the guest were stopped now; none before a round has shown the bandwidth.
+/// Returns the downtime to expect if the guest were paused now; none before a round has shown the bandwidth.
 #[must_use]
-pub fn predicted_downtime(measured: &Measured) -> Option<Duration> {
+fn predicted_downtime(measured: &Measured) -> Option<Duration> {
     let bandwidth = measured.bandwidth.filter(|bandwidth| *bandwidth > 0.0)?;
     let copy = Duration::try_from_secs_f64(seconds(measured.left_bytes, bandwidth)).ok()?;
     Some(copy + measured.overhead)
 }
 
-/// Why more rounds will not help, and what would, as soon as that can be said.
+/// Returns why more rounds will not help and what would, once that can be said.
 #[must_use]
-pub fn will_not_converge(measured: &Measured) -> Option<String> {
+pub(crate) fn will_not_converge(measured: &Measured) -> Option<String> {
     let (dirty, link) = (measured.dirty_rate?, measured.bandwidth?);
     (measured.losing_rounds >= LOSING_ROUNDS).then(|| {
         format!(
@@ -110,7 +121,7 @@ pub fn will_not_converge(measured: &Measured) -> Option<String> {
 
 /// Decides what follows a harvest.
 #[must_use]
-pub fn decide(measured: &Measured, limits: &Limits) -> Decision {
+pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
     if measured.left_bytes == 0 && measured.bandwidth.is_some() {
         return Decision::StopAndCopy;
     }
@@ -143,7 +154,7 @@ pub fn decide(measured: &Measured, limits: &Limits) -> Decision {
     }
 }
 
-/// Bytes over bytes a second. Both are far below 2^52, where floating point is exact enough.
+/// Returns the time for `bytes`. Both numbers are far below 2^52, where floating point is exact enough.
 #[allow(clippy::cast_precision_loss)]
 fn seconds(bytes: u64, bandwidth: f64) -> f64 {
     bytes as f64 / bandwidth

@@ -1,8 +1,7 @@
-//! The digest of all guest memory, by which source and destination know that they hold the same.
+//! Digest of all guest memory, by which source and destination find out whether they hold the same.
 //!
-//! It is the sum, modulo 2^128, over all pages that are not zero, of XXH3-128 of the page with the
-//! page's address as seed. So it does not depend on which zero pages are populated. It guards against
-//! defects, not against an adversary.
+//! The digest is the sum, modulo 2^128, of XXH3-128 over all pages that are not zero, with the page's address as
+//! seed. It does not depend on which zero pages are populated. It finds defects; an adversary can forge it.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -11,10 +10,10 @@ use ept::{GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
-use super::page_buffer::PageBuffer;
-use super::pages::{MemoryAccess, is_zero};
+use crate::page_buffer::PageBuffer;
+use crate::pages::{MemoryAccess, is_zero};
 
-/// The digest of all of a guest's memory.
+/// Digest of all memory of a guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Digest(pub u128);
 
@@ -24,15 +23,15 @@ impl fmt::Display for Digest {
     }
 }
 
-/// How much memory is read between two calls of `alive`.
+/// Pages between two calls of `alive`.
 const STEP_PAGES: u64 = (64 << 20) / PAGE_SIZE;
 
-/// The digest of stopped memory, of which only `populated` holds anything. `alive` is called now and then,
-/// so that the other side can be told that this takes its time.
+/// Computes the digest of `memory`, which must not change meanwhile and of which only `populated` may hold anything but
+/// zeros. Calls `alive` every 64 MiB, so that the caller can tell the other side that it is at work.
 ///
 /// # Errors
-/// Memory that is not there, and what `alive` returns.
-pub fn of_memory<M, E>(
+/// Returns [`MemoryAccess`] if memory cannot be read, and the error of `alive`.
+pub(crate) fn of_memory<M, E>(
     memory: &M,
     populated: &[GpaRange],
     mut alive: impl FnMut() -> Result<(), E>,
@@ -57,11 +56,11 @@ where
     Ok(Digest(sum))
 }
 
-/// How long the digest of `populated` will take, by that of a sample of it.
+/// Estimates how long the digest of `populated` will take, by that of a sample.
 ///
 /// # Errors
-/// Memory that is not there.
-pub fn estimate<M: GuestMemoryBackend>(
+/// Returns [`MemoryAccess`] if memory cannot be read.
+pub(crate) fn estimate<M: GuestMemoryBackend>(
     memory: &M,
     populated: &[GpaRange],
 ) -> Result<Duration, MemoryAccess> {

@@ -1,39 +1,65 @@
-//! Live migration: one guest, carried from a source to a destination while it runs.
+//! Live migration: moves a guest from a source to a destination while it runs.
 //!
 //! ```text
 //! source                                          destination
-//!   │ header (who, what, how much) ────────────────► │ looks at everything that could fail later
+//!   │ header (description of the guest) ───────────► │ checks everything that could fail later
 //!   │ ◄──────────────────────────── ACCEPT or REFUSE │
 //!   │ ZERO PAGES, PAGES … ROUND END ───────────────► │   rounds, while the guest runs
 //!   │ ◄─────────────────────────────────── ROUND ACK │
-//!   ╞ the guest stops                                │
-//!   │ PAGES …, STATE …, FINISH ────────────────────► │ restores, stopped
+//!   ╞ the guest is paused                            │
+//!   │ PAGES …, STATE …, FINISH ────────────────────► │ restores vCPUs and devices
 //!   │ ◄──────────────────────────── READY (digest)   │
 //!   │ COMMIT ──────────────────────────────────────► ╞ the guest runs
 //!   │ ◄──────────────────────────────────────── DONE │
 //! ```
 //!
-//! **Never two running.** The destination runs the guest only after COMMIT. Once a byte of COMMIT has
-//! left, the source never runs it by itself again: if DONE does not come it stays stopped, with its
-//! memory, as *handed over, unconfirmed*, until a person says which side has it. A destination that never
-//! saw COMMIT discards all it had. Before COMMIT every failure leaves the guest running at the source, its
-//! dirty bits rolled back and its logging off.
+//! **Never two running.** The destination runs the guest only after COMMIT. Once a byte of COMMIT has left, the source
+//! never runs the guest by itself again: if DONE does not come, the guest stays paused there with its memory, in
+//! [`Phase::HandedOverUnconfirmed`], until somebody says which side has it ([`Attempt::resolve`]). A destination that
+//! never saw COMMIT discards everything. Before COMMIT every failure leaves the guest running at the source, its dirty
+//! bits rolled back and its logging off.
 //!
-//! A REFUSE may come instead of any reply, with the reason in words. After COMMIT it is the destination's
-//! word that it does not run the guest and never will, so then the source does.
+//! A REFUSE may come instead of any reply, with the reason as text. After COMMIT it means that the destination does not run
+//! the guest and never will, so the source then does.
 //!
-//! The engine knows no device and no KVM: [`guest`] is all it asks of a monitor.
+//! **What a monitor provides.** The engine knows no KVM and no device. A monitor implements [`SourceGuest`] and
+//! [`DestinationGuest`], keeps an [`ept::Tracker`] of dirty pages, and calls [`send`] on one side and [`receive`] on the
+//! other, each with a [`Stream`] and an [`Attempt`]. Both functions block until the migration has ended, set their own
+//! deadlines ([`Deadlines`]), and turn panics into errors.
 
-pub mod decide;
-pub mod destination;
-pub mod digest;
-pub mod guest;
-pub mod header;
+mod arbiter;
+mod attempt;
+mod deadlines;
+mod decide;
+mod description;
+mod destination;
+mod digest;
+mod guest;
+mod header;
 mod page_buffer;
-pub mod pages;
-pub mod progress;
+mod pages;
+mod panic;
+mod progress;
 mod rates;
-pub mod replies;
-pub mod source;
-pub mod transport;
-pub mod wire;
+mod replies;
+mod report;
+mod section;
+mod source;
+mod stream;
+mod watchdog;
+mod wire;
+
+pub use attempt::{Attempt, NotUnconfirmed, Resolved, TooLate};
+pub use deadlines::Deadlines;
+pub use decide::{Limits, TimeoutStrategy};
+pub use description::{Arrival, Description, MemoryRange};
+pub use destination::{ReceiveError, ReceiveOptions, Received, receive};
+pub use digest::Digest;
+pub use guest::{DestinationGuest, GuestError, SourceGuest};
+pub use header::STREAM_VERSION;
+pub use pages::MemoryAccess;
+pub use report::{Phase, Report, Round};
+pub use section::{Need, Section, SectionKind, misfits};
+pub use source::{DigestCheck, SendError, SendOptions, send};
+pub use stream::{EndStream, Halves, MemoryStream, Playback, Recording, Stream, memory_pair};
+pub use wire::{Tag, WireError};

@@ -1,8 +1,8 @@
-//! A buffer for copies of guest pages, itself aligned to a page.
+//! A buffer for copies of guest pages that is itself aligned to a page.
 //!
-//! Alignment is for speed: on AMD's Zen 3 and 4 a string copy whose destination lies a few bytes further
-//! into its page than the source does into its own runs at a tenth of the speed (glibc bug 30994), and an
-//! ordinary large allocation begins 16 bytes into a page.
+//! Alignment is for speed. On AMD's Zen 3 and 4 a string copy runs at a tenth of its speed if the destination lies a few
+//! bytes further into its page than the source does (glibc bug 30994), and a large allocation usually begins 16 bytes
+//! into a page.
 
 use std::ops::{Deref, DerefMut};
 
@@ -11,7 +11,7 @@ use ept::PAGE_SIZE;
 const PAGE: usize = 4096;
 const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
-/// Whole pages of bytes, zero at first.
+/// A buffer of whole pages, zero at first.
 pub(super) struct PageBuffer {
     bytes: Vec<u8>,
     start: usize,
@@ -19,11 +19,11 @@ pub(super) struct PageBuffer {
 }
 
 impl PageBuffer {
-    /// Room for `pages` pages.
+    /// Allocates a buffer of `pages` pages.
     pub(super) fn new(pages: usize) -> Self {
         let length = pages * PAGE;
         let bytes = vec![0; length + PAGE];
-        // It never needs more than a page less one byte; if it cannot be told, unaligned is only slower.
+        // `align_offset` may fail in theory. An unaligned buffer is only slower.
         let start = bytes.as_ptr().align_offset(PAGE).min(PAGE);
         Self {
             bytes,

@@ -1,48 +1,48 @@
-//! Pages on the wire: runs of them out of guest memory, and back in.
+//! Pages on the wire: runs of pages out of guest memory, and back into it.
 //!
-//! A page is copied once, into a buffer that stays in the core's cache, and from there looked at for
-//! zeros, summed up and handed to the kernel. The copy is needed: the guest may write to the page
-//! meanwhile, and what was summed up must be what is sent.
+//! The source copies each page once, into a buffer that stays in the core's cache. From there the page is searched for
+//! zeros, added to the checksum and written to the stream. The copy is needed because the guest may write to the page
+//! meanwhile, and the checksum must fit the bytes that are sent.
 
 use std::io::Write;
 
 use ept::{Gpa, GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::guest::DestinationGuest;
-use super::page_buffer::PageBuffer;
-use super::wire::{
+use crate::guest::DestinationGuest;
+use crate::page_buffer::PageBuffer;
+use crate::wire::{
     FrameHead, FrameWriter, PAGES_DATA_LIMIT, RUN_BYTES, RUNS_LIMIT, Tag, WireError,
 };
 
 const PAGE: usize = 4096;
 const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
-/// Guest memory that is not where the engine was told it is.
+/// Guest memory could not be accessed at an address where the guest's description has memory.
 #[derive(Debug, thiserror::Error)]
 #[error("guest memory at {address:#x}: {source}")]
 pub struct MemoryAccess {
-    /// The guest-physical address.
+    /// Guest-physical address.
     pub address: u64,
-    /// What is wrong with it.
+    /// Error of the memory.
     pub source: vm_memory::GuestMemoryError,
 }
 
 /// Why pages could not be sent.
 #[derive(Debug, thiserror::Error)]
-pub enum SendPagesError {
-    /// The connection.
+pub(crate) enum SendPagesError {
+    /// The stream failed.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The memory.
+    /// Guest memory could not be read.
     #[error(transparent)]
     Memory(#[from] MemoryAccess),
 }
 
-/// True if `page` holds nothing but zeros.
+/// Returns true if `page` holds only zeros.
 #[must_use]
-pub fn is_zero(page: &[u8; PAGE]) -> bool {
-    // Most pages that are not zero show it in the first part.
+pub(crate) fn is_zero(page: &[u8; PAGE]) -> bool {
+    // Most pages that are not zero have a byte that is not zero in the first part.
     page.as_chunks::<256>()
         .0
         .iter()
@@ -58,16 +58,17 @@ fn or_of(bytes: &[u8]) -> u64 {
 }
 
 /// Collects runs of pages into frames.
-pub struct PageSender {
-    /// Pages with contents, as they will follow the table.
+pub(crate) struct PageSender {
+    /// Pages that are not zero, as they will follow the table of their frame.
     data: PageBuffer,
+    /// Bytes of `data` in use.
     filled: usize,
     runs: RunTable,
     zero_runs: RunTable,
-    /// Pages taken so far, and how many of them were zero.
-    pub pages: u64,
-    /// See `pages`.
-    pub zero_pages: u64,
+    /// Pages taken so far.
+    pub(crate) pages: u64,
+    /// Pages among them that held only zeros.
+    pub(crate) zero_pages: u64,
 }
 
 impl Default for PageSender {
@@ -84,11 +85,11 @@ impl Default for PageSender {
 }
 
 impl PageSender {
-    /// Takes the pages of `range`; frames leave as they fill up.
+    /// Takes the pages of `range`, and writes each frame that is full.
     ///
     /// # Errors
-    /// The connection's, and memory that is not there.
-    pub fn send<M: GuestMemoryBackend, W: Write>(
+    /// Returns [`SendPagesError`] if the stream fails or guest memory cannot be read.
+    pub(crate) fn send<M: GuestMemoryBackend, W: Write>(
         &mut self,
         memory: &M,
         range: GpaRange,
@@ -106,16 +107,16 @@ impl PageSender {
         Ok(())
     }
 
-    /// Sends what is still here.
+    /// Writes the frames that are not full.
     ///
     /// # Errors
-    /// The connection's.
-    pub fn flush<W: Write>(&mut self, frames: &mut FrameWriter<W>) -> Result<(), WireError> {
+    /// Returns [`WireError`] if the stream fails.
+    pub(crate) fn flush<W: Write>(&mut self, frames: &mut FrameWriter<W>) -> Result<(), WireError> {
         self.flush_data(frames)?;
         self.flush_zeros(frames)
     }
 
-    /// The page at the end of `data` is that of `address`.
+    /// Takes the page of `address`, which has been copied to `data` behind the bytes in use.
     fn take<W: Write>(
         &mut self,
         address: u64,
@@ -156,7 +157,7 @@ impl PageSender {
     }
 }
 
-/// The table at the head of a frame of pages: how many runs, then each run's address and pages.
+/// Table at the head of a frame of pages: the number of runs, then the address and pages of each run.
 #[derive(Default)]
 struct RunTable {
     runs: Vec<(u64, u32)>,
@@ -194,7 +195,7 @@ impl RunTable {
     }
 }
 
-/// Splits a payload into its table and what follows.
+/// Splits the payload of a frame of pages into its runs, which are checked against `memory`, and the contents.
 fn parse<'a>(
     head: &FrameHead,
     payload: &'a [u8],
@@ -236,11 +237,11 @@ fn parse<'a>(
     Ok((runs, data))
 }
 
-/// Puts the pages of a [`Tag::Pages`] frame where they belong. Returns how many.
+/// Writes the pages of a [`Tag::Pages`] frame to guest memory. Returns their number.
 ///
 /// # Errors
-/// A frame that makes no sense for this guest, and memory that cannot be written.
-pub fn receive_pages<G: DestinationGuest>(
+/// Returns [`WireError::Malformed`] if the frame does not fit the guest or guest memory cannot be written.
+pub(crate) fn receive_pages<G: DestinationGuest>(
     guest: &G,
     memory: &[GpaRange],
     head: &FrameHead,
@@ -252,7 +253,7 @@ pub fn receive_pages<G: DestinationGuest>(
         return Err(head.malformed(format!("{} bytes of data for {pages} pages", data.len())));
     }
     for run in runs {
-        // As many as there are bytes in `data`, see above.
+        // All runs together have as many bytes as `data`, so this never exceeds it.
         let length = usize::try_from(run.pages() * PAGE_SIZE)
             .unwrap_or(usize::MAX)
             .min(data.len());
@@ -263,12 +264,11 @@ pub fn receive_pages<G: DestinationGuest>(
     Ok(pages)
 }
 
-/// Zeroes the pages of a [`Tag::ZeroPages`] frame, where something was written before. Returns how many
-/// pages the frame names.
+/// Zeroes those pages of a [`Tag::ZeroPages`] frame that were written before. Returns the number of pages in the frame.
 ///
 /// # Errors
-/// A frame that makes no sense for this guest, and memory that cannot be written.
-pub fn receive_zeros<G: DestinationGuest>(
+/// Returns [`WireError::Malformed`] if the frame does not fit the guest or guest memory cannot be written.
+pub(crate) fn receive_zeros<G: DestinationGuest>(
     guest: &G,
     memory: &[GpaRange],
     head: &FrameHead,
@@ -285,8 +285,8 @@ pub fn receive_zeros<G: DestinationGuest>(
     for run in runs {
         pages += run.pages();
         for page in (0..run.pages()).map(|page| Gpa(run.start().0 + page * PAGE_SIZE)) {
-            // The memory was new and all zero: a page that was never written still is, and touching it
-            // would populate it.
+            // Guest memory was all zero at the beginning. Writing zeros to a page that has never been written would
+            // only populate it.
             if tracker.dirty_at(page) {
                 write(guest, head, page, &[0; PAGE])?;
             }

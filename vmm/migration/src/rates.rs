@@ -1,13 +1,13 @@
-//! What the rounds have shown so far: how fast the link is, how fast the guest.
+//! Measured rates: how fast the stream is, and how fast the guest dirties memory.
 
 use std::time::{Duration, Instant};
 
-use super::decide::{LOSING_SHARE, Measured};
+use crate::decide::{LOSING_SHARE, Measured};
 
-/// A round with less on the wire shows latency, not bandwidth.
+/// Fewest bytes of a round that show the bandwidth: a smaller round shows the latency.
 const TELLING_BYTES: u64 = 4 << 20;
 
-/// Rates of a migration at work.
+/// Rates of a running migration.
 #[derive(Debug)]
 pub(super) struct Rates {
     began: Instant,
@@ -15,12 +15,12 @@ pub(super) struct Rates {
     bandwidth: Option<f64>,
     dirty_rate: Option<f64>,
     losing_rounds: u32,
-    /// How much of the time the vCPUs are held now, in percent.
+    /// Percentage of the time for which the vCPUs are held now.
     pub(super) throttle: u32,
 }
 
 impl Rates {
-    /// The rounds begin now.
+    /// Starts to measure.
     pub(super) fn begin() -> Self {
         let now = Instant::now();
         Self {
@@ -33,8 +33,8 @@ impl Rates {
         }
     }
 
-    /// A harvest found this much, while the guest ran since the last one. Returns the bytes a second that
-    /// the guest dirtied; none for the first harvest, which is all of memory.
+    /// Takes the bytes that a harvest found, dirtied since the harvest before it. Returns the bytes a second that the guest
+    /// dirtied; none for the first harvest, which has all memory.
     pub(super) fn harvested(&mut self, dirty_bytes: u64) -> Option<f64> {
         let interval = self.harvested_at.elapsed();
         self.harvested_at = Instant::now();
@@ -46,14 +46,14 @@ impl Rates {
         self.dirty_rate
     }
 
-    /// A round took this long until all of it had arrived.
+    /// Takes the bytes of a round, and how long it took until the destination had them.
     pub(super) fn sent(&mut self, bytes: u64, took: Duration) {
         if self.bandwidth.is_none() || bytes >= TELLING_BYTES {
             self.bandwidth = Some(per_second(bytes, took));
         }
     }
 
-    /// What is known, with so much left to send and such a switchover.
+    /// Returns the measurements for a decision.
     pub(super) fn measured(&self, left_bytes: u64, overhead: Duration) -> Measured {
         Measured {
             left_bytes,

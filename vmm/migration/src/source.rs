@@ -1,94 +1,130 @@
-//! The source's side of a migration: the phases, in order, with one failure arm.
+//! The source's side of a migration: the phases in order, with one failure arm.
 
+use std::io::Write;
+use std::net::Shutdown;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ept::{Epoch, GpaRange, Harvest, Start};
 
-use super::decide::{Decision, Limits, decide, will_not_converge};
-use super::digest::{self, Digest};
-use super::guest::{GuestError, SourceGuest};
-use super::header;
-use super::pages::{MemoryAccess, PageSender, SendPagesError};
-use super::progress::{Phase, Progress, Round};
-use super::rates::Rates;
-use super::replies::{Replies, ReplyError};
-use super::transport::Connection;
-use super::wire::{FrameWriter, Tag, WireError};
+use crate::attempt::Attempt;
+use crate::deadlines::{self, Deadlines};
+use crate::decide::{Decision, Limits, Measured, TimeoutStrategy, decide, will_not_converge};
+use crate::digest::{self, Digest};
+use crate::guest::{GuestError, SourceGuest};
+use crate::header;
+use crate::pages::{MemoryAccess, PageSender, SendPagesError};
+use crate::panic::caught;
+use crate::rates::Rates;
+use crate::replies::{Replies, ReplyError};
+use crate::report::{Phase, Round};
+use crate::section;
+use crate::stream::{EndStream, Halves, Stream};
+use crate::watchdog::Watchdog;
+use crate::wire::{CommitError, FINISH_PLAIN, FINISH_WITH_DIGEST, FrameWriter, Tag, WireError};
 
-/// What the user wants of a migration.
-#[derive(Clone, Copy, Debug)]
+/// How [`send`] migrates a guest.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct SendOptions {
-    /// When to stop the guest, and when to give up.
+    /// When to pause the guest, and when to give up.
     pub limits: Limits,
-    /// Whether the digest of all memory is compared before the guest is handed over.
+    /// Whether source and destination compare a digest of all memory.
     pub digest: DigestCheck,
+    /// How long to wait for the destination.
+    pub deadlines: Deadlines,
 }
 
-/// Whether the digest of all memory is compared at the switchover, within the downtime.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Whether source and destination compare a digest of all memory before the hand-over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DigestCheck {
-    /// It is, and a guest whose memory differs is not handed over.
+    /// They compare it while the guest is paused, and a guest whose memory differs is not handed over.
     Compare,
-    /// It is not.
+    /// They do not compare it.
+    #[default]
     Skip,
 }
 
-/// Why a guest was not handed over. In every case but [`SendError::Unconfirmed`] it runs on at the
-/// source.
+/// Why a guest was not handed over. It goes on at the source as before, except in the cases for which
+/// [`SendError::is_in_doubt`] returns true and in [`SendError::Twice`].
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SendError {
-    /// The destination said no.
+    /// The destination refused the guest, for this reason.
     #[error("the destination refused: {0}")]
     Refused(String),
-    /// The connection failed, or what came over it.
+    /// The stream failed, a deadline passed, or the destination sent something invalid.
     #[error("the connection failed: {0}")]
     Wire(#[from] WireError),
-    /// The monitor could not do its part.
+    /// The stream could not be split, or a thread for it could not be started.
+    #[error("preparing the connection: {0}")]
+    Stream(#[source] std::io::Error),
+    /// A method of the guest returned an error.
     #[error("{doing}: {source}")]
     Guest {
-        /// Its part.
+        /// What the method was to do.
         doing: &'static str,
-        /// Why not.
+        /// Error of the method.
         source: GuestError,
     },
-    /// Guest memory is not where it should be.
+    /// Guest memory could not be read.
     #[error(transparent)]
     Memory(#[from] MemoryAccess),
     /// The tracker has no room for one more consumer.
     #[error("dirty tracking: {0}")]
     Epoch(#[from] ept::EpochError),
-    /// There is no memory to record what is dirty.
+    /// The host has no memory to record which pages are dirty.
     #[error("dirty tracking: {0}")]
     Harvest(#[from] ept::HarvestError),
-    /// The user cancelled it.
+    /// The migration was cancelled.
     #[error("cancelled")]
     Cancelled,
-    /// It did not converge in the user's time.
+    /// The rounds did not converge in time.
     #[error("gave up: {0}")]
     GaveUp(String),
     /// Source and destination hold different memory.
     #[error("the digests of memory differ: {source_digest} here, {destination_digest} there")]
     DigestsDiffer {
-        /// Here.
+        /// Digest at the source.
         source_digest: Digest,
-        /// There.
+        /// Digest at the destination.
         destination_digest: Digest,
     },
-    /// It failed, and then the guest could not be put back as it was.
+    /// The attempt was used before, or is one of a destination. The guest was not touched.
+    #[error("the attempt is in phase {0}: a new migration needs a new attempt")]
+    AttemptUsed(Phase),
+    /// The engine, a method of the guest, or the stream panicked before COMMIT.
+    #[error("a panic in phase {phase}: {message}")]
+    Panicked {
+        /// Phase of the migration.
+        phase: Phase,
+        /// Message of the panic.
+        message: String,
+    },
+    /// The migration failed, and then the guest could not be put back as it was.
     #[error("{first}; and after that: {second}")]
     Twice {
-        /// Why it failed.
+        /// Why the migration failed.
         first: Box<SendError>,
-        /// What went wrong afterwards.
+        /// Why the guest was not put back.
         second: Box<SendError>,
     },
-    /// COMMIT was sent, its confirmation was lost: the guest may run there, and is stopped here.
+    /// COMMIT was sent and its confirmation was lost: the destination may run the guest, so it stays paused at
+    /// the source.
     #[error(
-        "COMMIT was sent and its confirmation was lost ({0}): the guest stays stopped here; find out \
-         whether it runs there, then say so with migration-resolve; a destination that does not answer may \
-         still run it: end its process before you resume"
+        "COMMIT was sent and its confirmation was lost ({0}): the guest stays paused here; find out \
+         whether it runs at the destination before it is resumed here; a destination that does not answer may \
+         still run it: end its process first"
     )]
     Unconfirmed(String),
+}
+
+impl SendError {
+    /// Returns true if the destination may have the guest: it stays paused at the source until
+    /// [`Attempt::resolve`].
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        matches!(self, Self::Unconfirmed(_))
+    }
 }
 
 impl From<SendPagesError> for SendError {
@@ -115,94 +151,157 @@ fn guest_error(doing: &'static str) -> impl Fn(GuestError) -> SendError {
     move |source| SendError::Guest { doing, source }
 }
 
-/// How much memory is cleared in the log at once, before it is sent: a multiple of every slot's alignment.
+/// Memory that is cleared in the dirty log at once, before it is sent: a multiple of every slot's alignment.
 const CHUNK_BYTES: u64 = 32 << 20;
-/// What a switchover takes besides copying and the digest, until one has been measured: stopping vCPUs,
-/// saving and restoring state, two messages each way.
+/// What a switchover takes besides copying and the digest, before one has been measured: pausing vCPUs, saving
+/// and restoring state, two messages each way.
 const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(10);
+/// Time for the reason of a destination that has ended the stream to arrive.
+const REASON_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long a stopped guest waits for the destination, digest apart, however often that says that it is
-/// still at work.
-const READY_LIMIT: Duration = Duration::from_secs(20);
-
-/// Sends `guest` over `connection`. Returns when the other side runs it.
+/// Sends `guest` over `stream` and hands it over. Returns `Ok` when the destination has it; it stays paused here
+/// and must not be resumed.
+///
+/// `attempt` must be new, from [`Attempt::new`]; it is ended before `send` returns. This thread may be blocked
+/// for as long as the migration runs.
 ///
 /// # Errors
-/// Why it was not handed over: except for [`SendError::Unconfirmed`] the guest is as before, its logging
-/// off and its dirty bits back in place.
+/// Returns [`SendError`] if the guest was not handed over. Except for [`SendError::Unconfirmed`] it is as it was
+/// before: logging and throttling are off, and the guest runs again if it was paused.
 pub fn send<G: SourceGuest>(
     guest: &mut G,
-    connection: Connection,
+    stream: impl Stream,
     options: &SendOptions,
-    progress: &Progress,
+    attempt: &Attempt,
 ) -> Result<()> {
-    let mut sender = Sender::new(guest, connection, options, progress)?;
-    let sent = sender.phases().map_err(|error| match error {
-        // The cancellation ended the connection under whoever waited for it.
-        SendError::Wire(_) if progress.is_cancelled() => SendError::Cancelled,
-        other => other,
-    });
-    progress.drop_connection();
-    match sent {
-        Ok(()) | Err(SendError::Unconfirmed(_)) => sent,
-        Err(error) => {
-            // The harvests have rolled back when they were dropped.
-            if let Err(second) = sender.back_to_running() {
-                return Err(SendError::Twice {
-                    first: Box::new(error),
-                    second: Box::new(second),
-                });
-            }
-            Err(error)
+    attempt.begin_sending().map_err(SendError::AttemptUsed)?;
+    let halves = caught(|| stream.split());
+    let sent =
+        prepared(halves, attempt).and_then(|halves| send_over(guest, halves, options, attempt));
+    let (phase, message) = match &sent {
+        Ok(()) => (Phase::Completed, None),
+        Err(error @ SendError::Cancelled) => (Phase::Cancelled, Some(error.to_string())),
+        Err(error) if error.is_in_doubt() => {
+            (Phase::HandedOverUnconfirmed, Some(error.to_string()))
         }
+        Err(error) => (Phase::Failed, Some(error.to_string())),
+    };
+    attempt.progress().end(phase, message);
+    sent
+}
+
+/// Checks the stream that was split, and that the attempt has not been cancelled already.
+fn prepared(
+    halves: std::result::Result<std::io::Result<Halves>, String>,
+    attempt: &Attempt,
+) -> Result<Halves> {
+    match halves {
+        _ if attempt.is_cancelled() => Err(SendError::Cancelled),
+        Ok(halves) => halves.map_err(SendError::Stream),
+        Err(message) => Err(panicked(attempt, message)),
+    }
+}
+
+fn panicked(attempt: &Attempt, message: String) -> SendError {
+    let phase = attempt.report().phase;
+    SendError::Panicked { phase, message }
+}
+
+fn send_over<G: SourceGuest>(
+    guest: &mut G,
+    halves: Halves,
+    options: &SendOptions,
+    attempt: &Attempt,
+) -> Result<()> {
+    let end = Arc::clone(&halves.end);
+    let mut sender = caught(|| Sender::new(guest, halves, options, attempt))
+        .unwrap_or_else(|message| Err(panicked(attempt, message)))?;
+    let sent = match caught(|| sender.phases()) {
+        Ok(sent) => sent.map_err(|error| sender.explained(error)),
+        Err(message) => Err(sender.panicked(message)),
+    };
+    attempt.arbiter().release();
+    // Also ends the thread that reads the replies. A stream that panics here has ended, or never will.
+    let _ended = caught(|| end(Shutdown::Both));
+    match sent {
+        Err(error) if !error.is_in_doubt() => Err(sender.back_to_running(error)),
+        sent => sent,
     }
 }
 
 struct Sender<'a, G> {
     guest: &'a mut G,
-    frames: FrameWriter<Connection>,
+    frames: FrameWriter<Box<dyn Write + Send>>,
     replies: Replies,
+    watchdog: Watchdog,
     options: &'a SendOptions,
-    progress: &'a Progress,
+    attempt: &'a Attempt,
     epoch: Epoch,
     memory: Vec<GpaRange>,
-    paused: bool,
+    pausing: Pausing,
     paused_at: Instant,
+    commit: Commit,
     digest_estimate: Duration,
     pages: PageSender,
     last_harvest: Option<Harvest>,
     rates: Rates,
+    measured: Option<Measured>,
+}
+
+/// Whether the guest has to be resumed if the migration fails.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pausing {
+    /// It runs.
+    NotBegun,
+    /// It is paused, or its `pause` panicked.
+    Begun,
+}
+
+/// Whether the destination may have COMMIT.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Commit {
+    /// It cannot have it.
+    NotSent,
+    /// It may have it.
+    MayHaveLeft,
 }
 
 impl<'a, G: SourceGuest> Sender<'a, G> {
     fn new(
         guest: &'a mut G,
-        connection: Connection,
+        halves: Halves,
         options: &'a SendOptions,
-        progress: &'a Progress,
+        attempt: &'a Attempt,
     ) -> Result<Self> {
         let epoch = Epoch::begin(guest.tracker(), "migration", Start::Clean)?;
-        let on_cancel = connection.try_clone().map_err(connection_error)?;
-        progress.use_connection(on_cancel);
-        let replies = connection
-            .try_clone()
-            .and_then(Replies::new)
-            .map_err(connection_error)?;
-        let now = Instant::now();
+        let Halves {
+            reader,
+            writer,
+            end,
+        } = halves;
+        let deadlines = &options.deadlines;
+        let watchdog =
+            Watchdog::start(Arc::clone(&end), deadlines.message).map_err(SendError::Stream)?;
+        let frames = FrameWriter::timed(writer, watchdog.writing());
+        let replies = Replies::start(reader).map_err(SendError::Stream)?;
+        wake_by(attempt, end);
         Ok(Self {
             guest,
-            frames: FrameWriter::new(connection),
+            frames,
             replies,
+            watchdog,
             options,
-            progress,
+            attempt,
             epoch,
             memory: Vec::new(),
-            paused: false,
-            paused_at: now,
+            pausing: Pausing::NotBegun,
+            paused_at: Instant::now(),
+            commit: Commit::NotSent,
             digest_estimate: Duration::ZERO,
             pages: PageSender::default(),
             last_harvest: None,
             rates: Rates::begin(),
+            measured: None,
         })
     }
 
@@ -216,9 +315,10 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         self.commit()
     }
 
-    /// Tells the destination what would come, and lets it refuse.
+    /// Describes the guest to the destination, which may refuse it.
     fn agree(&mut self) -> Result<()> {
-        self.enter(Phase::Agreeing);
+        self.watchdog
+            .begin_phase(Phase::Agreeing, Some(self.options.deadlines.agreeing));
         let description = self
             .guest
             .describe()
@@ -226,21 +326,26 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         self.memory = description
             .ranges()
             .map_err(|why| SendError::Wire(WireError::Header(why)))?;
-        self.progress
-            .update(|p| p.memory_bytes = description.memory_bytes());
+        self.attempt
+            .progress()
+            .update(|report| report.memory_bytes = description.memory_bytes());
         header::write(&mut self.frames, &description)?;
-        self.replies
-            .expect(Tag::Accept, "the destination's answer")?;
+        self.replies.expect(Tag::Accept, &self.watchdog)?;
         Ok(())
     }
 
-    /// Sends memory while the guest runs, until the rest is small enough.
+    /// Sends memory while the guest runs, until what is left fits the downtime.
     fn rounds(&mut self) -> Result<()> {
-        self.enter(Phase::Rounds);
+        let timeout = self.options.limits.timeout;
+        let limit = match self.options.limits.strategy {
+            TimeoutStrategy::Cancel => Some(timeout),
+            TimeoutStrategy::Ignore => None,
+        };
+        self.enter(Phase::Rounds, limit);
         self.guest
             .start_log()
             .map_err(guest_error("starting the dirty log"))?;
-        // After the log has begun: a page that is populated later is in the log.
+        // After the log has been started: pages that are populated later are in the log.
         let populated = self.populated()?;
         if self.options.digest == DigestCheck::Compare {
             self.digest_estimate = digest::estimate(self.guest.memory(), &populated)?;
@@ -255,15 +360,15 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
                     self.throttle(throttle)?;
                     self.round(harvest)?;
                 }
-                // What was just taken goes back, and out again with what the guest dirties until it
-                // stops.
+                // The drop of the harvest rolls it back: the final round sends its pages with those that the
+                // guest dirties until it is paused.
                 Decision::StopAndCopy => return Ok(()),
                 Decision::GiveUp(why) => return Err(SendError::GaveUp(why)),
             }
         }
     }
 
-    /// All that is dirty now.
+    /// Takes all pages that are dirty now.
     fn harvest(&mut self) -> Result<Harvest> {
         self.guest
             .sync_log()
@@ -273,27 +378,30 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         Ok(self.epoch.harvest(span.unwrap_or(GpaRange::ALL))?)
     }
 
-    /// What a harvest says about the guest that ran until now.
+    /// Updates the dirty rate from a harvest of the guest that ran until now.
     fn measure(&mut self, harvest: &Harvest) {
         let Some(rate) = self.rates.harvested(harvest.pages() * ept::PAGE_SIZE) else {
             return;
         };
-        self.progress.update(|p| {
+        self.attempt.progress().update(|p| {
             if let Some(round) = p.rounds.last_mut() {
                 round.dirty_bytes_per_s = rate;
             }
         });
     }
 
-    fn decide(&self, harvest: &Harvest) -> Decision {
+    fn decide(&mut self, harvest: &Harvest) -> Decision {
         let measured = self.rates.measured(
             harvest.pages() * ept::PAGE_SIZE,
-            // Both sides take the digest at once, and share what the memory can deliver.
+            // Both sides compute the digest at once and share the memory's bandwidth.
             SWITCHOVER_OVERHEAD + self.digest_estimate * 3 / 2,
         );
-        self.progress
+        self.attempt
+            .progress()
             .update(|p| p.message = will_not_converge(&measured));
-        decide(&measured, &self.options.limits)
+        let decision = decide(&measured, &self.options.limits);
+        self.measured = Some(measured);
+        decision
     }
 
     fn throttle(&mut self, percent: u32) -> Result<()> {
@@ -302,7 +410,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
                 .throttle(percent)
                 .map_err(guest_error("throttling the guest"))?;
             self.rates.throttle = percent;
-            self.progress.update(|p| p.throttle_percent = percent);
+            self.attempt
+                .progress()
+                .update(|p| p.throttle_percent = percent);
         }
         Ok(())
     }
@@ -313,7 +423,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let before = self.frames.offset();
         self.send_pages(&harvest, LogClear::BeforeCopy)?;
         self.frames.frame(Tag::RoundEnd, [&[], &[]])?;
-        self.replies.expect(Tag::RoundAck, "the end of the round")?;
+        self.replies.expect(Tag::RoundAck, &self.watchdog)?;
         harvest.commit();
         let took = began.elapsed();
         let bytes = self.frames.offset() - before;
@@ -326,14 +436,15 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         self.pages.pages = 0;
         self.pages.zero_pages = 0;
         let due = harvest.pages();
-        self.progress
+        self.attempt
+            .progress()
             .update(|p| (p.round_pages, p.round_pages_sent) = (due, 0));
         for chunk in chunks(&self.memory) {
             let dirty: Vec<u64> = harvest.words_in(chunk).collect();
             if dirty.iter().all(|word| *word == 0) {
                 continue;
             }
-            self.look_up()?;
+            self.check_for_end()?;
             if clear == LogClear::BeforeCopy {
                 self.guest
                     .clear_log(chunk, &dirty)
@@ -343,30 +454,34 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
                 self.pages
                     .send(self.guest.memory(), run, &mut self.frames)?;
             }
-            // At the end of each chunk something leaves, so that the destination is never left waiting.
+            // Every chunk ends with a write, so that the destination does not wait for pages that are held back.
             self.pages.flush(&mut self.frames)?;
             let (sent, bytes) = (self.pages.pages, self.frames.offset());
-            self.progress
+            self.attempt
+                .progress()
                 .update(|p| (p.round_pages_sent, p.bytes_sent) = (sent, bytes));
         }
         Ok(())
     }
 
-    /// Stops everything that writes to memory.
+    /// Pauses the guest: nothing writes to memory any more.
     fn pause(&mut self) -> Result<()> {
-        self.look_up()?;
-        self.enter(Phase::Switchover);
+        // The limit of the rounds is over: the decision to pause was made within it.
+        self.watchdog.begin_phase(Phase::Switchover, None);
+        self.check_for_end()?;
+        self.enter(Phase::Switchover, None);
         self.paused_at = Instant::now();
-        self.guest
-            .pause()
-            .map_err(guest_error("pausing the guest"))?;
-        self.paused = true;
+        self.pausing = Pausing::Begun;
+        self.guest.pause().map_err(|error| {
+            self.pausing = Pausing::NotBegun;
+            guest_error("pausing the guest")(error)
+        })?;
         let pause = millis(self.paused_at.elapsed());
-        self.progress.update(|p| p.pause_ms = pause);
+        self.attempt.progress().update(|p| p.pause_ms = pause);
         Ok(())
     }
 
-    /// Sends what is left. It stays a transaction until the destination runs the guest.
+    /// Sends the pages that are left. Their harvest is committed when the destination has the guest.
     fn final_round(&mut self) -> Result<()> {
         let harvest = self.harvest()?;
         let began = Instant::now();
@@ -385,26 +500,28 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             .save()
             .map_err(guest_error("saving the guest's state"))?
         {
-            let kind = postcard::to_stdvec(&section.kind).map_err(|source| SendError::Guest {
-                doing: "encoding state",
-                source: source.into(),
+            let kind = section::encode_kind(&section.kind).map_err(|why| SendError::Guest {
+                doing: "encoding the guest's state",
+                source: why.into(),
             })?;
             self.frames.frame(Tag::State, [&kind, &section.data])?;
         }
         Ok(())
     }
 
-    /// Waits until the destination could run the guest, and compares memory if that was asked for.
+    /// Waits until the destination could run the guest, and compares digests if that was asked for.
     fn ready(&mut self) -> Result<()> {
         let compare = self.options.digest == DigestCheck::Compare;
-        self.frames
-            .frame(Tag::Finish, [&[u8::from(compare)], &[]])?;
+        let finish = match compare {
+            true => FINISH_WITH_DIGEST,
+            false => FINISH_PLAIN,
+        };
+        self.frames.frame(Tag::Finish, [&[finish], &[]])?;
+        let limit = self.options.deadlines.ready + self.digest_estimate * 4;
+        self.watchdog.begin_phase(Phase::Switchover, Some(limit));
         let here = if compare { Some(self.digest()?) } else { None };
-        let there = self.replies.expect_within(
-            Tag::Ready,
-            "the destination to be ready",
-            READY_LIMIT + self.digest_estimate * 4,
-        )?;
+        let there = self.replies.expect(Tag::Ready, &self.watchdog)?;
+        self.watchdog.begin_phase(Phase::Switchover, None);
         let Some(source_digest) = here else {
             return Ok(());
         };
@@ -418,7 +535,8 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
                 destination_digest,
             });
         }
-        self.progress
+        self.attempt
+            .progress()
             .update(|p| p.digest = Some(source_digest.to_string()));
         Ok(())
     }
@@ -428,28 +546,31 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let populated = self.populated()?;
         let digest = digest::of_memory::<_, SendError>(self.guest.memory(), &populated, || Ok(()))?;
         let took = millis(began.elapsed());
-        self.progress.update(|p| p.digest_ms = took);
+        self.attempt.progress().update(|p| p.digest_ms = took);
         Ok(digest)
     }
 
-    /// Gives the guest away. From here on it is never run again without the destination's word that it
-    /// does not run there, or the user's.
+    /// Hands the guest over. From here on the source never runs it again, unless the destination says that it does
+    /// not run there, or the user does.
     fn commit(&mut self) -> Result<()> {
-        if !self.progress.commit() {
+        if !self.attempt.arbiter().commit() {
             return Err(SendError::Cancelled);
         }
-        if let Err((in_doubt, error)) = self.frames.commit() {
-            return Err(match in_doubt {
-                true => SendError::Unconfirmed(error.to_string()),
-                false => SendError::Wire(error),
-            });
+        self.enter(Phase::Committed, None);
+        self.commit = Commit::MayHaveLeft;
+        match self.frames.commit() {
+            Ok(()) => {}
+            Err(CommitError::InDoubt(error)) => {
+                return Err(SendError::Unconfirmed(error.to_string()));
+            }
+            Err(CommitError::NothingSent(error)) => {
+                self.commit = Commit::NotSent;
+                return Err(SendError::Wire(error));
+            }
         }
-        match self
-            .replies
-            .expect(Tag::Done, "the destination's confirmation")
-        {
+        match self.replies.expect(Tag::Done, &self.watchdog) {
             Ok(_) => {}
-            // The destination's own word that it does not and will not run the guest.
+            // The destination says itself that it does not run the guest and never will.
             Err(ReplyError::Refused(reason)) => return Err(SendError::Refused(reason)),
             Err(ReplyError::Wire(error)) => return Err(SendError::Unconfirmed(error.to_string())),
         }
@@ -458,29 +579,86 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         }
         let downtime = millis(self.paused_at.elapsed());
         let bytes = self.frames.offset();
-        self.progress
+        self.attempt
+            .progress()
             .update(|p| (p.downtime_ms, p.bytes_sent) = (downtime, bytes));
         Ok(())
     }
 
-    /// The failure arm: the guest as it was.
-    fn back_to_running(&mut self) -> Result<()> {
-        let logging = self
-            .guest
-            .stop_log()
-            .map_err(guest_error("stopping the dirty log"));
-        if self.paused {
-            self.guest
-                .resume()
-                .map_err(guest_error("resuming the guest"))?;
+    /// Returns the error that a failed phase means for the user.
+    fn explained(&mut self, error: SendError) -> SendError {
+        let SendError::Wire(wire) = error else {
+            return error;
+        };
+        // The cancel ended the stream.
+        if self.attempt.is_cancelled() {
+            return SendError::Cancelled;
         }
-        logging
+        match wire {
+            WireError::PhaseTooLong {
+                phase: Phase::Rounds,
+                limit,
+                ..
+            } => {
+                let why = self.measured.as_ref().and_then(will_not_converge);
+                SendError::GaveUp(why.unwrap_or_else(|| {
+                    format!("the rounds took longer than {}", deadlines::text(limit))
+                }))
+            }
+            WireError::Io { .. } | WireError::NotTaken { .. } => {
+                match self.replies.reason_of_end(REASON_LIMIT) {
+                    Some(reason) => SendError::Refused(reason),
+                    None => SendError::Wire(wire),
+                }
+            }
+            wire => SendError::Wire(wire),
+        }
     }
 
-    /// Between two chunks: was it cancelled, has the destination given up?
-    fn look_up(&mut self) -> Result<()> {
-        if self.progress.is_cancelled() {
+    fn panicked(&self, message: String) -> SendError {
+        match self.commit {
+            Commit::NotSent => panicked(self.attempt, message),
+            Commit::MayHaveLeft => SendError::Unconfirmed(format!("a panic: {message}")),
+        }
+    }
+
+    /// The failure arm: puts the guest back as it was. Returns `error`, and what failed meanwhile.
+    fn back_to_running(&mut self, error: SendError) -> SendError {
+        // Rolls the harvest back. Those of the rounds have rolled back when they were dropped.
+        drop(self.last_harvest.take());
+        let stopped = self.in_failure_arm("stopping the dirty log", SourceGuest::stop_log);
+        let resumed = match self.pausing {
+            Pausing::Begun => self.in_failure_arm("resuming the guest", SourceGuest::resume),
+            Pausing::NotBegun => Ok(()),
+        };
+        // A guest that does not run is worse than a log that is still on.
+        match resumed.and(stopped) {
+            Ok(()) => error,
+            Err(second) => SendError::Twice {
+                first: Box::new(error),
+                second: Box::new(second),
+            },
+        }
+    }
+
+    fn in_failure_arm(
+        &mut self,
+        doing: &'static str,
+        call: impl FnOnce(&mut G) -> std::result::Result<(), GuestError>,
+    ) -> Result<()> {
+        match caught(|| call(self.guest)) {
+            Ok(called) => called.map_err(guest_error(doing)),
+            Err(message) => Err(guest_error(doing)(format!("a panic: {message}").into())),
+        }
+    }
+
+    /// Looks between two chunks whether the migration was cancelled, has taken too long or was refused.
+    fn check_for_end(&mut self) -> Result<()> {
+        if self.attempt.is_cancelled() {
             return Err(SendError::Cancelled);
+        }
+        if let Some(expired) = self.watchdog.expired_phase() {
+            return Err(WireError::not_sent("the end of the round", expired).into());
         }
         Ok(self.replies.check_for_refusal()?)
     }
@@ -491,8 +669,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             .map_err(guest_error("finding populated memory"))
     }
 
-    fn enter(&self, phase: Phase) {
-        self.progress.update(|p| p.phase = phase);
+    fn enter(&self, phase: Phase, limit: Option<Duration>) {
+        self.watchdog.begin_phase(phase, limit);
+        self.attempt.progress().enter(phase);
     }
 
     fn end_round(&self, took: Duration, bytes: u64) {
@@ -505,23 +684,28 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             dirty_bytes_per_s: 0.0,
         };
         let total = self.frames.offset();
-        self.progress.update(|p| {
+        self.attempt.progress().update(|p| {
             p.rounds.push(round);
             p.bytes_sent = total;
         });
     }
 }
 
-/// Whether the log of a chunk is cleared before the chunk is copied.
+/// Whether the dirty log of a chunk is cleared before the chunk is copied.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum LogClear {
-    /// The guest runs: what it writes from now on must be logged again.
+    /// It is, because the guest runs: its writes after the copy must be logged again.
     BeforeCopy,
-    /// The guest is stopped.
+    /// It is not, because the guest is paused.
     NotNeeded,
 }
 
-/// Memory in pieces of [`CHUNK_BYTES`], none across the end of a range.
+/// Registers that a cancel ends the stream in both directions.
+fn wake_by(attempt: &Attempt, end: EndStream) {
+    attempt.arbiter().on_cancel(move || end(Shutdown::Both));
+}
+
+/// Splits memory into pieces of [`CHUNK_BYTES`], none across the end of a range.
 fn chunks(memory: &[GpaRange]) -> Vec<GpaRange> {
     const CHUNK_PAGES: u64 = CHUNK_BYTES / ept::PAGE_SIZE;
     let of_range = |range: &GpaRange| {
@@ -531,14 +715,6 @@ fn chunks(memory: &[GpaRange]) -> Vec<GpaRange> {
             .filter_map(move |at| GpaRange::from_pages(at, CHUNK_PAGES.min(end - at)).ok())
     };
     memory.iter().flat_map(of_range).collect()
-}
-
-fn connection_error(source: std::io::Error) -> WireError {
-    WireError::Io {
-        doing: "preparing the connection".into(),
-        offset: 0,
-        source,
-    }
 }
 
 fn millis(duration: Duration) -> f64 {

@@ -1,53 +1,83 @@
-//! Frames: how anything but the header crosses the connection.
+//! Frames: how everything but the header crosses the stream.
 //!
 //! ```text
 //! tag u32 │ length u32 │ sequence u32 │ crc32 u32 │ payload, `length` bytes        (little-endian)
 //! ```
 //!
-//! The checksum covers the first three fields and the payload; the sequence counts the frames of one
-//! direction, so a frame that is lost, repeated or out of place is noticed like one that was changed.
-//! Each tag has a cap on its length, checked before anything is allocated.
+//! The checksum covers the first three fields and the payload. The sequence counts the frames of one
+//! direction, so that a lost, repeated or reordered frame is found like a changed one. Each tag has a cap on its
+//! length, which is checked before anything is allocated.
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
+use std::time::Duration;
 
-/// Data of one frame of pages, at most: small enough to stay in a core's cache between the copy, the
-/// checksum and the kernel's copy.
-pub const PAGES_DATA_LIMIT: usize = 64 * 1024;
-/// Bytes of a run in the table of a [`Tag::Pages`] or [`Tag::ZeroPages`] frame: address u64, pages u32.
-pub const RUN_BYTES: usize = 12;
-/// Runs in the table of one frame, at most.
-pub const RUNS_LIMIT: usize = 4096;
-const FRAME_HEADER_BYTES: usize = 16;
+use crate::deadlines;
+use crate::report::Phase;
+use crate::watchdog::{Expired, Timer};
 
-/// What a frame is.
+/// Most bytes of page contents in one frame: few enough to stay in a core's cache between the copy, the checksum
+/// and the kernel's copy.
+pub(crate) const PAGES_DATA_LIMIT: usize = 64 * 1024;
+/// Bytes of one run in the table of a [`Tag::Pages`] or [`Tag::ZeroPages`] frame: address u64, pages u32.
+pub(crate) const RUN_BYTES: usize = 12;
+/// Most runs in the table of one frame.
+pub(crate) const RUNS_LIMIT: usize = 4096;
+/// Bytes of the fixed part of a frame.
+pub(crate) const FRAME_HEADER_BYTES: usize = 16;
+/// Payload of [`Tag::Finish`] if the source does not compare digests.
+pub(crate) const FINISH_PLAIN: u8 = 0;
+/// Payload of [`Tag::Finish`] if the source compares digests: READY then carries the destination's.
+pub(crate) const FINISH_WITH_DIGEST: u8 = 1;
+
+/// Kind of a frame. The first six go to the destination, the others to the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Tag {
-    /// To the destination: a table of runs, and their pages.
+    /// A table of runs of pages, and the contents of the pages.
     Pages = 1,
-    /// To the destination: a table of runs of pages that hold nothing but zeros.
+    /// A table of runs of pages that hold only zeros.
     ZeroPages = 2,
-    /// To the destination: a round is complete; answered by [`Tag::RoundAck`].
+    /// End of a pre-copy round; answered by [`Tag::RoundAck`].
     RoundEnd = 3,
-    /// To the destination: one section of device or vCPU state.
+    /// One section of device or vCPU state.
     State = 4,
-    /// To the destination: that was all; answered by [`Tag::Ready`].
+    /// End of memory and state; answered by [`Tag::Ready`].
     Finish = 5,
-    /// To the destination: the guest is yours. The source never runs it again by itself.
+    /// The destination has the guest. The source never runs it again by itself.
     Commit = 6,
-    /// To the source: the guest fits here.
+    /// The destination can take the guest.
     Accept = 16,
-    /// To the source: no, and why, in words.
+    /// The destination does not take the guest, for the reason in the payload (text).
     Refuse = 17,
-    /// To the source: everything of the round is in place.
+    /// The destination has all pages of the round.
     RoundAck = 18,
-    /// To the source: still at work.
+    /// The destination is still at work.
     Alive = 19,
-    /// To the source: the guest could run, and waits for the commit.
+    /// The destination could run the guest and waits for COMMIT.
     Ready = 20,
-    /// To the source: the guest runs here.
+    /// The destination has the guest.
     Done = 21,
+}
+
+/// Writes the tag as the protocol names it.
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pages => "PAGES",
+            Self::ZeroPages => "ZERO PAGES",
+            Self::RoundEnd => "ROUND END",
+            Self::State => "STATE",
+            Self::Finish => "FINISH",
+            Self::Commit => "COMMIT",
+            Self::Accept => "ACCEPT",
+            Self::Refuse => "REFUSE",
+            Self::RoundAck => "ROUND ACK",
+            Self::Alive => "ALIVE",
+            Self::Ready => "READY",
+            Self::Done => "DONE",
+        })
+    }
 }
 
 impl Tag {
@@ -66,11 +96,11 @@ impl Tag {
         Self::Done,
     ];
 
-    fn from_wire(value: u32) -> Option<Self> {
+    pub(crate) fn from_wire(value: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|tag| *tag as u32 == value)
     }
 
-    /// The most bytes that a frame of this tag may carry.
+    /// Returns the most bytes that the payload of this kind of frame may have.
     #[must_use]
     pub fn limit(self) -> usize {
         match self {
@@ -84,196 +114,244 @@ impl Tag {
     }
 }
 
-/// Why the other side could not be understood or reached. Offsets count from the start of the stream.
+/// Failure of the stream, or of what came over it. Offsets are in bytes from the start of the stream.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WireError {
-    /// The connection failed or went silent.
-    #[error("{doing} at offset {offset}: {}", describe(source))]
+    /// Reading or writing failed.
+    #[error("{doing} at offset {offset}: {source}")]
     Io {
         /// "reading" or "writing", and what.
         doing: String,
-        /// Where in the stream.
+        /// Offset of the failure.
         offset: u64,
-        /// What the system said.
+        /// Error of the stream.
         source: io::Error,
+    },
+    /// The other side did not send a whole message in time.
+    #[error("no {what} from the other side for {}", deadlines::text(*limit))]
+    NotSent {
+        /// Message that was due.
+        what: String,
+        /// Limit that passed.
+        limit: Duration,
+    },
+    /// The other side did not take a whole message in time.
+    #[error("the other side did not take {what} for {}", deadlines::text(*limit))]
+    NotTaken {
+        /// Message that was being sent.
+        what: String,
+        /// Limit that passed.
+        limit: Duration,
+    },
+    /// A phase took longer than its limit, while one side waited for the other.
+    #[error("phase {phase} took longer than {}, at {what}", deadlines::text(*limit))]
+    PhaseTooLong {
+        /// The phase.
+        phase: Phase,
+        /// Message that was due or being sent.
+        what: String,
+        /// Limit that passed.
+        limit: Duration,
     },
     /// The stream ended too early.
     #[error("the stream ends in {section} at offset {offset}")]
     Truncated {
         /// What was expected there.
         section: String,
-        /// Where.
+        /// Offset of the end.
         offset: u64,
     },
-    /// A tag that this version does not know.
+    /// A frame has a tag that this version does not know.
     #[error("frame {sequence} at offset {offset}: unknown tag {found:#x}")]
     UnknownTag {
-        /// The frame's number.
+        /// Number of the frame.
         sequence: u32,
-        /// Where it begins.
+        /// Offset of the frame.
         offset: u64,
-        /// Its tag.
+        /// Tag of the frame.
         found: u32,
     },
-    /// A frame that is longer than its kind may be.
+    /// A frame is longer than its kind may be.
     #[error(
-        "{tag:?} frame {sequence} at offset {offset}: {found} bytes, at most {limit} are allowed"
+        "{tag} frame {sequence} at offset {offset}: {found} bytes, at most {limit} are allowed"
     )]
     TooLong {
-        /// Its tag.
+        /// Kind of the frame.
         tag: Tag,
-        /// The frame's number.
+        /// Number of the frame.
         sequence: u32,
-        /// Where it begins.
+        /// Offset of the frame.
         offset: u64,
-        /// Its length.
+        /// Length of its payload.
         found: u32,
-        /// The most that the tag allows.
+        /// Longest payload that the kind allows.
         limit: usize,
     },
-    /// A frame out of order.
-    #[error("{tag:?} frame at offset {offset}: it is number {found}, number {required} was due")]
+    /// A frame is out of order.
+    #[error("{tag} frame at offset {offset}: it is number {found}, number {required} was due")]
     Sequence {
-        /// Its tag.
+        /// Kind of the frame.
         tag: Tag,
-        /// Where it begins.
+        /// Offset of the frame.
         offset: u64,
-        /// Its number.
+        /// Number of the frame.
         found: u32,
-        /// The number that was due.
+        /// Number that was due.
         required: u32,
     },
-    /// A frame that was changed on its way.
+    /// A frame was changed on its way.
     #[error(
-        "{tag:?} frame {sequence} at offset {offset}: checksum {found:#010x}, its contents have \
+        "{tag} frame {sequence} at offset {offset}: checksum {found:#010x}, its contents have \
          {required:#010x}"
     )]
     Checksum {
-        /// Its tag.
+        /// Kind of the frame.
         tag: Tag,
-        /// The frame's number.
+        /// Number of the frame.
         sequence: u32,
-        /// Where it begins.
+        /// Offset of the frame.
         offset: u64,
-        /// The checksum that it carries.
+        /// Checksum in the frame.
         found: u32,
-        /// The checksum of what it carries.
+        /// Checksum of its contents.
         required: u32,
     },
-    /// A frame whose contents make no sense, though they arrived whole.
-    #[error("{tag:?} frame {sequence} at offset {offset}: {why}")]
+    /// A frame arrived whole, but its contents are invalid.
+    #[error("{tag} frame {sequence} at offset {offset}: {why}")]
     Malformed {
-        /// Its tag.
+        /// Kind of the frame.
         tag: Tag,
-        /// The frame's number.
+        /// Number of the frame.
         sequence: u32,
-        /// Where it begins.
+        /// Offset of the frame.
         offset: u64,
         /// What is wrong.
         why: String,
     },
-    /// A frame that has no place in this phase.
-    #[error("{found:?} frame {sequence} at offset {offset}: {required} was due")]
+    /// A frame of another kind was due.
+    #[error("{found} frame {sequence} at offset {offset}: {required} was due")]
     Unexpected {
-        /// Its tag.
+        /// Kind of the frame.
         found: Tag,
-        /// The frame's number.
+        /// Number of the frame.
         sequence: u32,
-        /// Where it begins.
+        /// Offset of the frame.
         offset: u64,
         /// What was due.
-        required: &'static str,
+        required: String,
     },
-    /// The header is not one of Ferry's, or not one that this version reads.
+    /// The header is not that of a Ferry stream, or not one that this version reads.
     #[error("stream header: {0}")]
     Header(String),
 }
 
-fn describe(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            "the other side has been silent for too long".into()
+impl WireError {
+    /// Creates the error for a limit that passed while `what` was due from the other side.
+    pub(crate) fn not_sent(what: impl Into<String>, expired: Expired) -> Self {
+        let what = what.into();
+        match expired {
+            Expired::Message(limit) => Self::NotSent { what, limit },
+            Expired::Phase(phase, limit) => Self::PhaseTooLong { phase, what, limit },
         }
-        _ => error.to_string(),
+    }
+
+    /// Creates the error for a limit that passed while the other side took `what`.
+    fn not_taken(what: impl Into<String>, expired: Expired) -> Self {
+        let what = what.into();
+        match expired {
+            Expired::Message(limit) => Self::NotTaken { what, limit },
+            Expired::Phase(phase, limit) => Self::PhaseTooLong { phase, what, limit },
+        }
     }
 }
 
 type Result<T> = std::result::Result<T, WireError>;
 
-/// The sending half of one direction.
-pub struct FrameWriter<W> {
+/// Writes frames to one direction of a stream.
+pub(crate) struct FrameWriter<W> {
     stream: W,
+    timer: Timer,
     sequence: u32,
     offset: u64,
 }
 
 impl<W: Write> FrameWriter<W> {
-    /// Frames onto `stream`.
-    pub fn new(stream: W) -> Self {
+    /// Creates a writer without deadlines.
+    pub(crate) fn new(stream: W) -> Self {
+        Self::timed(stream, Timer::default())
+    }
+
+    /// Creates a writer under the deadlines of `timer`.
+    pub(crate) fn timed(stream: W, timer: Timer) -> Self {
         Self {
             stream,
+            timer,
             sequence: 0,
             offset: 0,
         }
     }
 
-    /// Bytes written so far.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
+    /// Returns the number of bytes written so far.
+    pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
     /// Writes bytes that are not a frame: the header.
     ///
     /// # Errors
-    /// The connection's.
-    pub fn raw(&mut self, what: &str, bytes: &[u8]) -> Result<()> {
-        self.stream
-            .write_all(bytes)
-            .map_err(|source| self.failed(what, source))?;
-        self.offset += bytes.len() as u64;
-        Ok(())
+    /// Returns [`WireError`] if the stream fails or its deadline passes.
+    pub(crate) fn raw(&mut self, what: &str, bytes: &[u8]) -> Result<()> {
+        self.all([bytes, &[], &[]])
+            .map_err(|source| self.failed(what, source))
     }
 
-    /// Writes one frame whose payload is `parts`, one after the other.
+    /// Writes one frame whose payload is the concatenation of `parts`.
     ///
     /// # Errors
-    /// The connection's; and a payload beyond the tag's limit, which is a defect of the caller and is
-    /// refused as the other side would refuse it.
-    pub fn frame(&mut self, tag: Tag, parts: [&[u8]; 2]) -> Result<()> {
+    /// Returns [`WireError`] if the stream fails or its deadline passes. Returns [`WireError::TooLong`] if the
+    /// payload exceeds the tag's limit: the other side would refuse it.
+    pub(crate) fn frame(&mut self, tag: Tag, parts: [&[u8]; 2]) -> Result<()> {
         let length = parts[0].len() + parts[1].len();
         let wire_length = u32::try_from(length).unwrap_or(u32::MAX);
         if length > tag.limit() {
-            let (sequence, offset) = (self.sequence, self.offset);
-            let (found, limit) = (wire_length, tag.limit());
             return Err(WireError::TooLong {
                 tag,
-                sequence,
-                offset,
-                found,
-                limit,
+                sequence: self.sequence,
+                offset: self.offset,
+                found: wire_length,
+                limit: tag.limit(),
             });
         }
         let header = encode_header(tag as u32, wire_length, self.sequence, parts);
         self.all([&header, parts[0], parts[1]])
-            .map_err(|source| self.failed(&format!("{tag:?}"), source))?;
+            .map_err(|source| self.failed(&tag.to_string(), source))?;
         self.sequence = self.sequence.wrapping_add(1);
         Ok(())
     }
 
-    /// As [`Self::frame`] without payload, for [`Tag::Commit`]: tells apart a frame of which nothing left
-    /// this process from one that may have.
+    /// Writes a COMMIT frame.
     ///
     /// # Errors
-    /// The connection's; `true` beside it if the other side may have the frame all the same.
-    pub fn commit(&mut self) -> std::result::Result<(), (bool, WireError)> {
+    /// Returns [`CommitError`], which tells whether the other side may have COMMIT all the same.
+    pub(crate) fn commit(&mut self) -> std::result::Result<(), CommitError> {
         let before = self.offset;
         self.frame(Tag::Commit, [&[], &[]])
-            .map_err(|error| (self.offset != before, error))
+            .map_err(|error| match self.offset == before {
+                true => CommitError::NothingSent(error),
+                false => CommitError::InDoubt(error),
+            })
     }
 
-    /// write_all for several slices, counting what has left.
+    /// Writes all bytes of several slices within one deadline.
     fn all(&mut self, parts: [&[u8]; 3]) -> io::Result<()> {
+        self.timer.begin();
+        let written = self.all_untimed(parts);
+        self.timer.end();
+        written
+    }
+
+    fn all_untimed(&mut self, parts: [&[u8]; 3]) -> io::Result<()> {
         let mut slices = parts.map(IoSlice::new);
         let mut rest = &mut slices[..];
         IoSlice::advance_slices(&mut rest, 0);
@@ -292,12 +370,24 @@ impl<W: Write> FrameWriter<W> {
     }
 
     fn failed(&self, what: &str, source: io::Error) -> WireError {
-        WireError::Io {
-            doing: format!("writing {what}"),
-            offset: self.offset,
-            source,
+        match self.timer.expired() {
+            Some(expired) => WireError::not_taken(what, expired),
+            None => WireError::Io {
+                doing: format!("writing {what}"),
+                offset: self.offset,
+                source,
+            },
         }
     }
+}
+
+/// COMMIT could not be written.
+#[derive(Debug)]
+pub(crate) enum CommitError {
+    /// No byte of it left this side: the other side cannot have it.
+    NothingSent(WireError),
+    /// Some bytes of it left this side: the other side may have it.
+    InDoubt(WireError),
 }
 
 fn encode_header(tag: u32, length: u32, sequence: u32, parts: [&[u8]; 2]) -> [u8; 16] {
@@ -312,20 +402,20 @@ fn encode_header(tag: u32, length: u32, sequence: u32, parts: [&[u8]; 2]) -> [u8
     header
 }
 
-/// A frame's head, once it has been read.
+/// Fixed part of a frame that was read.
 #[derive(Clone, Copy, Debug)]
-pub struct FrameHead {
-    /// What it is.
-    pub tag: Tag,
-    /// Its number in its direction.
-    pub sequence: u32,
-    /// Where in the stream it begins.
-    pub offset: u64,
+pub(crate) struct FrameHead {
+    /// Kind of the frame.
+    pub(crate) tag: Tag,
+    /// Number of the frame in its direction.
+    pub(crate) sequence: u32,
+    /// Offset of the frame in the stream.
+    pub(crate) offset: u64,
 }
 
 impl FrameHead {
-    /// The error that this frame's contents make no sense.
-    pub fn malformed(&self, why: impl Into<String>) -> WireError {
+    /// Creates the error for invalid contents of this frame.
+    pub(crate) fn malformed(&self, why: impl Into<String>) -> WireError {
         let Self {
             tag,
             sequence,
@@ -339,9 +429,8 @@ impl FrameHead {
         }
     }
 
-    /// The error that this frame has no place here.
-    #[must_use]
-    pub fn unexpected(&self, required: &'static str) -> WireError {
+    /// Creates the error for a frame in the place of another one.
+    pub(crate) fn unexpected(&self, required: impl Into<String>) -> WireError {
         let Self {
             tag: found,
             sequence,
@@ -351,41 +440,65 @@ impl FrameHead {
             found,
             sequence,
             offset,
-            required,
+            required: required.into(),
         }
     }
 }
 
-/// The receiving half of one direction.
-pub struct FrameReader<R> {
+/// Reads frames from one direction of a stream.
+pub(crate) struct FrameReader<R> {
     stream: R,
+    timer: Timer,
     sequence: u32,
     offset: u64,
     payload: Vec<u8>,
 }
 
 impl<R: Read> FrameReader<R> {
-    /// Frames from `stream`.
-    pub fn new(stream: R) -> Self {
+    /// Creates a reader without deadlines.
+    pub(crate) fn new(stream: R) -> Self {
+        Self::timed(stream, Timer::default())
+    }
+
+    /// Creates a reader under the deadlines of `timer`.
+    pub(crate) fn timed(stream: R, timer: Timer) -> Self {
         Self {
             stream,
+            timer,
             sequence: 0,
             offset: 0,
             payload: Vec::new(),
         }
     }
 
-    /// Bytes read so far.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
+    /// Returns the number of bytes read so far.
+    pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Fills `bytes`, which are not a frame: the header.
+    /// Reads one message named `what` within one deadline, as `read` does.
     ///
     /// # Errors
-    /// The connection's, and its end.
-    pub fn raw(&mut self, section: &str, bytes: &mut [u8]) -> Result<()> {
+    /// Returns the error of `read`, or the deadline that passed.
+    pub(crate) fn message<T>(
+        &mut self,
+        what: &str,
+        read: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        self.timer.begin();
+        let message = read(self);
+        self.timer.end();
+        message.map_err(|error| match self.timer.expired() {
+            Some(expired) => WireError::not_sent(what, expired),
+            None => error,
+        })
+    }
+
+    /// Fills `bytes`, which are not a frame: a part of the header.
+    ///
+    /// # Errors
+    /// Returns [`WireError`] if the stream fails or ends.
+    pub(crate) fn raw(&mut self, section: &str, bytes: &mut [u8]) -> Result<()> {
         fill(
             &mut self.stream,
             &mut self.offset,
@@ -394,18 +507,32 @@ impl<R: Read> FrameReader<R> {
         )
     }
 
-    /// Reads one whole frame and checks it.
+    /// Reads one whole frame and checks it. `due` names the frame that the caller waits for.
     ///
     /// # Errors
-    /// The connection's and its end, and frames that are too long, out of order or changed.
-    pub fn frame(&mut self) -> Result<(FrameHead, &[u8])> {
+    /// Returns [`WireError`] if the stream fails or ends, if the deadline passes, or if the frame is too long, out
+    /// of order or changed.
+    pub(crate) fn frame(&mut self, due: &str) -> Result<(FrameHead, &[u8])> {
+        let head = self.message(due, Self::read_frame)?;
+        Ok((head, &self.payload))
+    }
+
+    /// Reads and discards bytes until the stream ends, within one deadline.
+    pub(crate) fn drain(&mut self) {
+        let mut bytes = [0; 64 * 1024];
+        self.timer.begin();
+        while self.stream.read(&mut bytes).is_ok_and(|count| count > 0) {}
+        self.timer.end();
+    }
+
+    fn read_frame(&mut self) -> Result<FrameHead> {
         let offset = self.offset;
         let mut header = [0; FRAME_HEADER_BYTES];
-        let due = self.sequence;
+        let required = self.sequence;
         fill(
             &mut self.stream,
             &mut self.offset,
-            format_args!("frame {due}"),
+            format_args!("frame {required}"),
             &mut header,
         )?;
         let field = |n: usize| {
@@ -413,7 +540,6 @@ impl<R: Read> FrameReader<R> {
             u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
         };
         let (found_tag, length, found, checksum) = (field(0), field(1), field(2), field(3));
-        let required = self.sequence;
         let Some(tag) = Tag::from_wire(found_tag) else {
             return Err(WireError::UnknownTag {
                 sequence: required,
@@ -422,20 +548,19 @@ impl<R: Read> FrameReader<R> {
             });
         };
         if length as usize > tag.limit() {
-            let limit = tag.limit();
             return Err(WireError::TooLong {
                 tag,
                 sequence: found,
                 offset,
                 found: length,
-                limit,
+                limit: tag.limit(),
             });
         }
         self.payload.resize(length as usize, 0);
         fill(
             &mut self.stream,
             &mut self.offset,
-            format_args!("{tag:?} frame"),
+            format_args!("{tag} frame"),
             &mut self.payload,
         )?;
         let actual = encode_header(found_tag, length, found, [&self.payload, &[]]);
@@ -457,18 +582,15 @@ impl<R: Read> FrameReader<R> {
             });
         }
         self.sequence = self.sequence.wrapping_add(1);
-        Ok((
-            FrameHead {
-                tag,
-                sequence: found,
-                offset,
-            },
-            &self.payload,
-        ))
+        Ok(FrameHead {
+            tag,
+            sequence: found,
+            offset,
+        })
     }
 }
 
-/// read_exact that counts, and names what the stream ended in.
+/// Fills `bytes` as `read_exact` does, counts them, and names the section in which the stream ends.
 fn fill(
     stream: &mut impl Read,
     offset: &mut u64,
@@ -520,7 +642,7 @@ mod tests {
         let mut reader = FrameReader::new(bytes);
         let mut frames = Vec::new();
         loop {
-            match reader.frame() {
+            match reader.frame("a frame") {
                 Ok((head, payload)) => frames.push((head.tag, payload.to_vec())),
                 Err(error) => return (frames, error),
             }
@@ -594,7 +716,7 @@ mod tests {
         let mut bytes = stream_of(&[(Tag::Ready, vec![])]);
         bytes[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
         let mut reader = FrameReader::new(&bytes[..]);
-        let error = reader.frame().unwrap_err();
+        let error = reader.frame("a frame").unwrap_err();
         assert!(
             matches!(error, WireError::TooLong { limit: 64, .. }),
             "{error}"
@@ -619,7 +741,8 @@ mod tests {
             }
         }
         for (room, in_doubt) in [(0, false), (1, true), (15, true)] {
-            let (doubt, _error) = FrameWriter::new(Stuck(room)).commit().unwrap_err();
+            let error = FrameWriter::new(Stuck(room)).commit().unwrap_err();
+            let doubt = matches!(error, CommitError::InDoubt(_));
             assert_eq!(doubt, in_doubt, "with room for {room} bytes");
         }
     }

@@ -1,8 +1,8 @@
-//! The memory balloon (virtio 1.2, 5.5): the guest gives pages to the host, and takes them back by touching
-//! them. With free-page reporting it also says which of its pages hold nothing.
+//! Memory balloon (virtio 1.2, 5.5). Inflating gives guest pages to the host, and the guest gets a page back by
+//! touching it. With free page reporting, the guest also reports pages that it does not use.
 //!
-//! How a page leaves is the monitor's business ([`Discard`]). It may have to stop vCPUs for it, and one of
-//! them may be about to reset this very device: pages are discarded outside of the turn.
+//! The monitor implements [`Discard`], which frees the pages. That may have to stop vCPUs, and a vCPU may be about to
+//! reset this device, so the worker does not hold the queues while it discards.
 
 mod spec;
 mod state;
@@ -17,13 +17,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Watch, read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, read_config,
 };
 use super::interrupt::Interrupt;
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
-use super::turn::{Outcome, Turn};
+use super::state::{DeviceState, DeviceStateError};
 use spec::{
     ACTUAL_OFFSET, DEFLATE, DEFLATE_ON_OOM, INFLATE, PAGE_BYTES, PAGE_NUMBER_BYTES, PAGES_MAX,
     QUEUE_SIZE, REPORT, REPORTING,
@@ -31,34 +31,36 @@ use spec::{
 
 pub use state::BalloonSnapshot;
 
-/// Requests that one turn works on; then others get theirs.
-const REQUESTS_A_TURN: u32 = 64;
+/// Maximum number of requests that one wake-up of the worker handles, before it looks at its other events.
+const REQUESTS_PER_WAKEUP: u32 = 64;
 
-/// Takes pages away from a guest.
+/// Frees guest pages on the host.
 pub trait Discard: Send {
-    /// Gives the memory in `ranges` of guest-physical addresses back to the host: it reads as zeros from
-    /// now on. That is a change of memory like any other, so it is made known to whoever tracks changes.
-    /// The ranges are whole pages of 4 KiB in guest memory, ascending, and do not touch each other.
+    /// Frees the memory in `ranges`, which are guest-physical addresses. The memory then reads as zeros.
     ///
-    /// The guest may take its pages back by a reset meanwhile: `taken_back` is asked when no vCPU can do that any more
-    /// before the memory is gone. Then all of it stays as it is.
+    /// The ranges are whole pages of 4 KiB in guest memory, in ascending order, and not adjacent. The implementation
+    /// must mark the pages as dirty, because their content changes.
+    ///
+    /// The guest may take its pages back by a reset during the call. The implementation must call `taken_back` when no
+    /// vCPU can reset the device any more and before it frees the memory, and must free nothing if that returns true.
     ///
     /// # Errors
-    /// The kernel's. Memory that could not be given back stays as it is.
+    /// Returns the kernel's error if the memory could not be freed. Its content must be unchanged then.
     fn discard(&mut self, ranges: &[Range<u64>], taken_back: &dyn Fn() -> bool) -> io::Result<()>;
 }
 
-/// A balloon.
+/// Configuration of a memory balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonConfig {
-    /// Pages of 4 KiB that the guest should give at once.
+    /// Initial target: number of 4 KiB pages that the guest should give to the balloon.
     pub target_pages: u32,
-    /// The guest may take pages back before it kills a process for want of memory.
+    /// Allows the guest to take pages back before its OOM killer runs.
     pub deflate_on_oom: bool,
-    /// The guest says which of its pages hold nothing.
+    /// Offers free page reporting to the guest.
     pub free_page_reporting: bool,
 }
 
+/// Configuration space, which the control of the balloon shares.
 struct Config {
     target: AtomicU32,
     actual: AtomicU32,
@@ -70,7 +72,7 @@ impl ConfigSpace for Config {
         read_config(&spec::config(target, actual), offset, data);
     }
 
-    /// 5.5.4: the driver writes `actual`, at any time.
+    /// The driver may write `actual` at any time (virtio 1.2, 5.5.4).
     fn write(&self, offset: u64, data: &[u8]) {
         if let (ACTUAL_OFFSET, Ok(value)) = (offset, data.try_into()) {
             let value = u32::from_le_bytes(value);
@@ -78,12 +80,13 @@ impl ConfigSpace for Config {
         }
     }
 
-    /// After a reset the guest has all of its pages (5.5.5).
+    /// After a reset, the guest owns all of its pages (virtio 1.2, 5.5.5).
     fn reset(&self) {
         self.actual.store(0, Ordering::SeqCst);
     }
 }
 
+/// Counters of a memory balloon.
 #[derive(Default)]
 struct BalloonCounters {
     inflated: AtomicU64,
@@ -104,7 +107,7 @@ impl Counters for BalloonCounters {
     }
 }
 
-/// Says how large a balloon should be, and is. Clones are the same.
+/// Controls the size of a balloon. Clones control the same balloon.
 #[derive(Clone)]
 pub struct BalloonControl {
     config: Arc<Config>,
@@ -112,26 +115,26 @@ pub struct BalloonControl {
 }
 
 impl BalloonControl {
-    /// Asks the guest to have `pages` of 4 KiB in the balloon; it does so when and if it can.
+    /// Sets the target to `pages` of 4 KiB. The guest follows when and if it can.
     pub fn set_target(&self, pages: u32) {
         self.config.target.store(pages, Ordering::SeqCst);
         self.interrupt.config_changed();
     }
 
-    /// Pages of 4 KiB that the balloon should have.
+    /// Returns the target in pages of 4 KiB.
     #[must_use]
     pub fn target(&self) -> u32 {
         self.config.target.load(Ordering::SeqCst)
     }
 
-    /// Pages of 4 KiB that the guest says are in the balloon.
+    /// Returns the number of 4 KiB pages in the balloon, as the guest reports it.
     #[must_use]
     pub fn actual(&self) -> u32 {
         self.config.actual.load(Ordering::SeqCst)
     }
 }
 
-/// A memory balloon.
+/// Memory balloon.
 pub struct Balloon {
     features: u64,
     config: Arc<Config>,
@@ -139,15 +142,14 @@ pub struct Balloon {
     counters: Arc<BalloonCounters>,
 }
 
-/// What a request asks for: ranges to discard, and how many pages they have.
+/// Request to free pages.
 struct Request {
     head: u16,
     ranges: Vec<Range<u64>>,
 }
 
 impl Balloon {
-    /// The balloon that `config` describes, and the way to change its size. `interrupt` is the one that the
-    /// device gets.
+    /// Creates the balloon that `config` describes, and the control of its size. `interrupt` must be the device's own.
     #[must_use]
     pub fn new(
         config: BalloonConfig,
@@ -178,34 +180,35 @@ impl Balloon {
         (balloon, control)
     }
 
-    /// Works on the requests of a queue that gives pages away.
+    /// Handles the requests of a queue with which the guest gives pages away.
     fn take_pages<'a, M: GuestAddressSpace>(
         &mut self,
         queue: usize,
-        mut turn: Turn<'a, M>,
+        mut queues: ActiveQueues<'a, M>,
     ) -> Result<(), DeviceError> {
-        for _ in 0..REQUESTS_A_TURN {
-            let Some(chain) = turn.pop(queue)? else {
-                if turn.enable_notification(queue)? {
+        for _ in 0..REQUESTS_PER_WAKEUP {
+            let Some(chain) = queues.pop(queue)? else {
+                if queues.enable_notification(queue)? {
                     continue;
                 }
                 return Ok(());
             };
             let request = match queue {
-                INFLATE => inflated(&turn, chain)?,
+                INFLATE => inflated(&queues, chain)?,
                 _ => reported(chain)?,
             };
             let (back, result) =
-                turn.unlocked(|taken_back| self.discard.discard(&request.ranges, taken_back))?;
-            turn = back;
+                queues.unlocked(|taken_back| self.discard.discard(&request.ranges, taken_back))?;
+            queues = back;
             self.count(queue, &request, &result);
-            turn.complete(queue, request.head, 0)?;
-            turn.signal(queue)?;
+            queues.complete(queue, request.head, 0)?;
+            queues.signal(queue)?;
         }
-        turn.notify_again(queue);
+        queues.notify_again(queue);
         Ok(())
     }
 
+    /// Counts the pages of a request, or its failure.
     fn count(&self, queue: usize, request: &Request, result: &io::Result<()>) {
         let pages = |range: &Range<u64>| (range.end - range.start) / PAGE_BYTES;
         let (counter, more) = match (result, queue) {
@@ -222,31 +225,37 @@ impl Balloon {
         counter.fetch_add(more, Ordering::Relaxed);
     }
 
-    /// Pages that come back need nothing: the guest touches them, and they are there.
-    fn deflate<M: GuestAddressSpace>(&self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
-        turn.drain(DEFLATE, |turn, chain| {
-            let pages = page_numbers(turn, chain)?.len();
+    /// Handles requests to deflate. They need no work, because the guest gets a page back by touching it.
+    fn deflate<M: GuestAddressSpace>(
+        &self,
+        queues: &mut ActiveQueues<'_, M>,
+    ) -> Result<(), DeviceError> {
+        queues.drain(DEFLATE, |queues, chain| {
+            let pages = page_numbers(queues, chain)?.len();
             self.counters
                 .deflated
                 .fetch_add(pages as u64, Ordering::Relaxed);
-            Ok(Outcome::Done(0))
+            Ok(Completion::Used(0))
         })
     }
 }
 
-/// The pages that a request to inflate names, as ranges.
-fn inflated<M: GuestAddressSpace>(turn: &Turn<'_, M>, chain: Chain) -> Result<Request, QueueError> {
+/// Returns the pages that a request to inflate names, as ranges.
+fn inflated<M: GuestAddressSpace>(
+    queues: &ActiveQueues<'_, M>,
+    chain: Chain,
+) -> Result<Request, QueueError> {
     let head = chain.head;
-    let mut pages = page_numbers(turn, chain)?;
+    let mut pages = page_numbers(queues, chain)?;
     pages.sort_unstable();
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for page in pages {
         let start = u64::from(page) * PAGE_BYTES;
         let end = start + PAGE_BYTES;
-        if !turn.has_memory(start, PAGE_BYTES) {
+        if !queues.has_memory(start, PAGE_BYTES) {
             return Err(QueueError::Request {
                 head,
-                what: "a page for the balloon that is not guest memory",
+                what: "a page for the balloon is not guest memory",
             });
         }
         match ranges.last_mut() {
@@ -257,8 +266,9 @@ fn inflated<M: GuestAddressSpace>(turn: &Turn<'_, M>, chain: Chain) -> Result<Re
     Ok(Request { head, ranges })
 }
 
+/// Reads the page numbers in a request to inflate or deflate.
 fn page_numbers<M: GuestAddressSpace>(
-    turn: &Turn<'_, M>,
+    queues: &ActiveQueues<'_, M>,
     mut chain: Chain,
 ) -> Result<Vec<u32>, QueueError> {
     let malformed = |what| QueueError::Request {
@@ -267,14 +277,16 @@ fn page_numbers<M: GuestAddressSpace>(
     };
     let bytes = chain.readable.len();
     if !chain.writable.is_empty() {
-        return Err(malformed("page numbers are readable memory only"));
+        return Err(malformed("page numbers must be in readable memory only"));
     }
     let entry = PAGE_NUMBER_BYTES as u64;
     if !bytes.is_multiple_of(entry) || bytes / entry > PAGES_MAX {
-        return Err(malformed("page numbers of 4 bytes, at most 16384 of them"));
+        return Err(malformed(
+            "page numbers must be 4 bytes each, and at most 16384",
+        ));
     }
     let mut numbers = vec![0; usize::try_from(bytes).unwrap_or_default()];
-    turn.read(&mut chain.readable, &mut numbers)?;
+    queues.read(&mut chain.readable, &mut numbers)?;
     Ok(numbers
         .as_chunks::<PAGE_NUMBER_BYTES>()
         .0
@@ -283,12 +295,12 @@ fn page_numbers<M: GuestAddressSpace>(
         .collect())
 }
 
-/// The memory that a report names (5.5.6.7), in whole pages.
+/// Returns the memory that a report names (virtio 1.2, 5.5.6.7), rounded inwards to whole pages.
 fn reported(chain: Chain) -> Result<Request, QueueError> {
     if !chain.readable.is_empty() {
         return Err(QueueError::Request {
             head: chain.head,
-            what: "free pages are writable memory only",
+            what: "free pages must be writable memory only",
         });
     }
     let mut ranges: Vec<Range<u64>> = chain
@@ -328,27 +340,25 @@ impl<M: GuestAddressSpace> Device<M> for Balloon {
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            DEFLATE => self.deflate(&mut turn),
-            INFLATE | REPORT => self.take_pages(queue, turn),
+            DEFLATE => self.deflate(&mut queues),
+            INFLATE | REPORT => self.take_pages(queue, queues),
             _ => Ok(()),
         }
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Balloon(BalloonSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&BalloonSnapshot {
             target_pages: self.config.target.load(Ordering::SeqCst),
             actual_pages: self.config.actual.load(Ordering::SeqCst),
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Balloon(state) = state else {
-            return Err(DeviceStateError::other("balloon", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: BalloonSnapshot = state.decode("balloon")?;
         self.config
             .target
             .store(state.target_pages, Ordering::SeqCst);

@@ -1,12 +1,21 @@
-//! The state of a balloon.
+//! Saved state of a memory balloon.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-/// How large a balloon is. Which pages are in it only the guest knows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+use crate::SavedState;
+
+/// Saved state of a memory balloon. Only the guest knows which pages are in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct BalloonSnapshot {
-    /// Pages of 4 KiB that it should have.
+    /// Target in pages of 4 KiB.
+    #[n(0)]
     pub target_pages: u32,
-    /// Pages of 4 KiB that the driver says it has.
+    /// Number of 4 KiB pages in the balloon, as the driver reported it.
+    #[n(1)]
     pub actual_pages: u32,
+}
+
+impl SavedState for BalloonSnapshot {
+    const VERSION: u16 = 1;
 }

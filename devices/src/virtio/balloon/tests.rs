@@ -1,4 +1,4 @@
-//! A balloon as its driver sees it, and what leaves by it.
+//! A memory balloon and its driver, with a [`Discard`] that records the pages.
 
 use std::sync::mpsc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ type Ranges = Vec<Range<u64>>;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Says what was discarded; optionally waits to be let on.
+/// Records the discarded ranges. With a gate, each call waits until the test opens it.
 struct Recorder {
     discarded: mpsc::Sender<Ranges>,
     gate: Option<mpsc::Receiver<()>>,
@@ -86,7 +86,7 @@ fn its_size_is_asked_for_and_told() {
     assert_eq!(driver.config::<4>(0), [0x34, 0x12, 0, 0]);
     driver.set(0x104, 99);
     assert_eq!((control.target(), control.actual()), (0x1234, 99));
-    // The target is not the driver's to write.
+    // The driver cannot write the target.
     driver.set(0x100, 1);
     driver.set(0x108, 1);
     assert_eq!((control.target(), control.actual()), (0x1234, 99));
@@ -188,7 +188,7 @@ fn a_reset_does_not_wait_for_pages_on_their_way() {
     driver.add(0, &[pages]);
     driver.notify(0);
     discarded.recv_timeout(PATIENCE).unwrap();
-    // The worker is with the monitor now, which may wait for this very vCPU.
+    // The worker is in `discard` now, which may wait for this vCPU.
     driver.set(0x70, 0);
     let used = driver.rings[0].used();
     assert_eq!(driver.get(0x70), 0);
@@ -197,7 +197,7 @@ fn a_reset_does_not_wait_for_pages_on_their_way() {
     open.send(()).unwrap();
     let pages = name_pages(&driver, &[2]);
     driver.request(0, &[pages]);
-    // Of the request before the reset nothing is in the rings.
+    // The request from before the reset must not appear in the used ring.
     assert_eq!(driver.read_memory(used + 2, 2), [1, 0]);
 }
 

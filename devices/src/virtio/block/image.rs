@@ -1,4 +1,4 @@
-//! A raw image on the host: sectors of guest memory to and from a file, with nothing copied in between.
+//! Raw disk image on the host. Data moves between guest memory and the file without a copy.
 
 use std::fs::File;
 use std::io;
@@ -10,27 +10,27 @@ use vm_memory::{
     GuestAddressSpace, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
 use super::super::queue::QueueError;
-use super::super::turn::Turn;
 use super::spec::SECTOR_BYTES;
 
-/// A part of an image, in bytes, that lies in it.
+/// Range of an image in bytes. It lies wholly within the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) offset: u64,
     pub(super) bytes: u64,
 }
 
-/// A file, or a block device of the host.
+/// Image file, or block device of the host.
 pub(super) struct Image {
     file: File,
     sectors: u64,
 }
 
 impl Image {
-    /// The image in `file`, whose position nobody else uses. A last part that is no whole sector is not
-    /// seen by the guest.
+    /// Opens the image in `file`, whose file position nobody else may use. Bytes behind the last whole sector are not
+    /// visible to the guest.
     pub(super) fn new(file: File) -> io::Result<Self> {
         let bytes = seek(&file, SeekFrom::End(0))?;
         Ok(Self {
@@ -39,11 +39,12 @@ impl Image {
         })
     }
 
+    /// Returns the size of the image in sectors.
     pub(super) fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// Where `bytes` from `sector` on are, if they are whole sectors of the image.
+    /// Returns the extent of `bytes` bytes from `sector` on, if they are whole sectors within the image.
     pub(super) fn extent(&self, sector: u64, bytes: u64) -> Option<Extent> {
         let whole = bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES);
         let end = sector.checked_add(bytes / SECTOR_BYTES)?;
@@ -53,16 +54,16 @@ impl Image {
         })
     }
 
-    /// Fills `buffer` from `offset` on.
+    /// Fills `buffer` from the image at `offset`.
     pub(super) fn read<M: GuestAddressSpace>(
         &self,
         offset: u64,
         buffer: &Buffer,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
     ) -> Result<io::Result<()>, QueueError> {
         let mut result = self.seek(offset);
         if result.is_ok() {
-            turn.each_slice(buffer, Permissions::Write, |mut slice| {
+            queues.each_slice(buffer, Permissions::Write, |mut slice| {
                 result = self.read_slice(&mut slice);
                 result.is_ok()
             })?;
@@ -70,16 +71,16 @@ impl Image {
         Ok(result)
     }
 
-    /// Writes `buffer` from `offset` on.
+    /// Writes `buffer` to the image at `offset`.
     pub(super) fn write<M: GuestAddressSpace>(
         &self,
         offset: u64,
         buffer: &Buffer,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
     ) -> Result<io::Result<()>, QueueError> {
         let mut result = self.seek(offset);
         if result.is_ok() {
-            turn.each_slice(buffer, Permissions::Read, |slice| {
+            queues.each_slice(buffer, Permissions::Read, |slice| {
                 result = (&self.file)
                     .write_all_volatile(&slice)
                     .map_err(into_io_error);
@@ -89,12 +90,13 @@ impl Image {
         Ok(result)
     }
 
-    /// All that was written is on the disk.
+    /// Makes all earlier writes durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         Ok(fdatasync(&self.file)?)
     }
 
-    /// The guest needs `extent` no longer. A file system that cannot give it back keeps it.
+    /// Deallocates `extent`, which the guest does not need any more. Has no effect if the file system cannot
+    /// deallocate.
     pub(super) fn discard(&self, extent: Extent) -> io::Result<()> {
         match self.punch(extent) {
             Err(Errno::OPNOTSUPP) => Ok(()),
@@ -102,15 +104,18 @@ impl Image {
         }
     }
 
-    /// Makes `extent` zeros without writing them; unsupported where the file system cannot do that. It
-    /// stays allocated unless it `may_shrink`.
+    /// Writes zeros to `extent` by changing its allocation. The extent stays allocated unless `may_shrink` allows
+    /// otherwise.
+    ///
+    /// # Errors
+    /// Returns an error of kind [`io::ErrorKind::Unsupported`] if the file system cannot do this.
     pub(super) fn write_zeroes(&self, extent: Extent, may_shrink: MayShrink) -> io::Result<()> {
         if may_shrink == MayShrink::Yes {
             return Ok(self.punch(extent)?);
         }
         let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         match fallocate(&self.file, zero, extent.offset, extent.bytes) {
-            // tmpfs punches holes and allocates, but does not do both at once.
+            // tmpfs can punch holes and allocate, but has no single operation for both.
             Err(Errno::OPNOTSUPP) => {
                 self.punch(extent)?;
                 let keep = FallocateFlags::KEEP_SIZE;
@@ -120,6 +125,7 @@ impl Image {
         }
     }
 
+    /// Deallocates `extent`.
     fn punch(&self, extent: Extent) -> rustix::io::Result<()> {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, punch, extent.offset, extent.bytes)
@@ -137,7 +143,7 @@ impl Image {
     }
 }
 
-/// Whether a range that becomes zeros may be deallocated.
+/// Whether an extent may be deallocated when it becomes zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MayShrink {
     Yes,

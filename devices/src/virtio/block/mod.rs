@@ -1,8 +1,8 @@
-//! The block device (virtio 1.2, 5.2) over a raw file.
+//! Block device (virtio 1.2, 5.2) over a raw image.
 //!
-//! One worker serves requests in the order in which they were made available, each to its end; the driver
-//! is told after each. What the host refuses (a full file system, a file that became too short) is an I/O
-//! error of that request, and the disk lives on.
+//! The worker handles one request at a time, in the order of the available ring, and signals the driver after each. If
+//! the host refuses an operation, for example because the file system is full or the file has become shorter, the
+//! request fails with an I/O error, and the device goes on.
 
 mod image;
 mod request;
@@ -20,43 +20,43 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
-use super::state::DeviceSnapshot;
-use super::turn::{Outcome, Turn};
+use super::state::{DeviceState, DeviceStateError};
 use crate::rate_limit::{RateLimit, RateLimiter};
 use image::Image;
 use spec::{ID_BYTES, QUEUE_SIZE, REQUESTS};
 
 pub use state::BlockSnapshot;
 
+/// Token of the rate limit's timer.
 const TIMER: Token = 0;
 
-/// Whether a guest may write to its disk.
+/// Whether the guest may write to its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// It may not.
+    /// The guest may only read.
     ReadOnly,
-    /// It may.
+    /// The guest may read and write.
     ReadWrite,
 }
 
-/// A disk.
+/// Configuration of a block device.
 pub struct BlockConfig {
-    /// The raw image: a file or block device, open for what `access` says. Its position belongs to the
-    /// device: the descriptor is not a duplicate of another that is in use.
+    /// Raw image: a file or block device, opened for `access`. The device uses the file position, so the descriptor
+    /// must not be a duplicate of one that is used elsewhere.
     pub file: File,
-    /// What the guest may do.
+    /// Whether the guest may write.
     pub access: Access,
-    /// The identification that the guest reads (a serial number); what is beyond 20 bytes is cut off.
+    /// Identification that the guest can read, for example a serial number. Only the first 20 bytes are used.
     pub id: String,
-    /// How much it may move.
+    /// Limit on bytes and requests.
     pub rate_limit: RateLimit,
 }
 
-/// What a disk has done.
+/// Counters of a block device.
 #[derive(Debug, Default)]
 struct BlockCounters {
     read_bytes: AtomicU64,
@@ -79,6 +79,7 @@ impl Counters for BlockCounters {
     }
 }
 
+/// Configuration space.
 struct Config([u8; 60]);
 
 impl ConfigSpace for Config {
@@ -87,7 +88,7 @@ impl ConfigSpace for Config {
     }
 }
 
-/// A block device.
+/// Block device.
 pub struct Block {
     image: Image,
     access: Access,
@@ -97,10 +98,10 @@ pub struct Block {
 }
 
 impl Block {
-    /// The disk that `config` describes.
+    /// Creates the block device that `config` describes.
     ///
     /// # Errors
-    /// A file whose size cannot be told, and descriptors that cannot be had.
+    /// Returns the kernel's error if the size of the file cannot be determined, or a timer cannot be created.
     pub fn new(config: BlockConfig) -> io::Result<Self> {
         let mut id = config.id.into_bytes();
         id.truncate(ID_BYTES);
@@ -113,97 +114,98 @@ impl Block {
         })
     }
 
-    /// Its size, in sectors of 512 bytes. A last part of the file that is no whole sector is not seen by
-    /// the guest.
+    /// Returns the size of the disk in sectors of 512 bytes. Bytes behind the last whole sector are not visible to the
+    /// guest.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         self.image.sectors()
     }
 
-    fn serve<M: GuestAddressSpace>(&mut self, turn: &mut Turn<'_, M>) -> Result<(), DeviceError> {
-        turn.drain(REQUESTS, |turn, chain| {
+    /// Handles available requests until the rate limit is reached.
+    fn serve<M: GuestAddressSpace>(
+        &mut self,
+        queues: &mut ActiveQueues<'_, M>,
+    ) -> Result<(), DeviceError> {
+        queues.drain(REQUESTS, |queues, chain| {
             let bytes = chain.readable.len() + chain.writable.len();
             let admitted = self.limiter.admit(bytes);
-            if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
-                return Ok(Outcome::Later);
+            if !admitted.map_err(DeviceError::host("cannot use the timer of the rate limit"))? {
+                return Ok(Completion::Deferred);
             }
             let head = chain.head;
-            let written = self.execute(turn, chain)?;
-            turn.complete(REQUESTS, head, written)?;
-            turn.signal(REQUESTS)?;
-            Ok(Outcome::Completed)
+            let written = self.execute(queues, chain)?;
+            queues.complete(REQUESTS, head, written)?;
+            queues.signal(REQUESTS)?;
+            Ok(Completion::AlreadyUsed)
         })
     }
 }
 
 impl<M: GuestAddressSpace> Device<M> for Block {
     fn identity(&self) -> Identity {
-        let read_only = self.access == Access::ReadOnly;
         Identity {
             device_type: VIRTIO_ID_BLOCK,
-            features: spec::features(read_only),
+            features: spec::features(self.access),
             queue_sizes: vec![QUEUE_SIZE],
-            config: Arc::new(Config(spec::config(self.image.sectors(), 512, read_only))),
+            config: Arc::new(Config(spec::config(self.image.sectors(), self.access))),
             counters: Arc::clone(&self.counters) as _,
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        watch.add(self.limiter.timer(), TIMER, EventSet::IN)
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        registry.add(self.limiter.timer(), TIMER, EventSet::IN)
     }
 
     fn notified(
         &mut self,
         _: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.serve(&mut turn)
+        self.serve(&mut queues)
     }
 
     fn ready(
         &mut self,
         _: Token,
         _: EventSet,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         self.limiter
             .timer_ran_out()
-            .map_err(DeviceError::host("the timer of the rate limit"))?;
-        self.serve(&mut turn)
+            .map_err(DeviceError::host("cannot use the timer of the rate limit"))?;
+        self.serve(&mut queues)
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Block(BlockSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&BlockSnapshot {
             sectors: self.image.sectors(),
             id: self.id.clone(),
         })
     }
 
-    /// The identification goes with the guest; the image has to be the same size here.
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let error = |what| DeviceStateError {
+    /// Loads the identification, and checks that the image has the same size as that of the saved disk.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let error = |what| DeviceStateError::Mismatch {
             device: "block",
             what,
         };
-        let DeviceSnapshot::Block(state) = state else {
-            return Err(DeviceStateError::other("block", state));
-        };
+        let state: BlockSnapshot = state.decode("block")?;
         if state.sectors != self.image.sectors() {
             return Err(error(format!(
-                "a disk of {} sectors, the image here has {}",
+                "the saved disk has {} sectors, but the image here has {}",
                 state.sectors,
                 self.image.sectors()
             )));
         }
         if state.id.len() > ID_BYTES {
             return Err(error(format!(
-                "an identification of {} bytes, at most {ID_BYTES} are possible",
+                "id has {} bytes, but the maximum is {ID_BYTES}",
                 state.id.len()
             )));
         }
-        self.id.clone_from(&state.id);
+        self.id = state.id;
         Ok(())
     }
 }

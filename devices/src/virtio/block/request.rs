@@ -1,46 +1,46 @@
-//! One request of a driver (virtio 1.2, 5.2.6): header and data, then a status byte.
+//! Requests to a block device (virtio 1.2, 5.2.6). A request consists of a header, data, and a status byte.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::GuestAddressSpace;
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
 use super::super::device::DeviceError;
 use super::super::queue::{Chain, QueueError};
-use super::super::turn::Turn;
 use super::image::{Extent, MayShrink};
 use super::spec::{
-    FLUSH_FEATURE, HEADER_BYTES, ID_BYTES, Kind, RANGE_BYTES, RANGE_SECTORS_MAX, RANGE_UNMAP,
-    RANGES_MAX, SECTOR_BYTES, Status,
+    FLUSH_FEATURE, HEADER_BYTES, ID_BYTES, RANGE_BYTES, RANGE_SECTORS_MAX, RANGE_UNMAP, RANGES_MAX,
+    RequestType, SECTOR_BYTES, Status,
 };
 use super::{Access, Block};
 
-/// A request whose parts were found.
+/// Request whose parts have been separated.
 struct Request {
-    kind: Kind,
+    kind: RequestType,
     sector: u64,
-    /// What the driver sends: data to write, or ranges.
+    /// Data from the driver: sectors to write, or ranges.
     outgoing: Buffer,
-    /// Where it wants data.
+    /// Room for data to the driver.
     incoming: Buffer,
 }
 
-/// A range to discard or to write zeroes to.
+/// Range to discard, or to fill with zeros.
 #[derive(Clone, Copy)]
 struct Range {
     extent: Extent,
     may_shrink: MayShrink,
 }
 
-/// The status of a request, and how many bytes of its data were written to guest memory.
-type Answer = (Status, u64);
+/// Status of a request, and the number of data bytes written to guest memory.
+type Reply = (Status, u64);
 
 impl Block {
-    /// Does what `chain` asks for. Returns how many bytes of its writable memory were written.
+    /// Executes the request in `chain`. Returns the number of bytes written to its writable memory.
     pub(super) fn execute<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         chain: Chain,
     ) -> Result<u32, DeviceError> {
         let malformed = |what| QueueError::Request {
@@ -53,60 +53,64 @@ impl Block {
             ..
         } = chain;
         let mut header = [0; HEADER_BYTES];
-        if turn.read(&mut readable, &mut header)? < HEADER_BYTES {
-            return Err(malformed("no room for a header in the readable memory").into());
+        if queues.read(&mut readable, &mut header)? < HEADER_BYTES {
+            return Err(malformed("the readable memory is too small for a request header").into());
         }
         let mut status_byte = writable.take_last(1);
         if status_byte.is_empty() {
-            return Err(malformed("no room for a status in the writable memory").into());
+            return Err(malformed("the writable memory is too small for a status byte").into());
         }
         let [kind, _reserved] = [0, 4].map(|at| word(&header, at));
         let request = Request {
-            kind: Kind::of(kind),
+            kind: RequestType::of(kind),
             sector: long(&header, 8),
             outgoing: readable,
             incoming: writable,
         };
-        let (status, written) = self.answer(turn, &request)?;
+        let (status, written) = self.perform(queues, &request)?;
         if status == Status::IoError {
             count(&self.counters.errors, 1);
         }
-        turn.write(&mut status_byte, &[status as u8])?;
-        // 2.7.8: the bytes from the start; the status is behind all of the data.
+        queues.write(&mut status_byte, &[status as u8])?;
+        // The length in the used ring counts from the start of the writable memory (virtio 1.2, 2.7.8). The status byte
+        // follows all of the data.
         let all = request.incoming.len();
         let written = if written == all { all + 1 } else { written };
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
 
-    fn answer<M: GuestAddressSpace>(
+    /// Executes a request. Returns its status and the number of data bytes written.
+    fn perform<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
-    ) -> Result<Answer, QueueError> {
+    ) -> Result<Reply, QueueError> {
         let read_only = self.access == Access::ReadOnly;
         match request.kind {
-            Kind::Read => self.read(turn, request),
-            Kind::GetId => self.identify(turn, request),
-            Kind::Flush => Ok((status_of(&self.image.flush()), 0)),
-            Kind::Write | Kind::Discard | Kind::WriteZeroes if read_only => {
+            RequestType::Read => self.read(queues, request),
+            RequestType::GetId => self.identify(queues, request),
+            RequestType::Flush => Ok((status_of(&self.image.flush()), 0)),
+            RequestType::Write | RequestType::Discard | RequestType::WriteZeroes if read_only => {
                 Ok((Status::IoError, 0))
             }
-            Kind::Write => Ok((self.write(turn, request)?, 0)),
-            Kind::Discard | Kind::WriteZeroes => Ok((self.ranges(turn, request)?, 0)),
-            Kind::Unknown => Ok((Status::Unsupported, 0)),
+            RequestType::Write => Ok((self.write(queues, request)?, 0)),
+            RequestType::Discard | RequestType::WriteZeroes => {
+                Ok((self.ranges(queues, request)?, 0))
+            }
+            RequestType::Unknown => Ok((Status::Unsupported, 0)),
         }
     }
 
     fn read<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
-    ) -> Result<Answer, QueueError> {
+    ) -> Result<Reply, QueueError> {
         let bytes = request.incoming.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok((Status::IoError, 0));
         };
-        let result = self.image.read(extent.offset, &request.incoming, turn)?;
+        let result = self.image.read(extent.offset, &request.incoming, queues)?;
         if result.is_err() {
             return Ok((Status::IoError, 0));
         }
@@ -117,16 +121,16 @@ impl Block {
 
     fn write<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Status, QueueError> {
         let bytes = request.outgoing.len();
         let Some(extent) = self.image.extent(request.sector, bytes) else {
             return Ok(Status::IoError);
         };
-        let mut result = self.image.write(extent.offset, &request.outgoing, turn)?;
-        // 5.2.6.2: a driver that cannot flush is told of nothing that is not on the disk.
-        if result.is_ok() && turn.features() & FLUSH_FEATURE == 0 {
+        let mut result = self.image.write(extent.offset, &request.outgoing, queues)?;
+        // A write must be durable when it completes if the driver cannot flush (virtio 1.2, 5.2.6.2).
+        if result.is_ok() && queues.features() & FLUSH_FEATURE == 0 {
             result = self.image.flush();
         }
         if result.is_ok() {
@@ -136,24 +140,25 @@ impl Block {
         Ok(status_of(&result))
     }
 
+    /// Writes the identification of the disk, padded with zeros.
     fn identify<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
-    ) -> Result<Answer, QueueError> {
+    ) -> Result<Reply, QueueError> {
         if request.incoming.len() < ID_BYTES as u64 {
             return Ok((Status::IoError, 0));
         }
         let mut id = [0; ID_BYTES];
         id[..self.id.len()].copy_from_slice(&self.id);
-        let written = turn.write(&mut request.incoming.clone(), &id)?;
+        let written = queues.write(&mut request.incoming.clone(), &id)?;
         Ok((Status::Ok, written as u64))
     }
 
-    /// Discards, or writes zeroes. All ranges are looked at before anything is done.
+    /// Discards ranges, or fills them with zeros. Checks all ranges before it changes any.
     fn ranges<M: GuestAddressSpace>(
         &self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         request: &Request,
     ) -> Result<Status, QueueError> {
         let mut left = request.outgoing.clone();
@@ -165,7 +170,7 @@ impl Block {
         let mut ranges = Vec::new();
         while !left.is_empty() {
             let mut entry = [0; RANGE_BYTES];
-            turn.read(&mut left, &mut entry)?;
+            queues.read(&mut left, &mut entry)?;
             match self.range(request.kind, &entry) {
                 Ok(range) => ranges.push(range),
                 Err(status) => return Ok(status),
@@ -173,7 +178,7 @@ impl Block {
         }
         for range in ranges {
             let result = match request.kind {
-                Kind::Discard => self.image.discard(range.extent),
+                RequestType::Discard => self.image.discard(range.extent),
                 _ => self.image.write_zeroes(range.extent, range.may_shrink),
             };
             if result.is_err() {
@@ -183,10 +188,11 @@ impl Block {
         Ok(Status::Ok)
     }
 
-    fn range(&self, kind: Kind, entry: &[u8; RANGE_BYTES]) -> Result<Range, Status> {
+    /// Decodes and checks a range. Returns the status of the request if the range is invalid.
+    fn range(&self, kind: RequestType, entry: &[u8; RANGE_BYTES]) -> Result<Range, Status> {
         let (sector, sectors, flags) = (long(entry, 0), word(entry, 8), word(entry, 12));
         let known = match kind {
-            Kind::WriteZeroes => RANGE_UNMAP,
+            RequestType::WriteZeroes => RANGE_UNMAP,
             _ => 0,
         };
         if flags & !known != 0 {
@@ -208,6 +214,7 @@ impl Block {
     }
 }
 
+/// Returns the status for the result of an operation on the image.
 fn status_of(result: &io::Result<()>) -> Status {
     match result {
         Ok(()) => Status::Ok,
@@ -220,10 +227,12 @@ fn count(counter: &AtomicU64, more: u64) {
     counter.fetch_add(more, Ordering::Relaxed);
 }
 
+/// Returns the little-endian 32-bit value at byte `at`.
 fn word(bytes: &[u8; 16], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// Returns the little-endian 64-bit value at byte `at`.
 fn long(bytes: &[u8; 16], at: usize) -> u64 {
     u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32
 }

@@ -1,8 +1,8 @@
-//! The network device (virtio 1.2, 5.1) over a tap: one pair of queues, checksum and TCP segmentation
-//! offloads, mergeable receive buffers, and a rate limit for each direction.
+//! Network device (virtio 1.2, 5.1) over a tap interface: one pair of queues, checksum and TCP segmentation offloads,
+//! mergeable receive buffers, and a rate limit for each direction.
 //!
-//! A packet is one read or write of the tap, and so it is copied once: what a guest offers is in pieces,
-//! and to read or write pieces at once takes raw pointers, which this crate does not use.
+//! Each packet is one read or write of the tap, and is copied once. The guest's buffers are in several pieces; a
+//! vectored read or write into guest memory would need raw pointers, which this crate does not use.
 
 mod receive;
 mod spec;
@@ -19,15 +19,14 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
-use super::turn::{Outcome, Turn};
+use super::state::{DeviceState, DeviceStateError};
 use crate::rate_limit::{RateLimit, RateLimiter};
-use receive::Waiting;
+use receive::PendingPacket;
 use spec::{
     ETHERNET_BYTES, FEATURES, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HEADER_BYTES, MTU, PACKET_MAX,
     QUEUE_SIZE, RECEIVE, TRANSMIT,
@@ -37,25 +36,26 @@ use tap::retried;
 pub use state::NetSnapshot;
 pub use tap::{Offloads, Tap};
 
+/// Token of the tap.
 const TAP: Token = 0;
 const RECEIVE_TIMER: Token = 1;
 const TRANSMIT_TIMER: Token = 2;
 
-/// A network interface.
+/// Configuration of a network device.
 pub struct NetConfig {
-    /// The host's side.
+    /// Tap interface on the host.
     pub tap: Box<dyn Tap>,
-    /// The guest's address.
+    /// MAC address of the guest.
     pub mac: [u8; 6],
-    /// The largest packet that the guest should send, in bytes; none leaves it to the guest.
+    /// MTU in bytes that the guest is told to use. `None` does not offer one.
     pub mtu: Option<u16>,
-    /// How much may come to the guest.
+    /// Limit on packets to the guest.
     pub receive_limit: RateLimit,
-    /// How much the guest may send.
+    /// Limit on packets from the guest.
     pub transmit_limit: RateLimit,
 }
 
-/// What an interface has done.
+/// Counters of a network device.
 #[derive(Default)]
 struct NetCounters {
     received_bytes: AtomicU64,
@@ -67,7 +67,7 @@ struct NetCounters {
 }
 
 impl Counters for NetCounters {
-    /// By Cloud Hypervisor's names where it has them.
+    /// The names are those of Cloud Hypervisor where it has the same counter.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
@@ -85,6 +85,7 @@ fn count(counter: &AtomicU64, more: usize) {
     counter.fetch_add(more as u64, Ordering::Relaxed);
 }
 
+/// Configuration space.
 struct Config {
     mac: Mutex<[u8; 6]>,
     mtu: u16,
@@ -106,31 +107,31 @@ impl ConfigSpace for Config {
     }
 }
 
-/// A network device.
+/// Network device.
 pub struct Net {
     tap: Box<dyn Tap>,
     config: Arc<Config>,
     has_mtu: bool,
     receive_limiter: RateLimiter,
     transmit_limiter: RateLimiter,
-    /// From the host, on its way to the guest.
-    waiting: Waiting,
-    /// From the guest, on its way to the host.
+    /// Packet from the host that the guest has not received yet.
+    waiting: PendingPacket,
+    /// Buffer for a packet from the guest.
     outgoing: Vec<u8>,
-    /// The tap had no room for it.
+    /// The tap had no room for the last packet, which is still in the available ring.
     blocked: bool,
-    /// What the tap was told.
+    /// Offloads that the tap was set to.
     offloads: Option<Offloads>,
-    /// The guest came from another host, and its network does not know yet.
+    /// The guest was restored here, and the network has to learn its new location.
     announce: bool,
     counters: Arc<NetCounters>,
 }
 
 impl Net {
-    /// The interface that `config` describes.
+    /// Creates the network device that `config` describes.
     ///
     /// # Errors
-    /// Descriptors that cannot be had.
+    /// Returns the kernel's error if a timer cannot be created.
     pub fn new(config: NetConfig) -> io::Result<Self> {
         Ok(Self {
             tap: config.tap,
@@ -141,7 +142,7 @@ impl Net {
             has_mtu: config.mtu.is_some(),
             receive_limiter: RateLimiter::new(config.receive_limit)?,
             transmit_limiter: RateLimiter::new(config.transmit_limit)?,
-            waiting: Waiting::new(),
+            waiting: PendingPacket::new(),
             outgoing: vec![0; PACKET_MAX],
             blocked: false,
             offloads: None,
@@ -150,54 +151,56 @@ impl Net {
         })
     }
 
+    /// Sends available packets to the tap until it has no room or the rate limit is reached.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        turn.drain(TRANSMIT, |turn, chain| self.send(turn, chain))
+        queues.drain(TRANSMIT, |queues, chain| self.send(queues, chain))
     }
 
+    /// Sends one packet to the tap.
     fn send<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         mut chain: Chain,
-    ) -> Result<Outcome, DeviceError> {
+    ) -> Result<Completion, DeviceError> {
         let len = usize::try_from(chain.readable.len()).unwrap_or(usize::MAX);
         if !chain.writable.is_empty() || len < HEADER_BYTES {
             return Err(QueueError::Request {
                 head: chain.head,
-                what: "a packet to send is readable memory, with a header",
+                what: "a packet to send must be in readable memory only, and have a header",
             }
             .into());
         }
         if !(HEADER_BYTES + ETHERNET_BYTES..=PACKET_MAX).contains(&len) {
             count(&self.counters.sent_dropped, 1);
-            return Ok(Outcome::Done(0));
+            return Ok(Completion::Used(0));
         }
         let bytes = len - HEADER_BYTES;
         let admitted = self.transmit_limiter.admit(bytes as u64);
-        if !admitted.map_err(DeviceError::host("the timer of the rate limit"))? {
-            return Ok(Outcome::Later);
+        if !admitted.map_err(DeviceError::host("cannot use the timer of the rate limit"))? {
+            return Ok(Completion::Deferred);
         }
         let packet = &mut self.outgoing[..len];
-        turn.read(&mut chain.readable, packet)?;
+        queues.read(&mut chain.readable, packet)?;
         match retried(|| self.tap.send(packet)) {
             Ok(()) => {
                 count(&self.counters.sent_bytes, bytes);
                 count(&self.counters.sent_packets, 1);
             }
-            // The tap says when there is room.
+            // The tap becomes writable when it has room.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.blocked = true;
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
-            // A header that the kernel does not take, or an interface that is down.
+            // The kernel rejected the packet's header, or the interface is down.
             Err(_) => count(&self.counters.sent_dropped, 1),
         }
-        Ok(Outcome::Done(0))
+        Ok(Completion::Used(0))
     }
 
-    /// Tells the tap what the guest can take.
+    /// Sets the tap's offloads to those that the guest accepts.
     fn agree(&mut self, features: u64) -> Result<(), DeviceError> {
         let offloads = Offloads {
             checksum: features & GUEST_CSUM != 0,
@@ -213,8 +216,8 @@ impl Net {
         Ok(())
     }
 
-    /// Has the switches learn where the guest is now, by a reverse ARP request of its own address (RFC
-    /// 903), as other monitors do. It may get lost as any packet may.
+    /// Announces the guest's location to the switches after a migration, by a reverse ARP request for its own address
+    /// (RFC 903). Like any packet, it may be lost.
     fn announce(&mut self) {
         if std::mem::take(&mut self.announce)
             && retried(|| self.tap.send(&announcement(*self.config.mac()))).is_err()
@@ -224,12 +227,13 @@ impl Net {
     }
 }
 
+/// Returns the reverse ARP request of a guest, with a virtio header.
 fn announcement(mac: [u8; 6]) -> [u8; HEADER_BYTES + 60] {
     let mut packet = [0; HEADER_BYTES + 60];
     let frame = &mut packet[HEADER_BYTES..];
     frame[..6].fill(0xff);
     frame[6..12].copy_from_slice(&mac);
-    // Reverse ARP; Ethernet, IPv4, 6 and 4 bytes of address, request reverse.
+    // EtherType for reverse ARP, then: Ethernet, IPv4, address lengths of 6 and 4 bytes, "request reverse".
     frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
     frame[22..28].copy_from_slice(&mac);
     frame[32..38].copy_from_slice(&mac);
@@ -247,29 +251,33 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        // By edges: a packet for which the guest has no room must not wake the worker again and again.
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        // Edge-triggered: a packet for which the guest has no room must not wake the worker again and again.
         let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        watch.add(&self.tap.as_raw_fd(), TAP, both)?;
-        watch.add(self.receive_limiter.timer(), RECEIVE_TIMER, EventSet::IN)?;
-        watch.add(self.transmit_limiter.timer(), TRANSMIT_TIMER, EventSet::IN)
+        registry.add(&self.tap.as_raw_fd(), TAP, both)?;
+        registry.add(self.receive_limiter.timer(), RECEIVE_TIMER, EventSet::IN)?;
+        registry.add(self.transmit_limiter.timer(), TRANSMIT_TIMER, EventSet::IN)
     }
 
-    fn started(&mut self, mut turn: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
-        self.agree(turn.features())?;
+    fn started(
+        &mut self,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
+        self.agree(queues.features())?;
         self.announce();
-        self.receive(&mut turn)
+        self.receive(&mut queues)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            RECEIVE => self.receive(&mut turn),
-            _ => self.transmit(&mut turn),
+            RECEIVE => self.receive(&mut queues),
+            _ => self.transmit(&mut queues),
         }
     }
 
@@ -277,10 +285,10 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         &mut self,
         token: Token,
         events: EventSet,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        let failed = DeviceError::host("the timer of the rate limit");
+        let failed = DeviceError::host("cannot use the timer of the rate limit");
         match token {
             RECEIVE_TIMER => self.receive_limiter.timer_ran_out().map_err(failed)?,
             TRANSMIT_TIMER => self.transmit_limiter.timer_ran_out().map_err(failed)?,
@@ -288,34 +296,32 @@ impl<M: GuestAddressSpace> Device<M> for Net {
         }
         let unblocked = events.contains(EventSet::OUT) && std::mem::take(&mut self.blocked);
         if token == TRANSMIT_TIMER || unblocked {
-            self.transmit(&mut turn)?;
+            self.transmit(&mut queues)?;
         }
         if token != TRANSMIT_TIMER {
-            self.receive(&mut turn)?;
+            self.receive(&mut queues)?;
         }
         Ok(())
     }
 
-    fn reset(&mut self, _: &mut Watch<'_, '_>) {
+    fn reset(&mut self, _: &mut EventRegistry<'_, '_>) {
         self.waiting.clear();
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Net(NetSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&NetSnapshot {
             mac: *self.config.mac(),
             waiting_packet: self.waiting.packet().to_vec(),
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Net(state) = state else {
-            return Err(DeviceStateError::other("net", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: NetSnapshot = state.decode("net")?;
         if !self.waiting.set(&state.waiting_packet) {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: "net",
                 what: format!(
-                    "a waiting packet of {} bytes, from {HEADER_BYTES} to {PACKET_MAX} are possible",
+                    "the waiting packet has {} bytes, but must have {HEADER_BYTES} to {PACKET_MAX}",
                     state.waiting_packet.len()
                 ),
             });

@@ -1,28 +1,28 @@
-//! From the tap to the guest.
+//! Receive path of the network device: packets from the tap to the guest.
 
 use std::sync::atomic::Ordering;
 
 use vm_memory::GuestAddressSpace;
 
+use super::super::active_queues::ActiveQueues;
 use super::super::device::DeviceError;
 use super::super::queue::{Chain, QueueError, Used};
-use super::super::turn::Turn;
 use super::spec::{ETHERNET_BYTES, HEADER_BYTES, MERGEABLE, NUM_BUFFERS, PACKET_MAX, RECEIVE};
 use super::tap::{is_idle, retried};
 use super::{Net, Tap, count};
 
-/// Packets that one turn brings; then others get theirs.
-const PACKETS_A_TURN: u32 = 256;
+/// Maximum number of packets that one wake-up of the worker delivers, before it looks at its other events.
+const PACKETS_PER_WAKEUP: u32 = 256;
 
-/// A packet that was read from the tap, and waits for the guest or for the rate limit.
-pub(super) struct Waiting {
+/// Packet that was read from the tap, and waits for buffers of the guest or for the rate limit.
+pub(super) struct PendingPacket {
     buffer: Vec<u8>,
-    /// Bytes of the packet in it; 0 is none.
+    /// Length of the packet in the buffer. 0 means that there is no packet.
     len: usize,
     admitted: bool,
 }
 
-impl Waiting {
+impl PendingPacket {
     pub(super) fn new() -> Self {
         Self {
             buffer: vec![0; PACKET_MAX],
@@ -35,7 +35,7 @@ impl Waiting {
         &self.buffer[..self.len]
     }
 
-    /// False for what can be no packet.
+    /// Loads a saved packet. Returns false if its length is invalid.
     pub(super) fn set(&mut self, packet: &[u8]) -> bool {
         if !packet.is_empty() && !(HEADER_BYTES..=PACKET_MAX).contains(&packet.len()) {
             return false;
@@ -51,7 +51,7 @@ impl Waiting {
         self.admitted = false;
     }
 
-    /// Reads the next packet. False if there is none.
+    /// Reads the next packet from the tap. Returns false if there is none.
     fn fill(&mut self, tap: &dyn Tap) -> Result<bool, DeviceError> {
         match retried(|| tap.receive(&mut self.buffer)) {
             Ok(len) => {
@@ -60,43 +60,43 @@ impl Waiting {
                 Ok(true)
             }
             Err(error) if is_idle(&error) => Ok(false),
-            Err(error) => Err(DeviceError::host("reading from the tap")(error)),
+            Err(error) => Err(DeviceError::host("cannot read from the tap")(error)),
         }
     }
 }
 
-/// What became of a packet.
+/// Result of an attempt to deliver a packet.
 enum Delivery {
     Done,
-    /// The guest has no room for it, and will notify when it has more.
+    /// The guest has too few buffers, and will notify the device when it adds some.
     NoRoom,
-    /// The guest made more room just now.
+    /// The guest had too few buffers, but has added some in the meantime.
     Again,
-    /// The guest never will have.
+    /// The packet does not fit, even if the guest fills the queue.
     Impossible,
 }
 
 impl Net {
-    /// Brings packets to the guest until there are none, it has no room, or the rate limit says so.
+    /// Delivers packets to the guest until there are none, the guest has too few buffers, or the rate limit is reached.
     pub(super) fn receive<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        if !turn.is_ready(RECEIVE) {
+        if !queues.is_ready(RECEIVE) {
             return Ok(());
         }
-        for _ in 0..PACKETS_A_TURN {
+        for _ in 0..PACKETS_PER_WAKEUP {
             if self.waiting.len == 0 && !self.waiting.fill(self.tap.as_ref())? {
-                return Ok(turn.signal(RECEIVE)?);
+                return Ok(queues.signal(RECEIVE)?);
             }
             if self.waiting.len < HEADER_BYTES + ETHERNET_BYTES {
                 self.drop_waiting();
                 continue;
             }
             if !self.admit()? {
-                return Ok(turn.signal(RECEIVE)?);
+                return Ok(queues.signal(RECEIVE)?);
             }
-            match self.deliver(turn)? {
+            match self.deliver(queues)? {
                 Delivery::Done => {
                     count(&self.counters.received_packets, 1);
                     count(
@@ -106,14 +106,15 @@ impl Net {
                     self.waiting.clear();
                 }
                 Delivery::Impossible => self.drop_waiting(),
-                Delivery::NoRoom => return Ok(turn.signal(RECEIVE)?),
+                Delivery::NoRoom => return Ok(queues.signal(RECEIVE)?),
                 Delivery::Again => {}
             }
         }
-        turn.notify_again(RECEIVE);
-        Ok(turn.signal(RECEIVE)?)
+        queues.notify_again(RECEIVE);
+        Ok(queues.signal(RECEIVE)?)
     }
 
+    /// Drops the pending packet, and counts it.
     fn drop_waiting(&mut self) {
         self.counters
             .received_dropped
@@ -121,36 +122,38 @@ impl Net {
         self.waiting.clear();
     }
 
+    /// Returns whether the rate limit admits the pending packet now. Each packet is charged once.
     fn admit(&mut self) -> Result<bool, DeviceError> {
         if !self.waiting.admitted {
             let bytes = self.waiting.len - HEADER_BYTES;
             self.waiting.admitted = self
                 .receive_limiter
                 .admit(bytes as u64)
-                .map_err(DeviceError::host("the timer of the rate limit"))?;
+                .map_err(DeviceError::host("cannot use the timer of the rate limit"))?;
         }
         Ok(self.waiting.admitted)
     }
 
-    /// Puts the waiting packet into as many buffers as it takes, or into one if they are not mergeable
-    /// (5.1.6.4).
+    /// Writes the waiting packet to as many buffers as it needs, or to one if the driver has not accepted mergeable
+    /// buffers (virtio 1.2, 5.1.6.4).
     fn deliver<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<Delivery, DeviceError> {
-        let mergeable = turn.features() & MERGEABLE != 0;
+        let mergeable = queues.features() & MERGEABLE != 0;
         let most = if mergeable {
-            turn.queue_size(RECEIVE)
+            queues.queue_size(RECEIVE)
         } else {
             1
         };
-        let (chains, room) = self.collect(turn, most)?;
+        let (chains, room) = self.collect(queues, most)?;
         if room < self.waiting.len as u64 {
             let all = chains.len() == usize::from(most);
-            // With what there is taken, so that the driver notifies of whatever comes behind it.
-            let more = !all && turn.enable_notification(RECEIVE)?;
+            // This is called before the chains are put back, so that the driver notifies the device about any further
+            // chain.
+            let more = !all && queues.enable_notification(RECEIVE)?;
             for _ in &chains {
-                turn.put_back(RECEIVE);
+                queues.put_back(RECEIVE);
             }
             return Ok(match (all, more) {
                 (true, _) => Delivery::Impossible,
@@ -166,32 +169,32 @@ impl Net {
             head, mut writable, ..
         } in chains
         {
-            let written = turn.write(&mut writable, rest)?;
+            let written = queues.write(&mut writable, rest)?;
             rest = &rest[written..];
             let written = u32::try_from(written).unwrap_or(u32::MAX);
             used.push(Used { head, written });
         }
-        // A driver that saw the first of them and not the others would drop the packet.
-        turn.complete_together(RECEIVE, &used)?;
+        // Linux drops a packet if it sees its first buffer used but not its last, so all become visible at once.
+        queues.complete_together(RECEIVE, &used)?;
         Ok(Delivery::Done)
     }
 
-    /// Takes chains until there is room for the packet, at most `most`.
+    /// Pops chains until the packet fits, at most `most`.
     fn collect<M: GuestAddressSpace>(
         &self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
         most: u16,
     ) -> Result<(Vec<Chain>, u64), DeviceError> {
         let mut chains = Vec::new();
         let mut room = 0;
         while room < self.waiting.len as u64 && chains.len() < usize::from(most) {
-            let Some(chain) = turn.pop(RECEIVE)? else {
+            let Some(chain) = queues.pop(RECEIVE)? else {
                 break;
             };
             if !chain.readable.is_empty() {
                 return Err(QueueError::Request {
                     head: chain.head,
-                    what: "a buffer for packets is writable memory only",
+                    what: "a buffer for packets must be writable memory only",
                 }
                 .into());
             }

@@ -1,12 +1,23 @@
-//! The state of a network device.
+//! Saved state of a network device.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-/// What a network interface is to its guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+use crate::SavedState;
+
+/// Saved state of a network device.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct NetSnapshot {
-    /// Its address.
+    /// MAC address of the guest.
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
     pub mac: [u8; 6],
-    /// A packet from the host that waits for room in the guest, with its virtio header; empty if none does.
+    /// Packet from the host that waits for buffers of the guest, with its virtio header. Empty if there is none.
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
     pub waiting_packet: Vec<u8>,
+}
+
+impl SavedState for NetSnapshot {
+    const VERSION: u16 = 1;
 }

@@ -1,47 +1,46 @@
-//! The host's side of a network device.
+//! Host's side of a network device.
 
 use std::io;
 use std::os::fd::AsRawFd;
 
 use rustix::io::Errno;
 
-/// What the guest leaves to the host in packets that it receives.
+/// Offloads that the guest accepts for packets that it receives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// Packets may come without a checksum (`TUN_F_CSUM`).
+    /// The guest accepts packets without a checksum (`TUN_F_CSUM`).
     pub checksum: bool,
-    /// TCP over IPv4 may come in large segments (`TUN_F_TSO4`).
+    /// The guest accepts large segments of TCP over IPv4 (`TUN_F_TSO4`).
     pub tso4: bool,
-    /// TCP over IPv6 may come in large segments (`TUN_F_TSO6`).
+    /// The guest accepts large segments of TCP over IPv6 (`TUN_F_TSO6`).
     pub tso6: bool,
 }
 
-/// A tap interface: packets go in and out by read(2) and write(2), each with the 12 bytes of
-/// `virtio_net_hdr_v1` before it.
+/// Tap interface. Each read(2) or write(2) moves one packet, which begins with the 12 bytes of `virtio_net_hdr_v1`.
 ///
-/// The monitor opens it, because that takes ioctls: `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking,
-/// `TUNSETVNETHDRSZ` 12 (Linux Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h).
+/// The monitor opens the interface, because that takes ioctls: `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking, and
+/// `TUNSETVNETHDRSZ` with 12 (Linux Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h).
 pub trait Tap: AsRawFd + Send {
-    /// Reads the next packet into `packet`, and returns its length.
+    /// Reads the next packet into `packet`, and returns its length in bytes.
     ///
     /// # Errors
-    /// The kernel's; [`io::ErrorKind::WouldBlock`] when there is none.
+    /// Returns the kernel's error, of kind [`io::ErrorKind::WouldBlock`] if there is no packet.
     fn receive(&self, packet: &mut [u8]) -> io::Result<usize>;
 
     /// Writes a packet.
     ///
     /// # Errors
-    /// The kernel's; [`io::ErrorKind::WouldBlock`] when there is no room.
+    /// Returns the kernel's error, of kind [`io::ErrorKind::WouldBlock`] if the interface has no room.
     fn send(&self, packet: &[u8]) -> io::Result<()>;
 
-    /// Says what the guest can take (`TUNSETOFFLOAD`).
+    /// Sets the offloads that the guest accepts (`TUNSETOFFLOAD`).
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the kernel's error.
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
 }
 
-/// Calls again what a signal interrupted.
+/// Repeats `call` as long as a signal interrupts it.
 pub(super) fn retried<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -51,8 +50,8 @@ pub(super) fn retried<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<
     }
 }
 
-/// Whether there is nothing to read now, or nobody to read from: a tap whose interface is down reads as
-/// EIO, and is tried again when it has something.
+/// Returns whether `error` means that there is no packet now. A tap whose interface is down returns EIO, and becomes
+/// readable when it is up again.
 pub(super) fn is_idle(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock
         || error.raw_os_error() == Some(Errno::IO.raw_os_error())

@@ -1,4 +1,5 @@
-//! A guest's interface, with a socket pair for a tap: it keeps packets apart as a tap does.
+//! A network device and its driver. A pair of datagram sockets replaces the tap, because they preserve packet
+//! boundaries, too.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
@@ -6,7 +7,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, VirtioMmio};
+use super::super::{DeviceState, MmioTransport};
 use super::*;
 use crate::rate_limit::Rate;
 
@@ -38,7 +39,7 @@ impl Tap for Pair {
     }
 }
 
-/// The host's end of a tap.
+/// Host's end of the tap.
 struct Host {
     socket: UnixDatagram,
     offloads: mpsc::Receiver<Offloads>,
@@ -86,7 +87,7 @@ fn started(features: u64) -> (Driver, Host) {
     (driver, host)
 }
 
-/// A packet with its header, recognisable by `mark`.
+/// Returns a packet with its header. The content depends on `mark`.
 fn packet(bytes: usize, mark: u8) -> Vec<u8> {
     let mut packet = vec![0; HEADER_BYTES];
     packet.extend((0..=250).cycle().take(bytes).map(|n: u8| n ^ mark));
@@ -101,7 +102,7 @@ fn it_says_what_it_is() {
         driver.config::<12>(0),
         [0x52, 0x54, 0, 1, 2, 3, 1, 0, 1, 0, 0x78, 5]
     );
-    // UFO is not offered, to either side; a control queue neither.
+    // Neither UFO (in either direction) nor a control queue is offered.
     assert_eq!(driver.offered() & (1 << 10 | 1 << 14 | 1 << 17), 0);
     for (bad, good) in [
         (1 << 11, 1 << 11 | 1),
@@ -166,7 +167,7 @@ fn packets_that_cannot_be_are_dropped_or_need_a_reset() {
 fn packets_come_in_to_buffers_of_their_own() {
     let (mut driver, host) = started(EVENT_INDEX);
     for round in 0..40_u8 {
-        // Now the packet waits for the buffer, now the buffer for the packet.
+        // In even rounds, the packet arrives before the buffer; in odd rounds, after it.
         let sent = packet(60 + usize::from(round), round);
         if round % 2 == 0 {
             host.socket.send(&sent).unwrap();
@@ -204,7 +205,7 @@ fn a_packet_larger_than_its_buffer_is_dropped_and_the_buffer_kept() {
 fn a_large_packet_is_spread_over_mergeable_buffers() {
     for features in [spec::MERGEABLE, spec::MERGEABLE | EVENT_INDEX] {
         let (mut driver, host) = started(features);
-        // Room comes bit by bit.
+        // The guest adds one buffer at a time.
         let sent = packet(5000, 9);
         host.socket.send(&sent).unwrap();
         let mut heads = Vec::new();
@@ -227,13 +228,13 @@ fn a_large_packet_is_spread_over_mergeable_buffers() {
         let mut expected = sent;
         expected[10] = 5;
         assert_eq!(seen, expected);
-        // The sixth is for the next.
+        // The sixth buffer is left for the next packet.
         host.socket.send(&packet(60, 1)).unwrap();
         assert_eq!(driver.wait_used(0), (heads[5], 72));
     }
 }
 
-/// Linux drops a packet of which it sees the first buffer used and the last one not.
+/// Linux drops a packet if it sees its first buffer used but not its last.
 #[test]
 fn a_spread_packet_is_seen_whole_or_not_at_all() {
     const PACKETS: u16 = 5000;
@@ -266,7 +267,7 @@ fn a_spread_packet_is_seen_whole_or_not_at_all() {
     assert_eq!(watcher.join().unwrap(), 0);
 }
 
-/// A driver that notifies only where the event index asks for it, as Linux does.
+/// The driver notifies the device only if the event index asks for it, as Linux does.
 #[test]
 fn a_driver_is_asked_to_notify_of_every_bit_of_room() {
     let (mut driver, host) = started(spec::MERGEABLE | EVENT_INDEX);
@@ -313,7 +314,7 @@ fn the_tap_is_told_what_the_guest_takes() {
         ..Offloads::default()
     };
     assert_eq!(host.offloads.recv_timeout(patience), Ok(checksum));
-    // What the tap refuses is not a guest's error, but the device cannot work.
+    // If the tap refuses the offloads, the device cannot work, although the driver did nothing wrong.
     driver.negotiate(VERSION_1 | 2 | 1 << 8);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
@@ -349,7 +350,7 @@ fn limits_delay_packets_and_lose_none() {
 #[test]
 fn a_tap_without_room_is_waited_for() {
     let (mut driver, host) = started(0);
-    // More than a socket holds.
+    // Together, the packets are larger than the socket's buffer.
     let mut queued = 0;
     let len = 12 + 60_000;
     for mark in 0..16_u8 {
@@ -367,11 +368,16 @@ fn a_tap_without_room_is_waited_for() {
     assert!(driver.device.counters().contains(&("tx_dropped", 0)));
 }
 
+fn net_state(driver: &Driver) -> NetSnapshot {
+    let saved = driver.device.save().unwrap();
+    saved.device.decode("net").unwrap()
+}
+
 #[test]
 fn a_guest_moves_with_its_waiting_packet_and_says_so() {
     let (mut driver, host) = started(0);
     host.socket.send(&packet(60, 3)).unwrap();
-    // It is read when something asks for it.
+    // The device reads the tap when it handles an event.
     driver.request(1, &[Part::Out(DATA, 60)]);
     host.receive();
     driver.device.pause();
@@ -379,19 +385,16 @@ fn a_guest_moves_with_its_waiting_packet_and_says_so() {
     driver.notify(0);
     driver.wait_until("the packet", |driver| {
         driver.device.pause();
-        let DeviceSnapshot::Net(state) = driver.device.save().unwrap().device else {
-            panic!("not a net state");
-        };
+        let state = net_state(driver);
         driver.device.resume();
         !state.waiting_packet.is_empty()
     });
     driver.device.pause();
     let mut saved = driver.device.save().unwrap();
-    let DeviceSnapshot::Net(state) = &mut saved.device else {
-        panic!("{:?}", saved.device);
-    };
+    let mut state = net_state(&driver);
     assert_eq!(state.waiting_packet, packet(60, 3));
     state.mac[5] = 9;
+    saved.device = DeviceState::new(&state);
     let (net, host) = interface(RateLimit::default());
     let mut driver = driver.moved(&saved, |_| Box::new(net));
     assert!(host.is_quiet());
@@ -412,13 +415,13 @@ fn a_guest_moves_with_its_waiting_packet_and_says_so() {
 
     for len in [1, HEADER_BYTES - 1, PACKET_MAX + 1] {
         let mut broken = saved.clone();
-        broken.device = DeviceSnapshot::Net(NetSnapshot {
+        broken.device = DeviceState::new(&NetSnapshot {
             mac: MAC,
             waiting_packet: vec![0; len],
         });
         let (net, _host) = interface(RateLimit::default());
         let (interrupt, _line) = interrupt();
-        let result = VirtioMmio::restore("_net0", Box::new(net), memory(), interrupt, &broken);
+        let result = MmioTransport::restore("_net0", Box::new(net), memory(), interrupt, &broken);
         assert!(result.err().unwrap().to_string().contains("waiting packet"));
     }
 }
@@ -430,9 +433,9 @@ fn a_reset_forgets_the_packet_on_its_way() {
     driver.wait_until("the packet", |driver| {
         driver.notify(0);
         driver.device.pause();
-        let state = driver.device.save().unwrap();
+        let state = net_state(driver);
         driver.device.resume();
-        matches!(state.device, DeviceSnapshot::Net(state) if !state.waiting_packet.is_empty())
+        !state.waiting_packet.is_empty()
     });
     driver.start(0);
     host.socket.send(&packet(61, 4)).unwrap();

@@ -1,19 +1,21 @@
-//! The transport, the queues and the worker, with a device that does no more than they need.
+//! Transport, queues and worker, tested with a minimal device model.
 
 mod lifecycle;
+mod panics;
 mod registers;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use minicbor::{Decode, Encode};
 use vm_memory::GuestAddressSpace;
 
 use super::device::read_config;
 use super::testing::*;
 use super::*;
-use crate::MmioDevice;
+use crate::{BusDevice, SavedState};
 
-/// Gives back what it is sent, in capitals; counts what happens to it.
+/// Device model that returns the data of each chain in upper case, and counts its calls.
 #[derive(Default)]
 struct Echo {
     log: Arc<Log>,
@@ -39,7 +41,7 @@ impl ConfigSpace for Log {
                 .store(u64::from_le_bytes(value), Ordering::SeqCst);
         }
     }
-    /// Feature 1 needs feature 0.
+    /// Feature 1 requires feature 0.
     fn accepts(&self, features: u64) -> bool {
         features & 2 == 0 || features & 1 != 0
     }
@@ -55,41 +57,59 @@ impl<M: GuestAddressSpace> Device<M> for Echo {
             counters: Arc::new(()),
         }
     }
-    fn started(&mut self, _: Turn<'_, M>, _: &mut Watch<'_, '_>) -> Result<(), DeviceError> {
+    fn started(
+        &mut self,
+        _: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
+    ) -> Result<(), DeviceError> {
         self.log.started.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        _: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        _: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        turn.drain(queue, |turn, mut chain| {
+        queues.drain(queue, |queues, mut chain| {
             let mut data = [0; 256];
-            let len = turn.read(&mut chain.readable, &mut data)?;
+            let len = queues.read(&mut chain.readable, &mut data)?;
             data.make_ascii_uppercase();
             self.served += 1;
             self.log.served.fetch_add(1, Ordering::SeqCst);
-            Ok(Outcome::done(
-                turn.write(&mut chain.writable, &data[..len])?,
+            Ok(Completion::used(
+                queues.write(&mut chain.writable, &data[..len])?,
             ))
         })
     }
-    fn reset(&mut self, _: &mut Watch<'_, '_>) {
+    fn reset(&mut self, _: &mut EventRegistry<'_, '_>) {
         self.served = 0;
         self.log.resets.fetch_add(1, Ordering::SeqCst);
     }
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Test(self.served)
+    fn save(&self) -> DeviceState {
+        served(self.served)
     }
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        match state {
-            DeviceSnapshot::Test(served) => self.served = *served,
-            other => return Err(DeviceStateError::other("echo", other)),
-        }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let EchoSnapshot { served } = state.decode("echo")?;
+        self.served = served;
         Ok(())
     }
+}
+
+/// State of [`Echo`] after it served `served` chains.
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct EchoSnapshot {
+    #[n(0)]
+    served: u32,
+}
+
+impl SavedState for EchoSnapshot {
+    const VERSION: u16 = 1;
+}
+
+fn served(served: u32) -> DeviceState {
+    DeviceState::new(&EchoSnapshot { served })
 }
 
 fn echo() -> (Driver, Arc<Log>) {
@@ -183,7 +203,7 @@ fn descriptor(address: u64, bytes: u32, flags: u16, next: u16) -> Raw {
     }
 }
 
-/// Chains that no driver may make, as descriptors from 0 on, and the head.
+/// Malformed chains: a name, descriptors from index 0 on, and the head.
 fn broken_chains() -> Vec<(&'static str, Vec<Raw>, u16)> {
     let good = descriptor(DATA, 8, 0, 0);
     let table = |bytes| descriptor(DATA + 0x3000, bytes, TABLE, 0);
@@ -267,7 +287,7 @@ fn broken_chains_need_a_reset_and_a_reset_mends() {
             driver.wait_needs_reset();
             assert_eq!(log.served.load(Ordering::SeqCst), 0, "{what}");
             assert_eq!(driver.used(queue), None, "{what}");
-            // The broken device serves nothing more.
+            // The device must not serve any queue after a failure.
             driver.add(1 - queue, &[Part::Out(DATA, 1)]);
             driver.notify(1 - queue);
             driver.start(0);

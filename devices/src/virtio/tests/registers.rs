@@ -1,4 +1,4 @@
-//! The register file and its status machine.
+//! Registers and the state machine of the device status.
 
 use super::*;
 
@@ -25,7 +25,7 @@ fn features_that_do_not_go_together_are_not_agreed_to() {
     for refused in [0, 3, VERSION_1 | 2, VERSION_1 | 4, VERSION_1 | 1 << 40] {
         assert!(!driver.negotiate(refused), "{refused:#x}");
         assert_eq!(driver.get(0x70), 3);
-        // What follows FEATURES_OK does not come.
+        // Bits that follow FEATURES_OK cannot be set either.
         driver.set(0x70, RUNNING);
         assert_eq!(driver.get(0x70), 3);
     }
@@ -65,7 +65,8 @@ fn registers_change_only_at_their_time_and_width() {
     };
     let before = saved(&driver);
     let refused = driver.device.refused();
-    // Live reprogramming: size, rings, features, ready again, and bits of the status taken back.
+    // A driver may not change a device that is running: size, rings, features, readiness of a queue, and clearing
+    // status bits.
     for (register, value) in [
         (0x38, 8),
         (0x80, 0xdead_0000),

@@ -1,4 +1,5 @@
-//! A virtio device on the MMIO bus: how it is made, stopped, saved and restored.
+//! Transport of a virtio device over MMIO: creation, pause and resume, save and restore. The registers are in
+//! [`registers`].
 
 mod registers;
 
@@ -8,53 +9,65 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Device, DeviceStateError, Identity};
+use super::device::{Device, Identity};
 use super::interrupt::Interrupt;
 use super::queue::{QueueError, QueueSnapshot};
-use super::serve::Serve;
+use super::queue_server::QueueServer;
 use super::spec::{COMMON_FEATURES, status};
-use super::state::{TransportSnapshot, VirtioSnapshot};
+use super::state::{DeviceStateError, TransportSnapshot, VirtioSnapshot};
 use super::vhost_user::VhostUser;
 use super::worker::Worker;
 use registers::KNOWN_STATUS;
 
-/// Why a device could not be made or restored.
+/// Reason for which a device could not be created, saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum VirtioError {
-    /// Its thread, or what that needs.
-    #[error("{name}: {source}")]
+    /// The worker thread, or a descriptor that it needs, could not be created.
+    #[error("{name}: cannot start the worker thread: {source}")]
     Thread {
-        /// The device's name.
+        /// Name of the device.
         name: String,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
-    /// A saved state of the device that does not fit it.
-    #[error("{name}: {source}")]
+    /// The device model rejected its saved state.
+    #[error("{name}: cannot restore: {source}")]
     Device {
-        /// The device's name.
+        /// Name of the device.
         name: String,
-        /// What does not fit.
+        /// Reason of the device model.
         source: DeviceStateError,
     },
-    /// A saved state of the registers that does not fit the device.
-    #[error("{name}: state: {what}")]
+    /// The saved registers are invalid, or do not match the device.
+    #[error("{name}: cannot restore: {what}")]
     Transport {
-        /// The device's name.
+        /// Name of the device.
         name: String,
-        /// What does not fit.
+        /// Description of the value.
         what: String,
     },
-    /// A saved state with queues that cannot be.
-    #[error("{name}: state: {source}")]
+    /// The saved queues are invalid.
+    #[error("{name}: cannot restore: {source}")]
     Queue {
-        /// The device's name.
+        /// Name of the device.
         name: String,
-        /// What cannot be.
+        /// Reason for which they are invalid.
         source: QueueError,
+    },
+    /// [`MmioTransport::save`] was called while the device was not paused.
+    #[error("{0}: cannot save: the device is not paused")]
+    NotPaused(String),
+    /// The device model panicked while it saved its state.
+    #[error("{name}: cannot save: the device model panicked: {message}")]
+    SavePanicked {
+        /// Name of the device.
+        name: String,
+        /// Panic message.
+        message: String,
     },
 }
 
+/// Registers that the driver writes, except those of the queues.
 #[derive(Clone, Copy, Debug, Default)]
 struct Registers {
     status: u32,
@@ -64,24 +77,24 @@ struct Registers {
     queue_select: u32,
 }
 
-/// A virtio device on the MMIO bus, with what serves its queues.
-pub struct VirtioMmio {
+/// virtio device on the MMIO bus: its registers, and the server of its queues.
+pub struct MmioTransport {
     name: String,
     identity: Identity,
     registers: Registers,
-    /// As the driver set them up. While they are in use, whoever serves them knows more.
+    /// Queues as the driver has configured them. While they are active, the server has the current state.
     queues: Vec<QueueSnapshot>,
     refused: AtomicU64,
     interrupt: Interrupt,
-    server: Box<dyn Serve>,
+    server: Box<dyn QueueServer>,
 }
 
-impl VirtioMmio {
-    /// Starts `device` on a thread of this `name` (at most 15 bytes of it are seen), for a guest that has
-    /// `memory`.
+impl MmioTransport {
+    /// Starts `device` on a worker thread named `name`, for a guest with `memory`. The kernel shows at most 15 bytes of
+    /// the name.
     ///
     /// # Errors
-    /// Threads and descriptors that cannot be had.
+    /// Returns [`VirtioError::Thread`] if the thread or a descriptor cannot be created.
     pub fn new<M: GuestAddressSpace + Send + Sync + 'static>(
         name: &str,
         device: Box<dyn Device<M>>,
@@ -90,24 +103,24 @@ impl VirtioMmio {
     ) -> Result<Self, VirtioError> {
         let identity = identity(&*device);
         let worker = spawn(name, device, &identity, memory, &interrupt)?;
-        Ok(Self::before(name, identity, interrupt, worker))
+        Ok(Self::with_reset_state(name, identity, interrupt, worker))
     }
 
-    /// A device whose queues `back_end` serves, a process of its own. `interrupt` is the one that it was connected
-    /// with.
+    /// Creates a device whose queues the vhost-user process `back_end` serves. `interrupt` must be the one that
+    /// `back_end` was connected with.
     pub fn vhost_user<M: GuestAddressSpace + Send + Sync + 'static>(
         name: &str,
         back_end: &VhostUser<M>,
         interrupt: Interrupt,
     ) -> Self {
         let identity = back_end.identity();
-        Self::before(name, identity, interrupt, Box::new(back_end.clone()))
+        Self::with_reset_state(name, identity, interrupt, Box::new(back_end.clone()))
     }
 
-    /// As [`Self::new`], with the state of a device that was saved; it is paused.
+    /// Does the same as [`Self::new`], and loads a saved state. The device is paused.
     ///
     /// # Errors
-    /// Also a state that does not fit the device, or that no device can have been in.
+    /// Returns [`VirtioError`] if the thread cannot be created, or the state is invalid or does not match the device.
     pub fn restore<M: GuestAddressSpace + Send + Sync + 'static>(
         name: &str,
         mut device: Box<dyn Device<M>>,
@@ -122,11 +135,11 @@ impl VirtioMmio {
         Self::restored(name, identity, interrupt, worker, saved)
     }
 
-    /// As [`Self::vhost_user`], with the state of a device that was saved; it is paused, and its back end has not been
-    /// told of the guest's queues.
+    /// Does the same as [`Self::vhost_user`], and loads a saved state. The device is paused, and the back end has guest
+    /// memory but no queue yet.
     ///
     /// # Errors
-    /// A state that does not fit the device, or that no device can have been in.
+    /// Returns [`VirtioError`] if the state is invalid or does not match the device.
     pub fn restore_vhost_user<M: GuestAddressSpace + Send + Sync + 'static>(
         name: &str,
         back_end: &VhostUser<M>,
@@ -139,11 +152,12 @@ impl VirtioMmio {
         Self::restored(name, identity, interrupt, Box::new(back_end.clone()), saved)
     }
 
-    fn before(
+    /// Creates a transport whose registers are in their reset state.
+    fn with_reset_state(
         name: &str,
         identity: Identity,
         interrupt: Interrupt,
-        server: Box<dyn Serve>,
+        server: Box<dyn QueueServer>,
     ) -> Self {
         Self {
             name: name.into(),
@@ -156,15 +170,16 @@ impl VirtioMmio {
         }
     }
 
+    /// Creates a transport with saved registers and queues, whose server is paused.
     fn restored(
         name: &str,
         identity: Identity,
         interrupt: Interrupt,
-        server: Box<dyn Serve>,
+        server: Box<dyn QueueServer>,
         saved: &VirtioSnapshot,
     ) -> Result<Self, VirtioError> {
         server.pause();
-        let mut restored = Self::before(name, identity, interrupt, server);
+        let mut restored = Self::with_reset_state(name, identity, interrupt, server);
         restored
             .load(&saved.transport)
             .map_err(|source| VirtioError::Queue {
@@ -174,6 +189,7 @@ impl VirtioMmio {
         Ok(restored)
     }
 
+    /// Loads the saved registers, and hands the queues to the server if the driver had set DRIVER_OK.
     fn load(&mut self, saved: &TransportSnapshot) -> Result<(), QueueError> {
         self.registers = Registers {
             status: saved.status,
@@ -197,47 +213,51 @@ impl VirtioMmio {
         Ok(())
     }
 
-    /// The name of the device and its thread.
+    /// Returns the name of the device and of its worker thread.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// One for each queue, by index: an event on it is the driver's notification. The monitor wires them to
-    /// writes of the index to [`QUEUE_NOTIFY`](super::QUEUE_NOTIFY), 32 bits wide (with KVM: ioeventfds).
+    /// Returns one eventfd for each queue, by index. The caller has to signal it when the guest writes the index, 32
+    /// bits wide, to [`QUEUE_NOTIFY`](super::QUEUE_NOTIFY); with KVM by an ioeventfd.
     #[must_use]
     pub fn notifiers(&self) -> &[EventFd] {
         self.server.notifiers()
     }
 
-    /// What the device has done since it was made.
+    /// Returns the counters of the device, by name.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.identity.counters.counters()
     }
 
-    /// Its interrupt.
+    /// Returns the interrupt of the device.
     #[must_use]
     pub fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }
 
-    /// Has the queues served no longer; returns when nobody touches them. Idempotent. The guest's vCPUs are
-    /// stopped before, so that nothing is asked of the device meanwhile.
+    /// Pauses the device. When this returns, nothing accesses the queues any more. Idempotent.
+    ///
+    /// The caller must have stopped the guest's vCPUs, so that they do not access the registers of a paused device.
     pub fn pause(&self) {
         self.server.pause();
     }
 
-    /// Has the queues served again. Idempotent.
+    /// Resumes the device after a pause. Idempotent.
     pub fn resume(&self) {
         self.server.resume();
     }
 
-    /// The state of the device, which is paused; none if it is not.
-    #[must_use]
-    pub fn save(&self) -> Option<VirtioSnapshot> {
+    /// Returns the state of the device, which must be paused.
+    ///
+    /// # Errors
+    /// Returns [`VirtioError::NotPaused`] if the device is not paused, and [`VirtioError::SavePanicked`] if the device
+    /// model panics.
+    pub fn save(&self) -> Result<VirtioSnapshot, VirtioError> {
         if !self.server.is_paused() {
-            return None;
+            return Err(VirtioError::NotPaused(self.name.clone()));
         }
         let in_use = self.server.queues();
         let queues = if in_use.is_empty() {
@@ -259,37 +279,55 @@ impl VirtioMmio {
             config_generation: interrupt.generation(),
             queues,
         };
-        let device = self.server.save();
-        Some(VirtioSnapshot { transport, device })
+        let device = self
+            .server
+            .save()
+            .map_err(|message| VirtioError::SavePanicked {
+                name: self.name.clone(),
+                message,
+            })?;
+        Ok(VirtioSnapshot { transport, device })
     }
 
-    /// Why the device needs a reset, if it does and is not a restored one.
+    /// Registers `tell`, which is called with the reason if the server of the queues is lost: the worker thread
+    /// panicked, or the vhost-user back end disconnected or misbehaved.
+    ///
+    /// Any thread may call `tell`. A worker thread is lost at most once, and `tell` is called at once if that has
+    /// happened already. A back end may be lost again after each reconnection. Mistakes of the driver are not reported.
+    /// Only the first registration has an effect, and [`VhostUser::on_loss`] counts as one.
+    pub fn on_failure(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.server.on_failure(Box::new(tell));
+    }
+
+    /// Returns why the device needs a reset, if it does. A restored device does not know why its predecessor did.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         self.server.failure()
     }
 
-    /// Register accesses so far that did nothing, because of their width, place or time.
+    /// Returns the number of register accesses that had no effect, because of their width, offset, or the state of the
+    /// driver.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 }
 
-/// What the registers say of a device whose queues are served here.
+/// Returns the identity of a device that a worker thread serves, which includes the feature bits of every such device.
 fn identity<M: GuestAddressSpace>(device: &dyn Device<M>) -> Identity {
     let mut identity = device.identity();
     identity.features |= COMMON_FEATURES;
     identity
 }
 
+/// Starts the worker thread of `device`.
 fn spawn<M: GuestAddressSpace + Send + Sync + 'static>(
     name: &str,
     device: Box<dyn Device<M>>,
     identity: &Identity,
     memory: M,
     interrupt: &Interrupt,
-) -> Result<Box<dyn Serve>, VirtioError> {
+) -> Result<Box<dyn QueueServer>, VirtioError> {
     let queues = identity.queue_sizes.len();
     let worker = Worker::spawn(name, device, queues, memory, interrupt.clone());
     Ok(Box::new(worker.map_err(|source| VirtioError::Thread {
@@ -305,6 +343,7 @@ fn state_error(name: &str) -> impl Fn(DeviceStateError) -> VirtioError {
     }
 }
 
+/// Returns the state of the queues after a reset.
 fn fresh_queues(identity: &Identity) -> Vec<QueueSnapshot> {
     identity
         .queue_sizes
@@ -320,35 +359,39 @@ fn check(name: &str, identity: &Identity, saved: &TransportSnapshot) -> Result<(
     })
 }
 
+/// Checks that the saved registers are valid and match the device. Returns a description of the first that does not.
 fn fits(identity: &Identity, saved: &TransportSnapshot) -> Result<(), String> {
     if saved.device_type != identity.device_type {
         return Err(format!(
-            "it is of a device of type {}, this one is {}",
+            "device_type is {}, but this device is of type {}",
             saved.device_type, identity.device_type
         ));
     }
     let unknown = saved.status & !KNOWN_STATUS;
     if unknown != 0 {
-        return Err(format!("status bits {unknown:#x}"));
+        return Err(format!("status has the unknown bits {unknown:#x}"));
     }
-    // Before FEATURES_OK the driver may have chosen anything.
+    // Before FEATURES_OK, the driver may have written any feature bits.
     let agreed = saved.status & status::FEATURES_OK != 0;
     let missing = saved.driver_features & !identity.features;
     if agreed && missing != 0 {
         return Err(format!(
-            "the guest uses features {missing:#x}, which this device does not have"
+            "the guest uses features {missing:#x}, which this device does not offer"
         ));
     }
     let sizes: Vec<u16> = saved.queues.iter().map(|queue| queue.max_size).collect();
     if sizes != identity.queue_sizes {
         return Err(format!(
-            "queues of {sizes:?} entries, this device has {:?}",
+            "the maximum sizes of the queues are {sizes:?}, but those of this device are {:?}",
             identity.queue_sizes
         ));
     }
-    // Addresses may be anything as long as the driver is not ready.
+    // The addresses of the rings are checked when the driver sets DRIVER_OK. Before that, they may have any value.
     match saved.queues.iter().find(|queue| !queue.size_is_possible()) {
-        Some(queue) => Err(format!("a queue of {} entries", queue.size)),
+        Some(queue) => Err(format!(
+            "a queue has the invalid size of {} entries",
+            queue.size
+        )),
         None => Ok(()),
     }
 }

@@ -1,37 +1,38 @@
-//! virtio over MMIO, version 2 (virtio 1.2, 4.2): the register file and its status machine.
+//! Registers of virtio over MMIO, version 2 (virtio 1.2, 4.2), and the state machine of the device status.
 //!
 //! ```text
-//! 0 ── ACKNOWLEDGE ── DRIVER ── FEATURES_OK ── DRIVER_OK     a driver's way, bit after bit
+//! 0 ── ACKNOWLEDGE ── DRIVER ── FEATURES_OK ── DRIVER_OK     status bits, in the order in which a driver sets them
 //!                       │            │             │
-//!                    features      queues     the worker has the queues
+//!                    features      queues     the queues are served
 //! ```
 //!
-//! Registers can be written only in the state in which the driver has to write them; all other writes,
-//! and accesses of a wrong width, do nothing and are counted. Writing 0 to `Status` resets the device:
-//! when the write is over, the device touches nothing of the driver's any more.
+//! A driver can write a register only in the state that is drawn above it. All other writes, and accesses of a wrong
+//! width, have no effect and are counted in [`MmioTransport::refused`]. Writing 0 to `Status` resets the device: when
+//! the write returns, nothing accesses the driver's memory any more.
 
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
+use super::super::eventfd::notify;
 use super::super::queue::{QueueError, QueueSnapshot};
 use super::super::spec::{MAGIC, VENDOR, VERSION, register, status};
-use super::super::turn::notify;
-use super::{Registers, VirtioMmio, fresh_queues};
-use crate::MmioDevice;
+use super::{MmioTransport, Registers, fresh_queues};
+use crate::{BusDevice, MmioSpace};
 
-/// The steps of a driver's start (3.1.1).
+/// Status bits in the order in which a driver sets them (3.1.1).
 const STATUS_ORDER: [u32; 4] = [
     status::ACKNOWLEDGE,
     status::DRIVER,
     status::FEATURES_OK,
     status::DRIVER_OK,
 ];
-/// What a driver can write to `Status`, beside DEVICE_NEEDS_RESET as it read it.
+/// Status bits that a driver may write. A driver may also write DEVICE_NEEDS_RESET back, which is ignored.
 pub(super) const KNOWN_STATUS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
-impl VirtioMmio {
+impl MmioTransport {
+    /// Returns whether all of `bits` are set in the device status.
     pub(super) fn has(&self, bits: u32) -> bool {
         self.registers.status & bits == bits
     }
@@ -52,7 +53,7 @@ impl VirtioMmio {
             register::INTERRUPT_STATUS => interrupt.status(),
             register::STATUS => self.status(),
             register::CONFIG_GENERATION => interrupt.generation(),
-            // No shared memory region: a length and base of all ones (4.2.2).
+            // There is no shared memory region, so length and base are all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
             _ => {
                 self.refuse();
@@ -82,6 +83,7 @@ impl VirtioMmio {
         }
     }
 
+    /// Returns the value of `Status`, including DEVICE_NEEDS_RESET.
     fn status(&self) -> u32 {
         let needs_reset = if self.interrupt.is_reset_needed() {
             status::DEVICE_NEEDS_RESET
@@ -91,14 +93,14 @@ impl VirtioMmio {
         self.registers.status | needs_reset
     }
 
-    /// 3.1.1: each step needs the one before; bits are only added (2.1.1), but for the reset.
+    /// Handles a write to `Status`. Each bit requires the one before it (3.1.1), and only a reset clears bits (2.1.1).
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             return self.reset();
         }
         let value = value & !status::DEVICE_NEEDS_RESET;
         let old = self.registers.status;
-        // Of the steps, those that are there without the one before.
+        // True if a bit is set whose predecessor is not.
         let skips = STATUS_ORDER
             .windows(2)
             .any(|pair| value & pair[1] != 0 && value & pair[0] == 0);
@@ -107,7 +109,7 @@ impl VirtioMmio {
         }
         let new = value & !old;
         if new & status::FEATURES_OK != 0 && !self.features_fit() {
-            // The driver reads the status back, and gives up (3.1.1, steps 5 and 6).
+            // The driver reads the status back and gives up (3.1.1, steps 5 and 6).
             self.registers.status = value & !(status::FEATURES_OK | status::DRIVER_OK);
             return;
         }
@@ -120,6 +122,7 @@ impl VirtioMmio {
         }
     }
 
+    /// Returns whether the device agrees with the features that the driver has accepted.
     fn features_fit(&self) -> bool {
         let chosen = self.registers.driver_features;
         chosen & !self.identity.features == 0
@@ -127,6 +130,7 @@ impl VirtioMmio {
             && self.identity.config.accepts(chosen)
     }
 
+    /// Hands the queues to the server.
     pub(super) fn activate(&self) -> Result<(), QueueError> {
         self.server
             .activate(&self.queues, self.registers.driver_features)
@@ -147,18 +151,19 @@ impl VirtioMmio {
         match self.registers.driver_features_select {
             0 => set_low(features, value),
             1 => set_high(features, value),
-            // There are no more than 64 feature bits yet: a driver that knows more chooses none of them.
+            // A driver may know more than 64 feature bits. It can only reject those that are not offered.
             _ if value == 0 => {}
             _ => self.refuse(),
         }
     }
 
-    /// Queues are set up between FEATURES_OK and DRIVER_OK, each before it is ready.
+    /// Returns whether the driver may configure queues: between FEATURES_OK and DRIVER_OK.
     fn can_set_up_queues(&self) -> bool {
         self.has(status::FEATURES_OK)
             && self.registers.status & (status::DRIVER_OK | status::FAILED) == 0
     }
 
+    /// Handles a write to a register of the selected queue, which is allowed until the queue is ready.
     fn write_queue(&mut self, offset: u64, value: u32) {
         let allowed = self.can_set_up_queues();
         let Some(queue) = self.queue_mut().filter(|queue| allowed && !queue.ready) else {
@@ -187,7 +192,7 @@ impl VirtioMmio {
             return self.refuse();
         };
         match value {
-            // A driver may take a queue back at any time; it comes into use again only by a reset.
+            // A driver may stop a queue at any time. Only a reset makes it usable again.
             0 => {
                 queue.ready = false;
                 self.server.stop_queue(index);
@@ -197,7 +202,7 @@ impl VirtioMmio {
         }
     }
 
-    /// The way of notifications for which there is no ioeventfd.
+    /// Handles a write to `QueueNotify` that no ioeventfd has caught.
     fn notify(&self, value: u32) {
         let queue = usize::try_from(value)
             .ok()
@@ -221,12 +226,13 @@ impl VirtioMmio {
         self.queues.get_mut(index)
     }
 
+    /// Counts an access that has no effect.
     fn refuse(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-impl MmioDevice for VirtioMmio {
+impl BusDevice<MmioSpace> for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         match offset.checked_sub(register::CONFIG) {
             Some(offset) => self.identity.config.read(offset, data),
@@ -256,6 +262,7 @@ impl MmioDevice for VirtioMmio {
     }
 }
 
+/// Returns the 32 bits of `value` that `select` selects: 0 for the low half, 1 for the high half.
 fn half(value: u64, select: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
     match select {

@@ -1,100 +1,109 @@
-//! What can go wrong with a back end.
+//! Errors of vhost-user back ends.
 
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why a vhost-user back end cannot be used, or not any more. Each names the back end by its socket.
+/// Reason for which a vhost-user back end cannot be used, or was lost. Every message names the back end by its socket.
 #[derive(Debug, thiserror::Error)]
 pub enum VhostUserError {
-    /// Guest memory that no other process can map.
+    /// Guest memory is private, so no other process can map it.
     #[error(
-        "{}: guest memory is private to this process, and a vhost-user back end has to map it: leave it shared",
+        "{}: guest memory is private to this process, but a vhost-user back end must map it (use shared guest memory)",
         .socket.display()
     )]
     NotShared {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
     },
-    /// There is no way to it.
+    /// The connection could not be made.
     #[error("{}: {source}{}", .socket.display(), connect_hint(.source))]
     Connect {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
-    /// A part of its connection or log that the kernel will not give.
+    /// The kernel refused an operation that the connection or the dirty log needs.
     #[error("{}: {what}: {source}", .socket.display())]
     Host {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What was tried.
+        /// Operation that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
-    /// It ended, or the connection did.
+    /// The back end closed the connection, or its process ended.
     #[error("{}: the back end closed the connection ({doing})", .socket.display())]
     Closed {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What was being done.
+        /// Exchange during which the connection ended.
         doing: &'static str,
     },
-    /// It does not answer.
-    #[error("{}: no answer within {} s ({doing}); is it a vhost-user back end, and does it serve nobody else?", .socket.display(), .limit.as_secs())]
+    /// The back end did not reply in time.
+    #[error("{}: no answer within {} s ({doing}; is it a vhost-user back end, and is no other front end connected to it?)", .socket.display(), .limit.as_secs())]
     Silent {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What was being done.
+        /// Exchange without a reply.
         doing: &'static str,
-        /// How long it had.
+        /// Time limit for the reply.
         limit: Duration,
     },
-    /// It said no.
+    /// The back end replied with an error.
     #[error("{}: the back end refused ({doing})", .socket.display())]
     Refused {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What was being done.
+        /// Exchange that was refused.
         doing: &'static str,
     },
-    /// Its answer is none of vhost-user's.
-    #[error("{}: the answer makes no sense ({doing}): {what}; is it a vhost-user back end?", .socket.display())]
-    Nonsense {
-        /// Its socket.
+    /// The reply violates the vhost-user protocol.
+    #[error("{}: invalid reply ({doing}): {what} (is it a vhost-user back end?)", .socket.display())]
+    ProtocolViolation {
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What was being done.
+        /// Exchange with the invalid reply.
         doing: &'static str,
-        /// What is wrong with it.
+        /// Description of the violation.
         what: String,
     },
-    /// It is a back end, but not one that can be used here.
+    /// The back end lacks a feature that a disk needs.
     #[error("{}: the back end lacks {what}", .socket.display())]
     Lacks {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What it lacks.
+        /// Missing feature, and what it is needed for.
         what: &'static str,
     },
-    /// It is another back end than the one that the guest began with.
-    #[error("{}: the back end there is another one by now: {what}", .socket.display())]
+    /// The back end differs from the one with which the guest was started.
+    #[error("{}: the back end has changed: {what}", .socket.display())]
     Changed {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// What is different.
+        /// Description of the difference.
         what: String,
     },
-    /// It did not end what it had begun.
+    /// The back end did not complete its requests in time.
     #[error("{}: requests are still in flight after {} s", .socket.display(), .limit.as_secs())]
     Busy {
-        /// Its socket.
+        /// Socket of the back end.
         socket: PathBuf,
-        /// How long it had.
+        /// Time limit for the requests.
         limit: Duration,
     },
-    /// It is gone.
+    /// The thread that supervises the connection panicked. The connection was closed, because no wait for the back end
+    /// would end without that thread.
+    #[error("{}: the thread that supervises the connection panicked: {message}", .socket.display())]
+    WatchdogPanicked {
+        /// Socket of the back end.
+        socket: PathBuf,
+        /// Panic message.
+        message: String,
+    },
+    /// The back end was lost before, for this reason.
     #[error("the back end is gone: {0}")]
     Gone(String),
 }
@@ -104,7 +113,9 @@ fn connect_hint(error: &io::Error) -> &'static str {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
             "; start the vhost-user back end first"
         }
-        ErrorKind::WouldBlock => "; it accepts no connection; does it serve somebody else?",
+        ErrorKind::WouldBlock => {
+            "; the back end accepts no connection (is another front end connected to it?)"
+        }
         _ => "",
     }
 }

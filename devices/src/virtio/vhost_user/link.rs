@@ -1,4 +1,4 @@
-//! The connection to a back end: what is agreed on at its beginning, and the exchanges over it.
+//! Connection to a back end: the negotiation at its start, and the exchanges of messages.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -16,39 +16,40 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::error::VhostUserError;
-use super::log::WriteLog;
+use super::memory_table::MemoryTable;
 use super::spec::{
     CONFIG_BYTES, MESSAGE_BYTES_MAX, PROTOCOL, REPLY, REPLY_LIMIT, SET_LOG_BASE, VERSION,
     VERSION_1, VERSION_MASK, WRITE_BACK, wanted_protocol,
 };
-use super::table::MemoryTable;
-use super::watch::Watch;
+use super::watchdog::Watchdog;
+use super::write_log::WriteLog;
 use crate::virtio::queue::QueueSnapshot;
 
 type Result<T> = std::result::Result<T, VhostUserError>;
 
-/// What a back end said of itself.
+/// Features and configuration that a back end offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Offer {
-    /// Its features.
+    /// virtio feature bits that the back end offers, and those of vhost-user.
     pub(super) features: u64,
-    /// The protocol features that are in use.
+    /// Negotiated protocol features.
     pub(super) protocol: VhostUserProtocolFeatures,
-    /// Its configuration space.
+    /// Configuration space of the block device.
     pub(super) config: [u8; CONFIG_BYTES],
 }
 
-/// A connection. Dropped, it is closed.
+/// Connection to a back end. Dropping it closes the connection.
 pub(super) struct Link {
     path: PathBuf,
     frontend: Frontend,
-    /// The same socket, for the one message that the crate does not read as back ends write it.
+    /// Duplicate of the frontend's socket, for SET_LOG_BASE: the `vhost` crate does not accept the replies of all back
+    /// ends.
     socket: UnixStream,
-    watch: Watch,
-    memory_is_told: bool,
+    watchdog: Watchdog,
+    memory_table_sent: bool,
 }
 
-/// A queue that is being set up, and how its used ring is logged.
+/// Queue that is being set up, and its eventfds.
 pub(super) struct Vring<'a> {
     pub(super) index: usize,
     pub(super) queue: &'a QueueSnapshot,
@@ -57,55 +58,60 @@ pub(super) struct Vring<'a> {
 }
 
 impl Link {
-    /// Connects to the back end that listens at `path`, and hears what it is.
+    /// Connects to the back end that listens on `path`, and negotiates features.
     ///
     /// # Errors
-    /// Nobody there, somebody else there, a back end that lacks what a disk needs.
+    /// Returns [`VhostUserError`] if the connection fails, or the back end violates the protocol or lacks a feature
+    /// that a disk needs.
     pub(super) fn connect(path: &Path) -> Result<(Self, Offer)> {
         let socket = connected(path).map_err(|source| VhostUserError::Connect {
             socket: path.into(),
             source,
         })?;
-        let parts = Watch::start(&socket).and_then(|watch| Ok((watch, socket.try_clone()?)));
-        let (watch, again) = parts.map_err(|source| VhostUserError::Host {
+        let parts =
+            Watchdog::start(&socket).and_then(|watchdog| Ok((watchdog, socket.try_clone()?)));
+        let (watchdog, again) = parts.map_err(|source| VhostUserError::Host {
             socket: path.into(),
-            what: "a thread that watches over the connection",
+            what: "cannot supervise the connection",
             source,
         })?;
         let mut link = Self {
             path: path.into(),
             frontend: Frontend::from_stream(socket, 1),
             socket: again,
-            watch,
-            memory_is_told: false,
+            watchdog,
+            memory_table_sent: false,
         };
-        let offer = link.agree()?;
+        let offer = link.negotiate()?;
         Ok((link, offer))
     }
 
-    pub(super) fn watch(&self) -> &Watch {
-        &self.watch
+    pub(super) fn watchdog(&self) -> &Watchdog {
+        &self.watchdog
     }
 
-    fn agree(&mut self) -> Result<Offer> {
-        let features = self.exchange("asking for its features", |frontend| {
+    /// Negotiates protocol features, and reads the configuration space.
+    fn negotiate(&mut self) -> Result<Offer> {
+        let features = self.exchange("reading features", |frontend| {
             frontend.set_owner()?;
             frontend.get_features()
         })?;
-        self.needs(features & VERSION_1 != 0, "the feature VIRTIO_F_VERSION_1")?;
-        self.needs(
-            features & PROTOCOL != 0,
-            "the feature VHOST_USER_F_PROTOCOL_FEATURES",
-        )?;
-        let offered = self.exchange("asking for its protocol features", |frontend| {
+        if features & VERSION_1 == 0 {
+            return Err(self.lacks("the feature VIRTIO_F_VERSION_1"));
+        }
+        if features & PROTOCOL == 0 {
+            return Err(self.lacks("the feature VHOST_USER_F_PROTOCOL_FEATURES"));
+        }
+        let offered = self.exchange("reading protocol features", |frontend| {
             frontend.get_protocol_features()
         })?;
         let protocol = offered & wanted_protocol();
-        self.needs(
-            protocol.contains(VhostUserProtocolFeatures::CONFIG),
-            "the protocol feature VHOST_USER_PROTOCOL_F_CONFIG: it does not say how large the disk is",
-        )?;
-        self.exchange("choosing protocol features", |frontend| {
+        if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            return Err(self.lacks(
+                "the protocol feature VHOST_USER_PROTOCOL_F_CONFIG, so the size of the disk is unknown",
+            ));
+        }
+        self.exchange("setting protocol features", |frontend| {
             frontend.set_protocol_features(protocol)
         })?;
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
@@ -119,63 +125,64 @@ impl Link {
         })
     }
 
+    /// Reads the configuration space.
     fn config(&mut self) -> Result<[u8; CONFIG_BYTES]> {
-        const DOING: &str = "asking for its configuration space";
+        const DOING: &str = "reading the configuration space";
         let (_, found) = self.exchange(DOING, |frontend| {
             let bytes = u32::try_from(CONFIG_BYTES).unwrap_or(u32::MAX);
             let flags = VhostUserConfigFlags::empty();
             frontend.get_config(0, bytes, flags, &[0; CONFIG_BYTES])
         })?;
         let bytes = found.len();
-        found
-            .try_into()
-            .map_err(|_| self.nonsense(DOING, format!("{bytes} bytes instead of {CONFIG_BYTES}")))
+        found.try_into().map_err(|_| {
+            self.violation(
+                DOING,
+                format!("it has {bytes} bytes instead of {CONFIG_BYTES}"),
+            )
+        })
     }
 
-    fn needs(&self, has: bool, what: &'static str) -> Result<()> {
-        match has {
-            true => Ok(()),
-            false => Err(VhostUserError::Lacks {
-                socket: self.path.clone(),
-                what,
-            }),
+    fn lacks(&self, what: &'static str) -> VhostUserError {
+        VhostUserError::Lacks {
+            socket: self.path.clone(),
+            what,
         }
     }
 
-    /// Tells the back end of guest memory, once.
-    pub(super) fn tell_memory(&mut self, table: &MemoryTable) -> Result<()> {
-        if !self.memory_is_told {
+    /// Sends the memory table, unless it was sent before.
+    pub(super) fn send_memory_table(&mut self, table: &MemoryTable) -> Result<()> {
+        if !self.memory_table_sent {
             self.exchange("sharing guest memory", |frontend| {
                 frontend.set_mem_table(table.regions())
             })?;
-            self.memory_is_told = true;
+            self.memory_table_sent = true;
         }
         Ok(())
     }
 
     pub(super) fn set_features(&mut self, features: u64) -> Result<()> {
-        self.exchange("choosing features", |frontend| {
+        self.exchange("setting features", |frontend| {
             frontend.set_features(features)
         })
     }
 
-    /// Returns when the back end has done all that it was told before. One without acknowledgements answers nothing but
-    /// questions, in their turn.
-    pub(super) fn settle(&mut self) -> Result<()> {
-        self.exchange("asking whether it has done what it was told", |frontend| {
+    /// Waits until the back end has handled all earlier messages. A back end without REPLY_ACK replies only to queries,
+    /// but handles messages in order, so a query works for both.
+    pub(super) fn wait_until_handled(&mut self) -> Result<()> {
+        self.exchange("waiting for earlier messages", |frontend| {
             frontend.get_features()
         })?;
         Ok(())
     }
 
     pub(super) fn set_write_back(&mut self, write_back: u8) -> Result<()> {
-        self.exchange("switching its write cache", |frontend| {
+        self.exchange("setting the write cache mode", |frontend| {
             let offset = u32::try_from(WRITE_BACK).unwrap_or(u32::MAX);
             frontend.set_config(offset, VhostUserConfigFlags::empty(), &[write_back])
         })
     }
 
-    /// Says where the rings are, and whether what is written to the used one is logged.
+    /// Sends the addresses of the rings, and whether writes to the used ring are logged.
     pub(super) fn set_rings(
         &mut self,
         vring: &Vring<'_>,
@@ -184,7 +191,7 @@ impl Link {
     ) -> Result<()> {
         let rings = table
             .rings(vring.queue)
-            .map_err(|error| self.nonsense("setting up a queue", error.to_string()))?;
+            .map_err(|error| self.violation("setting up a queue", error.to_string()))?;
         let config = VringConfigData {
             queue_max_size: vring.queue.max_size,
             queue_size: vring.queue.size,
@@ -199,7 +206,7 @@ impl Link {
         })
     }
 
-    /// Has the back end serve a queue from where it was served last.
+    /// Starts a queue at the position at which it was stopped.
     pub(super) fn start(
         &mut self,
         vring: &Vring<'_>,
@@ -218,18 +225,20 @@ impl Link {
         })
     }
 
-    /// Has the back end stop a queue; returns the index of the next available entry that it would take.
+    /// Stops a queue. Returns the index of the next available entry, at which the queue has to be started again.
     pub(super) fn stop(&mut self, index: usize, limit: Duration) -> Result<u16> {
         const DOING: &str = "stopping a queue";
         let base = self.exchange_within(limit, DOING, |frontend| frontend.get_vring_base(index))?;
         let found = u16::try_from(base);
-        found.map_err(|_| self.nonsense(DOING, format!("{base} is no index of a split queue")))
+        found.map_err(|_| self.violation(DOING, format!("{base} is not an index of a split queue")))
     }
 
-    /// VHOST_USER_SET_LOG_BASE. The crate wants a log in the answer; libvhost-user answers with a number, DPDK with
-    /// nothing, and the specification leaves it open: here any answer is good.
+    /// Sends VHOST_USER_SET_LOG_BASE, and accepts any reply to it.
+    ///
+    /// The specification does not define the reply's payload. The `vhost` crate requires a log description in it, but
+    /// libvhost-user sends a number, and DPDK sends nothing.
     pub(super) fn set_log_base(&mut self, log: &WriteLog) -> Result<()> {
-        const DOING: &str = "handing over the log";
+        const DOING: &str = "sharing the dirty log";
         let region = log.region();
         let mut message = Vec::with_capacity(28);
         for word in [SET_LOG_BASE, VERSION, 16] {
@@ -239,22 +248,23 @@ impl Link {
             message.extend_from_slice(&value.to_ne_bytes());
         }
         let socket = &self.socket;
-        let answered = self.watch.within(REPLY_LIMIT, || {
+        let replied = self.watchdog.within(REPLY_LIMIT, || {
             let sent = socket
                 .send_with_fd(message.as_slice(), region.mmap_handle)
                 .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
             match sent == message.len() {
-                true => read_answer(socket),
+                true => read_reply(socket),
                 false => Err(io::ErrorKind::WriteZero.into()),
             }
         });
-        match answered {
+        match replied {
             Ok(None) => Ok(()),
-            Ok(Some(what)) => Err(self.nonsense(DOING, what)),
-            Err(_) => Err(self.over(DOING, REPLY_LIMIT)),
+            Ok(Some(what)) => Err(self.violation(DOING, what)),
+            Err(_) => Err(self.ended(DOING, REPLY_LIMIT)),
         }
     }
 
+    /// Runs `work`, which sends a message and may wait for the reply, within the usual time limit.
     fn exchange<T>(
         &mut self,
         doing: &'static str,
@@ -263,6 +273,7 @@ impl Link {
         self.exchange_within(REPLY_LIMIT, doing, work)
     }
 
+    /// Runs `work`, which sends a message and may wait for the reply, within `limit`.
     fn exchange_within<T>(
         &mut self,
         limit: Duration,
@@ -270,7 +281,7 @@ impl Link {
         work: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
         let frontend = &mut self.frontend;
-        let done = self.watch.within(limit, || work(frontend));
+        let done = self.watchdog.within(limit, || work(frontend));
         done.map_err(|error| match error {
             vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => {
                 VhostUserError::Refused {
@@ -283,15 +294,15 @@ impl Link {
                 | ProtocolError::Disconnected
                 | ProtocolError::SocketBroken(_)
                 | ProtocolError::SocketError(_),
-            ) => self.over(doing, limit),
-            other => self.nonsense(doing, other.to_string()),
+            ) => self.ended(doing, limit),
+            other => self.violation(doing, other.to_string()),
         })
     }
 
-    /// The connection ended: by the other side, or because that did not answer in time.
-    fn over(&self, doing: &'static str, limit: Duration) -> VhostUserError {
+    /// Returns the error for a connection that ended: a missed deadline, or an end by the back end.
+    fn ended(&self, doing: &'static str, limit: Duration) -> VhostUserError {
         let socket = self.path.clone();
-        match self.watch.was_overdue() {
+        match self.watchdog.was_overdue() {
             true => VhostUserError::Silent {
                 socket,
                 doing,
@@ -301,8 +312,8 @@ impl Link {
         }
     }
 
-    pub(super) fn nonsense(&self, doing: &'static str, what: String) -> VhostUserError {
-        VhostUserError::Nonsense {
+    pub(super) fn violation(&self, doing: &'static str, what: String) -> VhostUserError {
+        VhostUserError::ProtocolViolation {
             socket: self.path.clone(),
             doing,
             what,
@@ -310,7 +321,7 @@ impl Link {
     }
 }
 
-/// Whether what a back end writes to a used ring is logged.
+/// Whether the back end logs its writes to the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum UsedLog {
     Off,
@@ -318,7 +329,7 @@ pub(super) enum UsedLog {
 }
 
 impl UsedLog {
-    /// VHOST_VRING_F_LOG, or not.
+    /// Returns the flags for SET_VRING_ADDR: VHOST_VRING_F_LOG, or none.
     fn flags(self) -> u32 {
         match self {
             Self::Off => 0,
@@ -327,7 +338,7 @@ impl UsedLog {
     }
 }
 
-/// A listener whose queue is full would have the caller wait for as long as it is.
+/// Connects to `path`, with a time limit: connect(2) blocks as long as the listener's backlog is full.
 fn connected(path: &Path) -> io::Result<UnixStream> {
     let socket = socket_with(
         AddressFamily::UNIX,
@@ -337,23 +348,23 @@ fn connected(path: &Path) -> io::Result<UnixStream> {
     )?;
     set_socket_timeout(&socket, Timeout::Send, Some(REPLY_LIMIT))?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
-    // From here on the watch sets the limits: the crate would send again after this one.
+    // From here on, the watchdog enforces time limits. With this one, the `vhost` crate would repeat the send.
     set_socket_timeout(&socket, Timeout::Send, None)?;
     Ok(socket.into())
 }
 
-/// Reads an answer to [`SET_LOG_BASE`]; what is wrong with it, if anything is.
-fn read_answer(mut socket: &UnixStream) -> io::Result<Option<String>> {
+/// Reads the reply to [`SET_LOG_BASE`]. Returns a description of what is wrong with it, if anything is.
+fn read_reply(mut socket: &UnixStream) -> io::Result<Option<String>> {
     let mut head = [0; 12];
     socket.read_exact(&mut head)?;
     let [request, flags, bytes] = [0, 4, 8]
         .map(|at| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]));
-    let is_answer = request == SET_LOG_BASE
+    let is_reply = request == SET_LOG_BASE
         && flags & (VERSION_MASK | REPLY) == VERSION | REPLY
         && bytes <= MESSAGE_BYTES_MAX;
-    if !is_answer {
+    if !is_reply {
         return Ok(Some(format!(
-            "request {request}, flags {flags:#x}, {bytes} bytes"
+            "it is for request {request}, with flags {flags:#x} and {bytes} bytes"
         )));
     }
     let copied = io::copy(&mut socket.take(bytes.into()), &mut io::sink())?;

@@ -1,15 +1,16 @@
-//! A block device whose queues another process serves: the front end of vhost-user.
+//! Front end of vhost-user: a block device whose queues another process, the back end, serves.
 //!
 //! ```text
-//! vCPU ─ registers ─ VirtioMmio ─ VhostUser ─ Link ─ Unix socket ─┐
-//!      └ notification ─ eventfd ──────────────────────────────────┤ back end ─ disk
-//! guest ← interrupt line ─ eventfd ───────────────────────────────┤
-//! guest memory ─ memory files ────────────────────────────────────┘
+//! vCPU ─ registers ─ MmioTransport ─ VhostUser ─ Link ─ Unix socket ─┐
+//!      └ notification ─ eventfd ─────────────────────────────────────┤ back end ─ disk
+//! guest ← interrupt line ─ eventfd ──────────────────────────────────┤
+//! guest memory ─ memory files ───────────────────────────────────────┘
 //! ```
 //!
-//! The back end gets guest memory, the queues' places and both events when the driver is ready (memory and features
-//! already when a guest with such a driver arrives: they may be refused), and works by itself from then on: no thread of this process stands between it and the guest. It is stopped before anybody but the guest
-//! looks at the queues: at a reset, at a pause, and with it before a guest leaves.
+//! The back end gets guest memory, the addresses of the rings, and both eventfds when the driver sets DRIVER_OK. From
+//! then on, it works without this process. If a guest with an active driver is restored, the back end gets memory and
+//! features before the guest resumes, because it may refuse them. The front end stops the back end before anything else
+//! reads the rings: at a reset, and at a pause, which precedes saving.
 //!
 //! ```text
 //! connected ── DRIVER_OK ──→ started ⇄ stopped (pause, resume)
@@ -17,21 +18,21 @@
 //!     └──────── reset ─────────┘         lost: DEVICE_NEEDS_RESET, until a reset and a new connection
 //! ```
 //!
-//! A back end that is lost, that does not answer in time or answers nonsense is let go of: the device needs a reset
-//! then, and the next driver that is ready has it connected anew. Every wait for a back end ends
-//! ([`spec::REPLY_LIMIT`], [`spec::DRAIN_LIMIT`]).
+//! If the back end disconnects, misses a time limit or violates the protocol, it is lost: the connection is closed, and
+//! the device needs a reset. When a driver sets DRIVER_OK again, the front end reconnects. All waits for the back end
+//! are limited ([`spec::REPLY_LIMIT`], [`spec::DRAIN_LIMIT`]).
 //!
 //! Specification: docs/interop/vhost-user.rst of QEMU.
 
 mod back_end;
 mod error;
 mod link;
-mod log;
-mod serving;
+mod memory_table;
+mod queue_server;
 mod spec;
 mod state;
-mod table;
-mod watch;
+mod watchdog;
+mod write_log;
 
 #[cfg(test)]
 mod tests;
@@ -44,31 +45,32 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{DeviceStateError, Identity};
+use super::device::Identity;
 use super::interrupt::Interrupt;
 use super::queue::QueueSnapshot;
-use super::state::DeviceSnapshot;
+use super::queue_server::OnFailure;
+use super::state::{DeviceState, DeviceStateError};
 use link::{Link, Offer};
-use log::WriteLog;
-use spec::{LOG_ALL, PASSED_ON, QUEUE_SIZE, WRITE_BACK};
-use table::MemoryTable;
+use memory_table::MemoryTable;
+use spec::{LOG_ALL, OFFERED_TO_DRIVER, QUEUE_SIZE, WRITE_BACK};
+use write_log::WriteLog;
 
 pub use error::VhostUserError;
 pub use state::VhostUserSnapshot;
 
 type Result<T> = std::result::Result<T, VhostUserError>;
 
-/// A disk behind a vhost-user back end.
+/// Configuration of a vhost-user block device.
 pub struct VhostUserConfig<M> {
-    /// Where the back end listens.
+    /// Path of the socket on which the back end listens.
     pub socket: PathBuf,
-    /// Guest memory, all of it of files.
+    /// Guest memory, all of which must be shared mappings of files.
     pub memory: M,
-    /// The device's interrupt: its line goes to the back end.
+    /// Interrupt of the device. The back end gets its eventfd.
     pub interrupt: Interrupt,
 }
 
-/// A block device served by a vhost-user back end. Clones are the same device.
+/// Block device that a vhost-user back end serves. Clones are the same device.
 pub struct VhostUser<M: GuestAddressSpace>(Arc<Inner<M>>);
 
 impl<M: GuestAddressSpace> Clone for VhostUser<M> {
@@ -77,50 +79,51 @@ impl<M: GuestAddressSpace> Clone for VhostUser<M> {
     }
 }
 
-/// Told why the back end was lost.
-type OnLoss = Box<dyn Fn(&str) + Send + Sync>;
-
+/// State that the clones of a [`VhostUser`] share.
 struct Inner<M> {
     socket: PathBuf,
     memory: M,
     table: MemoryTable,
     interrupt: Interrupt,
-    /// For each queue: the driver has notified it.
+    /// Notifications of the driver, one eventfd for each queue.
     kicks: Vec<EventFd>,
     offer: Offer,
-    on_loss: OnceLock<OnLoss>,
-    state: Mutex<State>,
+    on_loss: OnceLock<OnFailure>,
+    state: Mutex<FrontEndState>,
 }
 
-struct State {
-    /// None when the back end is lost.
+/// State of the front end that changes, behind a lock.
+struct FrontEndState {
+    /// Connection to the back end. `None` after the back end was lost.
     link: Option<Link>,
-    /// Which connection it is: the end of an older one is no matter.
+    /// Number of the connection. It tells the end of the current connection from that of an earlier one.
     connection: u64,
-    /// The queues of a driver that is ready.
-    driver: Option<Driver>,
+    /// Queues of a driver that has set DRIVER_OK.
+    driver: Option<ReadyDriver>,
     /// The back end serves the queues.
     started: bool,
     paused: bool,
     write_back: u8,
     log: Option<WriteLog>,
-    /// Why the device needs a reset, if it does.
+    /// Why the device needs a reset.
     failure: Option<String>,
-    /// Why there is no link.
+    /// Why the back end was lost.
     lost: Option<String>,
 }
 
-struct Driver {
+/// Features and queues of a driver that has set DRIVER_OK.
+struct ReadyDriver {
     features: u64,
     queues: Vec<QueueSnapshot>,
 }
 
 impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
-    /// Connects to the back end, and hears what disk it has. Nothing of the guest's is given to it before its driver
-    /// is ready.
+    /// Connects to the back end, and reads the properties of its disk. The back end gets no access to the guest before
+    /// the driver sets DRIVER_OK.
     ///
     /// # Errors
-    /// Memory that cannot be shared; nobody there, or no back end for a disk.
+    /// Returns [`VhostUserError`] if guest memory is not shared, or the back end cannot be reached or cannot serve a
+    /// disk.
     pub fn connect(config: VhostUserConfig<M>) -> Result<Self> {
         let table = MemoryTable::new(&*config.memory.memory());
         let table = table.ok_or_else(|| VhostUserError::NotShared {
@@ -129,10 +132,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
         let (link, offer) = Link::connect(&config.socket)?;
         let kick = EventFd::new(EFD_NONBLOCK).map_err(|source| VhostUserError::Host {
             socket: config.socket.clone(),
-            what: "an event",
+            what: "cannot create an eventfd",
             source,
         })?;
-        config.interrupt.raised_elsewhere();
+        config.interrupt.raised_externally();
         let inner = Arc::new(Inner {
             socket: config.socket,
             memory: config.memory,
@@ -141,7 +144,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
             kicks: vec![kick],
             offer,
             on_loss: OnceLock::new(),
-            state: Mutex::new(State {
+            state: Mutex::new(FrontEndState {
                 link: None,
                 connection: 0,
                 driver: None,
@@ -153,32 +156,33 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
                 lost: None,
             }),
         });
-        inner.adopt(&mut inner.state(), link);
+        inner.set_connection(&mut inner.state(), link);
         Ok(Self(inner))
     }
 
-    /// Has `tell` called with the reason each time that a back end is lost, by any thread. The first is heard.
+    /// Registers `tell`, which is called with the reason each time the back end is lost. Any thread may call it. Only
+    /// the first registration has an effect.
     pub fn on_loss(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
         self.0.on_loss.get_or_init(|| Box::new(tell));
     }
 
-    /// Its size, in sectors of 512 bytes.
+    /// Returns the size of the disk in sectors of 512 bytes.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         sectors(&self.0.offer)
     }
 
-    /// The features that it offers to the driver.
+    /// Returns the feature bits that the device offers to the driver.
     #[must_use]
     pub fn features(&self) -> u64 {
-        self.0.offer.features & PASSED_ON
+        self.0.offer.features & OFFERED_TO_DRIVER
     }
 
-    /// Whether the back end is there, and is as it was at the beginning.
+    /// Checks that the back end is connected.
     ///
     /// # Errors
-    /// Why it was lost.
-    pub fn is_there(&self) -> Result<()> {
+    /// Returns [`VhostUserError::Gone`] with the reason if the back end was lost.
+    pub fn check_connected(&self) -> Result<()> {
         let state = self.0.state();
         match (&state.link, &state.lost) {
             (Some(_), _) => Ok(()),
@@ -186,12 +190,13 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
         }
     }
 
-    /// Whether the back end can log what it writes: without that, nobody knows which memory it changed.
+    /// Checks that the back end is connected and can log its writes to guest memory. Without a log, live migration
+    /// would miss them.
     ///
     /// # Errors
-    /// What it lacks, or that it is lost.
+    /// Returns [`VhostUserError`] if the back end was lost or lacks a feature.
     pub fn can_log(&self) -> Result<()> {
-        self.is_there()?;
+        self.check_connected()?;
         let lacks = |what| {
             Err(VhostUserError::Lacks {
                 socket: self.0.socket.clone(),
@@ -203,27 +208,27 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
         } = self.0.offer;
         if features & LOG_ALL == 0 {
             return lacks(
-                "the feature VHOST_F_LOG_ALL: what it writes to guest memory is not known",
+                "the feature VHOST_F_LOG_ALL, so its writes to guest memory cannot be tracked",
             );
         }
         if !protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD) {
             return lacks(
-                "the protocol feature VHOST_USER_PROTOCOL_F_LOG_SHMFD: what it writes to guest memory is not known",
+                "the protocol feature VHOST_USER_PROTOCOL_F_LOG_SHMFD, so its writes to guest memory cannot be tracked",
             );
         }
         Ok(())
     }
 
-    /// From now on the back end logs what it writes to guest memory, in an empty log.
+    /// Starts logging the back end's writes to guest memory, with an empty log.
     ///
     /// # Errors
-    /// A back end that cannot, or is lost.
+    /// Returns [`VhostUserError`] if the back end was lost, or cannot log.
     pub fn start_log(&self) -> Result<()> {
         self.can_log()?;
         let inner = &*self.0;
         let log = WriteLog::new(inner.table.end()).map_err(|source| VhostUserError::Host {
             socket: inner.socket.clone(),
-            what: "a log",
+            what: "cannot create the dirty log",
             source,
         })?;
         let mut state = inner.state();
@@ -231,18 +236,18 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
         inner.switch_log(&mut state)
     }
 
-    /// Takes all that was logged since the last time: `mark` gets the guest-physical address of a page and a bitmap of
-    /// the pages from it on, as often as there are some. Without a log there is nothing.
+    /// Takes and clears the dirty log. For each run of dirty pages, calls `mark` with the guest-physical address of a
+    /// page and a bitmap of the pages from there on. Does nothing if there is no log.
     pub fn take_log(&self, mark: impl FnMut(u64, &[u64])) {
         if let Some(log) = &self.0.state().log {
             log.take(mark);
         }
     }
 
-    /// Ends the log. Idempotent, and no failure where the back end is lost.
+    /// Stops logging. Idempotent. Succeeds if the back end was lost before.
     ///
     /// # Errors
-    /// A back end that is lost by this.
+    /// Returns [`VhostUserError`] if the back end is lost by this call.
     pub fn stop_log(&self) -> Result<()> {
         let mut state = self.0.state();
         match state.log.take() {
@@ -261,20 +266,15 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
         }
     }
 
-    /// Takes over a saved state, before the back end is started.
-    pub(super) fn restore(
-        &self,
-        saved: &DeviceSnapshot,
-    ) -> std::result::Result<(), DeviceStateError> {
+    /// Loads a saved state. The back end must not have been started.
+    pub(super) fn restore(&self, saved: &DeviceState) -> std::result::Result<(), DeviceStateError> {
         const DEVICE: &str = "vhost-user block";
-        let DeviceSnapshot::VhostUserBlock(saved) = saved else {
-            return Err(DeviceStateError::other(DEVICE, saved));
-        };
+        let saved: VhostUserSnapshot = saved.decode(DEVICE)?;
         if saved.sectors != self.sectors() {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: DEVICE,
                 what: format!(
-                    "a disk of {} sectors, the back end here has {}",
+                    "the saved disk has {} sectors, but the back end here has {}",
                     saved.sectors,
                     self.sectors()
                 ),
@@ -285,6 +285,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
     }
 }
 
+/// Returns the capacity in the configuration space, in sectors of 512 bytes.
 fn sectors(offer: &Offer) -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = offer.config;
     u64::from_le_bytes([a, b, c, d, e, f, g, h])

@@ -1,12 +1,23 @@
-//! The state of a disk behind a vhost-user back end.
+//! Saved state of a vhost-user block device.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-/// What a vhost-user disk is to its guest. Queues are the transport's, data is the back end's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+use crate::SavedState;
+
+/// Saved state of a vhost-user block device. The queues are part of the transport's state.
+///
+/// Field 1 is not used: it tells this state from that of a block device without a back end.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct VhostUserSnapshot {
-    /// Its size, in sectors of 512 bytes.
+    /// Size of the disk in sectors of 512 bytes.
+    #[n(0)]
     pub sectors: u64,
-    /// The field `writeback` of its configuration space.
+    /// Field `writeback` of the configuration space.
+    #[n(2)]
     pub write_back: bool,
+}
+
+impl SavedState for VhostUserSnapshot {
+    const VERSION: u16 = 1;
 }

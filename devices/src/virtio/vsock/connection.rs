@@ -1,5 +1,5 @@
-//! One connection between a guest's socket and a Unix socket of the host: its stream, its credit, and which
-//! halves of it are open.
+//! Connection between a socket of the guest and a Unix socket of the host: stream, credit, and the state of both
+//! halves.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Write};
@@ -8,66 +8,67 @@ use std::os::unix::net::UnixStream;
 
 use vm_memory::{GuestAddressSpace, Permissions, ReadVolatile, VolatileMemoryError, WriteVolatile};
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
 use super::super::queue::QueueError;
-use super::super::turn::Turn;
 use super::spec::{Header, NO_RECEIVE, NO_SEND};
 
-/// Bytes that a guest may send before the host has taken them: `buf_alloc`.
+/// Size of the buffer for data from the guest, which the device announces as `buf_alloc`.
 pub(super) const BUFFER_BYTES: u32 = 256 * 1024;
-/// The most bytes of one packet to the guest. VIRTIO_VSOCK_MAX_PKT_BUF_SIZE of Linux.
+/// Maximum number of data bytes of one packet to the guest. This is VIRTIO_VSOCK_MAX_PKT_BUF_SIZE of Linux.
 const PACKET_BYTES: u64 = 64 * 1024;
 
-/// By which a connection is known: the ports of both ends.
+/// Ports of both ends. They identify a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Ports {
     pub(super) host: u32,
     pub(super) guest: u32,
 }
 
-/// The host's end is gone, or the guest broke the rules: the connection is over.
+/// The connection has failed: the host's end is closed, or the guest broke the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Broken;
 
-/// What a connection has for the guest.
+/// What a connection has to send to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Produced {
-    /// So many bytes, which are in its memory already.
+    /// This number of data bytes, which have been written to the guest's buffer.
     Data(u32),
-    /// The host sends no more; with these flags.
+    /// The host has shut down the stream, with these flags.
     Shutdown(u32),
-    /// The guest's credit is used up.
+    /// Data, but the guest has no credit left.
     NoCredit,
-    /// The guest's buffer has room for a header only.
+    /// Data, but the guest's buffer only has room for a header.
     NoRoom,
     /// Nothing now.
     Nothing,
 }
 
+/// Connection between a socket of the guest and a Unix socket of the host.
 pub(super) struct Connection {
     pub(super) ports: Ports,
     pub(super) stream: UnixStream,
-    /// The host asked for it, and the guest has not answered.
+    /// The host has requested the connection, and the guest has not answered yet.
     pub(super) requested: bool,
-    /// From the guest, not yet taken by the host.
+    /// Data from the guest that the host's socket has not taken yet.
     waiting: VecDeque<u8>,
-    /// `fwd_cnt`, and as the guest knows it.
+    /// Number of bytes passed to the host (`fwd_cnt`), and its last value that was sent to the guest.
     forwarded: u32,
-    told: u32,
-    /// A packet is on its way that says so.
-    telling: bool,
-    /// Bytes sent to the guest, and what it said of its buffer.
+    announced: u32,
+    /// A credit update for the guest is queued.
+    update_queued: bool,
+    /// Number of bytes sent to the guest, and the last values of `buf_alloc` and `fwd_cnt` from the guest.
     sent: u32,
     peer_alloc: u32,
     peer_forwarded: u32,
-    /// The stream has something to read, or its end.
+    /// The host's stream has data, or has ended, and was not read since.
     pub(super) readable: bool,
-    /// What the guest does not do any more: bits of SHUTDOWN.
+    /// Flags of [`Op::Shutdown`](super::spec::Op::Shutdown) that the guest has sent.
     guest_stopped: u32,
     write_half_closed: bool,
-    /// What the guest was told that the host does not do any more: bits of SHUTDOWN.
+    /// Flags of [`Op::Shutdown`](super::spec::Op::Shutdown) that were sent to the guest.
     host_stopped: u32,
-    /// The host's process closed both halves.
+    /// The host's process has closed both halves of the stream.
     pub(super) hung_up: bool,
 }
 
@@ -79,8 +80,8 @@ impl Connection {
             requested: false,
             waiting: VecDeque::new(),
             forwarded: 0,
-            told: 0,
-            telling: false,
+            announced: 0,
+            update_queued: false,
             sent: 0,
             peer_alloc: 0,
             peer_forwarded: 0,
@@ -92,39 +93,41 @@ impl Connection {
         }
     }
 
-    /// `buf_alloc` and `fwd_cnt` for a packet that is sent now.
-    pub(super) fn tell_credit(&mut self) -> (u32, u32) {
-        self.told = self.forwarded;
-        self.telling = false;
+    /// Returns `buf_alloc` and `fwd_cnt` for a packet that is sent now.
+    pub(super) fn credit_to_send(&mut self) -> (u32, u32) {
+        self.announced = self.forwarded;
+        self.update_queued = false;
         (BUFFER_BYTES, self.forwarded)
     }
 
-    /// Takes over what a packet says of the guest's buffer (5.10.6.3).
+    /// Stores the guest's credit from the header of a packet (virtio 1.2, 5.10.6.3).
     pub(super) fn take_credit(&mut self, header: &Header) {
         self.peer_alloc = header.buf_alloc;
         self.peer_forwarded = header.fwd_cnt;
     }
 
-    /// The guest may think that its buffer here is nearly full, and it is not. True once, until it is told.
+    /// Returns whether the guest needs a credit update, because its view of the device's buffer is much fuller than the
+    /// buffer. Returns true only once until the update is sent.
     pub(super) fn owes_credit(&mut self) -> bool {
-        let owes = self.forwarded.wrapping_sub(self.told) >= BUFFER_BYTES / 4;
-        owes && !std::mem::replace(&mut self.telling, true)
+        let owes = self.forwarded.wrapping_sub(self.announced) >= BUFFER_BYTES / 4;
+        owes && !std::mem::replace(&mut self.update_queued, true)
     }
 
+    /// Returns the number of bytes that the guest's buffer has room for.
     fn credit(&self) -> u32 {
         let in_flight = self.sent.wrapping_sub(self.peer_forwarded);
         self.peer_alloc.saturating_sub(in_flight)
     }
 
-    /// True when both ends have nothing more to say to each other, but for what is on its way to the host.
+    /// Returns whether the guest has shut down both halves and the host has received all of its data.
     pub(super) fn is_over(&self) -> bool {
         self.guest_stopped == NO_RECEIVE | NO_SEND && self.waiting.is_empty()
     }
 
-    /// Bytes of a guest go to the host, at once or when it has room.
+    /// Passes data from the guest to the host. What the host's socket does not take is buffered.
     pub(super) fn send<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         mut data: Buffer,
     ) -> Result<Result<(), Broken>, QueueError> {
         if self.guest_stopped & NO_SEND != 0 {
@@ -133,7 +136,7 @@ impl Connection {
         let mut result = Ok(());
         if self.waiting.is_empty() {
             let mut written = 0;
-            turn.each_slice(&data, Permissions::Read, |slice| {
+            queues.each_slice(&data, Permissions::Read, |slice| {
                 match moved(|| self.stream.write_volatile(&slice)) {
                     Ok(Some(len)) => {
                         written += len;
@@ -151,21 +154,22 @@ impl Connection {
         }
         let left = data.len();
         if self.waiting.len() as u64 + left > u64::from(BUFFER_BYTES) {
-            // More than its credit.
+            // The guest has sent more than its credit.
             return Ok(Err(Broken));
         }
         let mut bytes = vec![0; usize::try_from(left).unwrap_or_default()];
-        turn.read(&mut data, &mut bytes)?;
+        queues.read(&mut data, &mut bytes)?;
         self.waiting.extend(bytes);
         Ok(result)
     }
 
+    /// Counts bytes that were passed to the host.
     fn forward(&mut self, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         self.forwarded = self.forwarded.wrapping_add(bytes);
     }
 
-    /// The host has room: what waits goes on.
+    /// Writes buffered data to the host's socket, which is writable again.
     pub(super) fn flush(&mut self) -> Result<(), Broken> {
         while !self.waiting.is_empty() {
             match self.stream.write(self.waiting.as_slices().0) {
@@ -183,7 +187,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The guest does not send or receive any more, as `flags` say (5.10.6.4).
+    /// Handles a shutdown by the guest, with `flags` (virtio 1.2, 5.10.6.4).
     pub(super) fn stop(&mut self, flags: u32) {
         self.guest_stopped |= flags & (NO_RECEIVE | NO_SEND);
         if self.guest_stopped & NO_RECEIVE != 0 {
@@ -192,6 +196,7 @@ impl Connection {
         self.close_write_half();
     }
 
+    /// Shuts down the writing half of the stream after the guest has shut it down and all data has been written.
     fn close_write_half(&mut self) {
         let stopped = self.guest_stopped & NO_SEND != 0;
         if stopped && self.waiting.is_empty() && !self.write_half_closed {
@@ -200,15 +205,15 @@ impl Connection {
         }
     }
 
-    /// Fails only when the host has closed already.
+    /// Shuts down one half of the stream. The call fails only if the host has closed the stream already.
     fn close(&self, half: Shutdown) {
         let _closed = self.stream.shutdown(half);
     }
 
-    /// Reads from the host into `room`, as much as the guest has credit for.
+    /// Reads data from the host into `room`, as far as the guest has credit.
     pub(super) fn produce<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         room: &mut Buffer,
     ) -> Result<Result<Produced, Broken>, QueueError> {
         if self.guest_stopped & NO_RECEIVE != 0 || !self.readable {
@@ -229,7 +234,7 @@ impl Connection {
         let mut read = 0;
         let mut result = Ok(());
         let mut ended = false;
-        turn.each_slice(&part, Permissions::Write, |mut slice| {
+        queues.each_slice(&part, Permissions::Write, |mut slice| {
             match moved(|| self.stream.read_volatile(&mut slice)) {
                 Ok(Some(0)) => {
                     ended = true;
@@ -260,7 +265,7 @@ impl Connection {
         Ok(result.map(|()| Produced::Nothing))
     }
 
-    /// The stream was read to its end: the host sends no more, and receives no more if it hung up.
+    /// Handles the end of the host's stream. The host will not send, and if it hung up, it will not receive either.
     fn ended(&mut self) -> Produced {
         self.readable = false;
         let both = if self.hung_up { NO_RECEIVE } else { 0 };
@@ -273,7 +278,8 @@ impl Connection {
     }
 }
 
-/// Calls again what a signal interrupted. How much was moved; none if the stream would block.
+/// Repeats `call` as long as a signal interrupts it. Returns the number of bytes moved, or `None` if the stream would
+/// block.
 fn moved(
     mut call: impl FnMut() -> Result<usize, VolatileMemoryError>,
 ) -> Result<Option<usize>, Broken> {

@@ -1,7 +1,8 @@
-//! The host's side: the socket on which it asks for connections, and those that it listens on.
+//! Host's side of the socket device: the Unix socket on which the host requests connections, and connections to sockets
+//! on which the host listens.
 //!
-//! The protocol is Firecracker's and Cloud Hypervisor's. Host to guest: connect to PATH, send
-//! `CONNECT port\n`, read `OK port\n`. Guest to host: somebody listens on PATH_port.
+//! The protocol is that of Firecracker and Cloud Hypervisor. To connect to the guest, a process connects to PATH, sends
+//! `CONNECT port\n`, and reads `OK port\n`. To accept connections from the guest, it listens on PATH_port.
 
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,16 +10,17 @@ use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-/// The longest line: `CONNECT 4294967295\n`.
+/// Maximum length of a line. The longest valid one is `CONNECT 4294967295\n`.
 const LINE_MAX: usize = 32;
 
-/// The socket at PATH. Its file goes with it.
+/// Listening socket at PATH. Dropping it removes its file.
 pub(super) struct HostSocket {
     pub(super) listener: UnixListener,
     path: PathBuf,
 }
 
 impl HostSocket {
+    /// Creates the socket at `path`, and listens on it.
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         let socket = Self {
@@ -29,7 +31,7 @@ impl HostSocket {
         Ok(socket)
     }
 
-    /// The next host that wants something; none when there is no more.
+    /// Accepts the next connection. Returns `None` if there is none.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {
             match self.listener.accept() {
@@ -44,8 +46,7 @@ impl HostSocket {
         }
     }
 
-    /// A connection to whoever listens on PATH_port. It does not wait: a listener whose backlog is full
-    /// refuses.
+    /// Connects to the socket at PATH_port. Does not block: a listener whose backlog is full counts as an error.
     pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{port}"));
@@ -58,25 +59,25 @@ impl HostSocket {
 
 impl Drop for HostSocket {
     fn drop(&mut self) {
-        // Somebody else removed it already, or took its name: there is nobody to tell.
+        // The call fails if another process has removed the file, which is fine.
         let _gone = std::fs::remove_file(&self.path);
     }
 }
 
-/// A host that has connected and has not said yet what it wants.
+/// Connection from the host that has not named a port of the guest yet.
 pub(super) struct Handshake {
     pub(super) stream: UnixStream,
     line: Vec<u8>,
 }
 
-/// How far a handshake is.
+/// Progress of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
-    /// The line is not whole.
+pub(super) enum HandshakeProgress {
+    /// The line is not complete.
     Waiting,
-    /// It asks for this port of the guest.
+    /// The line requests a connection to this port of the guest.
     Port(u32),
-    /// It is no such line, or ended too early.
+    /// The line is invalid, or the stream has ended.
     Failed,
 }
 
@@ -88,27 +89,30 @@ impl Handshake {
         }
     }
 
-    /// Reads on, and nothing beyond the line: what follows is for the guest.
-    pub(super) fn read(&mut self) -> Progress {
+    /// Reads up to the end of the line. What follows the line is data for the guest.
+    pub(super) fn read(&mut self) -> HandshakeProgress {
         let mut byte = [0];
         while self.line.len() < LINE_MAX {
             match self.stream.read(&mut byte) {
-                Ok(0) => return Progress::Failed,
+                Ok(0) => return HandshakeProgress::Failed,
                 Ok(_) if byte == *b"\n" => return self.port(),
                 Ok(_) => self.line.push(byte[0]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Progress::Waiting,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return HandshakeProgress::Waiting;
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return Progress::Failed,
+                Err(_) => return HandshakeProgress::Failed,
             }
         }
-        Progress::Failed
+        HandshakeProgress::Failed
     }
 
-    fn port(&self) -> Progress {
+    /// Decodes the line.
+    fn port(&self) -> HandshakeProgress {
         std::str::from_utf8(&self.line)
             .ok()
             .and_then(|line| line.strip_prefix("CONNECT "))
             .and_then(|port| port.trim().parse().ok())
-            .map_or(Progress::Failed, Progress::Port)
+            .map_or(HandshakeProgress::Failed, HandshakeProgress::Port)
     }
 }

@@ -1,4 +1,4 @@
-//! All connections of a device, and what is to be told to the guest.
+//! All connections of a socket device, and the queue of packets to the guest.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
@@ -8,30 +8,31 @@ use std::os::unix::net::UnixStream;
 use event_manager::EventSet;
 use vm_memory::GuestAddressSpace;
 
+use super::super::active_queues::ActiveQueues;
 use super::super::buffer::Buffer;
-use super::super::device::{DeviceError, Token, Watch};
+use super::super::device::{DeviceError, EventRegistry, Token};
 use super::super::queue::QueueError;
-use super::super::turn::Turn;
 use super::connection::{Broken, Connection, Ports, Produced};
-use super::host::{Handshake, HostSocket, Progress};
+use super::host::{Handshake, HandshakeProgress, HostSocket};
 use super::spec::{HOST_CID, Header, Op, STREAM};
 
-/// The most connections at once, those that are being made included.
+/// Maximum number of connections, including those in the handshake.
 pub(super) const CONNECTIONS_MAX: usize = 1024;
-/// Packets that wait for the guest to make room. Beyond that, nothing more is taken from it.
+/// Maximum number of packets that wait for buffers of the guest. When it is reached, no packet is taken from the guest.
 const PACKETS_MAX: usize = 1024;
-/// Ports that the host's ends of its own connections get; below are those that guests ask for.
+/// First port for the host's end of a connection that the host requests. The guest connects to smaller port numbers.
 const FIRST_HOST_PORT: u32 = 1 << 30;
-/// The first token of a connection; below are the device's own.
+/// First token of a connection. Smaller tokens belong to the device itself.
 const FIRST_TOKEN: Token = 16;
 
-/// A packet without data, on its way to the guest.
+/// Packet without data for the guest.
 struct Packet {
     ports: Ports,
     op: Op,
     flags: u32,
 }
 
+/// Connections of a socket device, by token and by ports, with the packets and data for the guest.
 pub(super) struct Hub {
     pub(super) socket: HostSocket,
     pub(super) guest_cid: u64,
@@ -39,13 +40,13 @@ pub(super) struct Hub {
     by_ports: HashMap<Ports, Token>,
     handshakes: HashMap<Token, Handshake>,
     packets: VecDeque<Packet>,
-    /// Connections that may have data for the guest.
+    /// Connections that may have data for the guest, in the order in which they are served.
     ready: VecDeque<Token>,
     next_token: Token,
     next_port: u32,
 }
 
-/// Streams are looked at when something changes: what is left unread is remembered.
+/// Events of a stream. They are edge-triggered, so [`Connection::readable`] remembers data that was not read.
 fn stream_events() -> EventSet {
     EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED
 }
@@ -65,54 +66,56 @@ impl Hub {
         }
     }
 
+    /// Returns the number of connections, including those in the handshake.
     pub(super) fn connections(&self) -> usize {
         self.connections.len() + self.handshakes.len()
     }
 
-    /// Whether so much waits for the guest that nothing more can be taken from it.
+    /// Returns whether so many packets wait for the guest that no packet can be taken from it.
     pub(super) fn is_full(&self) -> bool {
         self.packets.len() >= PACKETS_MAX
     }
 
+    /// Returns whether there may be a packet for the guest.
     pub(super) fn has_work(&self) -> bool {
         !self.packets.is_empty() || !self.ready.is_empty()
     }
 
-    /// Ends everything: the guest is not there any more.
-    pub(super) fn clear(&mut self, watch: &mut Watch<'_, '_>) {
+    /// Closes all connections, because the driver has reset the device.
+    pub(super) fn clear(&mut self, registry: &mut EventRegistry<'_, '_>) {
         let tokens: Vec<Token> = self.connections.keys().copied().collect();
         for token in tokens {
-            self.remove(token, watch);
+            self.remove(token, registry);
         }
         for (_, handshake) in self.handshakes.drain() {
-            unwatch(&handshake.stream, watch);
+            deregister(&handshake.stream, registry);
         }
         self.packets.clear();
         self.ready.clear();
     }
 
-    /// Takes all hosts that have connected.
-    pub(super) fn accept(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
+    /// Accepts all pending connections of the host.
+    pub(super) fn accept(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
         while let Some(stream) = self.socket.accept()? {
-            // One too many is closed at once.
+            // A connection above the limit is closed at once.
             if self.connections() < CONNECTIONS_MAX {
                 let token = self.token();
-                watch.add(&stream.as_raw_fd(), token, stream_events())?;
+                registry.add(&stream.as_raw_fd(), token, stream_events())?;
                 self.handshakes.insert(token, Handshake::new(stream));
             }
         }
         Ok(())
     }
 
-    /// Something changed at the stream of `token`.
+    /// Handles `events` of the stream that was registered with `token`.
     pub(super) fn stream_event(
         &mut self,
         token: Token,
         events: EventSet,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) {
         if self.handshakes.contains_key(&token) {
-            return self.handshake_event(token, watch);
+            return self.handshake_event(token, registry);
         }
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
@@ -120,7 +123,7 @@ impl Hub {
         connection.hung_up |= events.contains(EventSet::HANG_UP);
         if connection.requested {
             if connection.hung_up {
-                self.reset(token, watch);
+                self.reset(token, registry);
             }
             return;
         }
@@ -131,28 +134,30 @@ impl Hub {
             self.ready.push_back(token);
         }
         if events.contains(EventSet::OUT) {
-            self.flush(token, watch);
+            self.flush(token, registry);
         }
     }
 
-    fn flush(&mut self, token: Token, watch: &mut Watch<'_, '_>) {
+    /// Writes buffered data of a connection to the host, whose socket has room again.
+    fn flush(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
         let result = connection.flush();
-        self.settle(token, result, watch);
+        self.after_event(token, result, registry);
     }
 
-    fn handshake_event(&mut self, token: Token, watch: &mut Watch<'_, '_>) {
+    /// Reads the line of a connection in the handshake, and requests the connection from the guest if it is complete.
+    fn handshake_event(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
         let Some(mut handshake) = self.handshakes.remove(&token) else {
             return;
         };
         match handshake.read() {
-            Progress::Waiting => {
+            HandshakeProgress::Waiting => {
                 self.handshakes.insert(token, handshake);
             }
-            Progress::Failed => unwatch(&handshake.stream, watch),
-            Progress::Port(guest) => {
+            HandshakeProgress::Failed => deregister(&handshake.stream, registry),
+            HandshakeProgress::Port(guest) => {
                 let ports = Ports {
                     host: self.host_port(guest),
                     guest,
@@ -165,16 +170,16 @@ impl Hub {
         }
     }
 
-    /// A packet of the guest.
+    /// Handles a packet from the guest.
     pub(super) fn packet<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         header: &Header,
         data: Buffer,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
-            // For or from somebody else: there is no way to them, or back.
+            // The packet's addresses are not those of this guest and this host, so there is nobody to answer.
             return Ok(());
         }
         let ports = Ports {
@@ -184,23 +189,24 @@ impl Hub {
         let token = self.by_ports.get(&ports).copied();
         let (Some(token), STREAM) = (token, header.kind) else {
             match header.op {
-                Op::Request if header.kind == STREAM => self.connect(ports, header, watch)?,
-                // A reset is not answered by another.
+                Op::Request if header.kind == STREAM => self.connect(ports, header, registry)?,
+                // A reset is not answered.
                 Op::Reset => {}
                 _ => self.push(ports, Op::Reset, 0),
             }
             return Ok(());
         };
-        self.connection_packet(turn, token, header, data, watch)
+        self.connection_packet(queues, token, header, data, registry)
     }
 
+    /// Handles a packet for an existing connection.
     fn connection_packet<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         token: Token,
         header: &Header,
         data: Buffer,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let Some(connection) = self.connections.get_mut(&token) else {
             return Ok(());
@@ -209,13 +215,14 @@ impl Hub {
         let ports = connection.ports;
         let result = match (header.op, connection.requested) {
             (Op::Reset, _) => {
-                self.remove(token, watch);
+                self.remove(token, registry);
                 return Ok(());
             }
             (Op::Response, true) => accepted(connection),
-            // Before it has answered a request, a guest says nothing else; and it does not ask twice.
+            // Before the guest has answered a request, it may send nothing else. It must not request a connection
+            // twice.
             (_, true) | (Op::Request | Op::Response | Op::Unknown(_), false) => Err(Broken),
-            (Op::Data, false) => connection.send(turn, data)?,
+            (Op::Data, false) => connection.send(queues, data)?,
             (Op::Shutdown, false) => {
                 connection.stop(header.flags);
                 Ok(())
@@ -226,31 +233,36 @@ impl Hub {
             }
             (Op::CreditUpdate, false) => Ok(()),
         };
-        // New credit, or a stream that was readable before the guest answered.
+        // The guest may have sent credit, or answered the request for a stream that has data already.
         self.make_ready(token);
-        self.settle(token, result, watch);
+        self.after_event(token, result, registry);
         Ok(())
     }
 
-    /// After something happened to a connection: ends it, or tells the guest of its credit.
-    fn settle(&mut self, token: Token, result: Result<(), Broken>, watch: &mut Watch<'_, '_>) {
+    /// Closes a connection if it has failed or ended, and sends a credit update if the guest needs one.
+    fn after_event(
+        &mut self,
+        token: Token,
+        result: Result<(), Broken>,
+        registry: &mut EventRegistry<'_, '_>,
+    ) {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
         if result.is_err() || connection.is_over() {
-            self.reset(token, watch);
+            self.reset(token, registry);
         } else if connection.owes_credit() {
             let ports = connection.ports;
             self.push(ports, Op::CreditUpdate, 0);
         }
     }
 
-    /// The guest asks for a connection to whoever listens on the host.
+    /// Handles a request of the guest for a connection to a socket of the host.
     fn connect(
         &mut self,
         ports: Ports,
         header: &Header,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let stream = if self.connections() < CONNECTIONS_MAX {
             self.socket.connect(ports.host).ok()
@@ -262,9 +274,9 @@ impl Hub {
             return Ok(());
         };
         let token = self.token();
-        watch
+        registry
             .add(&stream.as_raw_fd(), token, stream_events())
-            .map_err(DeviceError::host("waiting for a socket"))?;
+            .map_err(DeviceError::host("cannot wait for a socket of the host"))?;
         let mut connection = Connection::new(ports, stream);
         connection.take_credit(header);
         self.insert(token, connection);
@@ -272,12 +284,13 @@ impl Hub {
         Ok(())
     }
 
-    /// The next packet for the guest, its data put into `room`. None if there is nothing to say.
+    /// Returns the header of the next packet for the guest, and writes its data to `room`. Returns `None` if there is
+    /// no packet.
     pub(super) fn next<M: GuestAddressSpace>(
         &mut self,
-        turn: &Turn<'_, M>,
+        queues: &ActiveQueues<'_, M>,
         room: &mut Buffer,
-        watch: &mut Watch<'_, '_>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<Option<Header>, QueueError> {
         loop {
             if let Some(packet) = self.packets.pop_front() {
@@ -290,31 +303,32 @@ impl Hub {
                 continue;
             };
             let ports = connection.ports;
-            match connection.produce(turn, room)? {
+            match connection.produce(queues, room)? {
                 Ok(Produced::Data(len)) => {
                     self.ready.push_back(token);
                     return Ok(Some(self.header(ports, Op::Data, 0, len)));
                 }
                 Ok(Produced::Shutdown(flags)) => self.push(ports, Op::Shutdown, flags),
-                // An update of the guest makes it ready again.
+                // A credit update of the guest makes the connection ready again.
                 Ok(Produced::NoCredit) => self.push(ports, Op::CreditRequest, 0),
-                // A packet without data takes the buffer, so that the next one's turn comes.
+                // A packet without data uses up the buffer, so that the next buffer can take data.
                 Ok(Produced::NoRoom) => {
                     self.ready.push_back(token);
                     self.push(ports, Op::CreditUpdate, 0);
                 }
                 Ok(Produced::Nothing) => {}
-                Err(Broken) => self.reset(token, watch),
+                Err(Broken) => self.reset(token, registry),
             }
         }
     }
 
+    /// Returns the header of a packet for the guest, with the current credit of its connection.
     fn header(&mut self, ports: Ports, op: Op, flags: u32, len: u32) -> Header {
         let connection = self
             .by_ports
             .get(&ports)
             .and_then(|token| self.connections.get_mut(token));
-        let (buf_alloc, fwd_cnt) = connection.map_or((0, 0), Connection::tell_credit);
+        let (buf_alloc, fwd_cnt) = connection.map_or((0, 0), Connection::credit_to_send);
         Header {
             src_cid: HOST_CID,
             dst_cid: self.guest_cid,
@@ -329,6 +343,7 @@ impl Hub {
         }
     }
 
+    /// Queues a connection for delivery to the guest, if its stream is readable.
     fn make_ready(&mut self, token: Token) {
         let readable = self
             .connections
@@ -339,6 +354,7 @@ impl Hub {
         }
     }
 
+    /// Queues a packet without data for the guest.
     fn push(&mut self, ports: Ports, op: Op, flags: u32) {
         self.packets.push_back(Packet { ports, op, flags });
     }
@@ -348,23 +364,24 @@ impl Hub {
         self.connections.insert(token, connection);
     }
 
-    /// Ends a connection, and tells the guest.
-    fn reset(&mut self, token: Token, watch: &mut Watch<'_, '_>) {
-        if let Some(ports) = self.remove(token, watch) {
+    /// Closes a connection, and sends a reset to the guest.
+    fn reset(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) {
+        if let Some(ports) = self.remove(token, registry) {
             self.push(ports, Op::Reset, 0);
         }
     }
 
-    /// Ends a connection: what was to be said about it is not.
-    fn remove(&mut self, token: Token, watch: &mut Watch<'_, '_>) -> Option<Ports> {
+    /// Closes a connection, and discards the packets that are queued for it.
+    fn remove(&mut self, token: Token, registry: &mut EventRegistry<'_, '_>) -> Option<Ports> {
         let connection = self.connections.remove(&token)?;
-        unwatch(&connection.stream, watch);
+        deregister(&connection.stream, registry);
         let ports = connection.ports;
         self.by_ports.remove(&ports);
         self.packets.retain(|packet| packet.ports != ports);
         Some(ports)
     }
 
+    /// Returns a token that is not in use.
     fn token(&mut self) -> Token {
         loop {
             let token = self.next_token;
@@ -377,6 +394,7 @@ impl Hub {
         }
     }
 
+    /// Returns a port of the host that is not connected to port `guest`.
     fn host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_port;
@@ -388,19 +406,20 @@ impl Hub {
     }
 }
 
-/// The guest took a connection that the host asked for. What the host has sent meanwhile is read now.
+/// Handles the guest's acceptance of a connection that the host requested. The stream counts as readable, because the
+/// host may have sent data already.
 fn accepted(connection: &mut Connection) -> Result<(), Broken> {
     connection.requested = false;
     connection.readable = true;
     let line = format!("OK {}\n", connection.ports.host);
-    // A stream on which nothing was written yet has room for a line.
+    // Nothing was written to the stream before, so it has room for a line.
     connection
         .stream
         .write_all(line.as_bytes())
         .map_err(|_| Broken)
 }
 
-/// It is registered, so removing it fails only if epoll itself is gone.
-fn unwatch(stream: &UnixStream, watch: &mut Watch<'_, '_>) {
-    let _gone = watch.remove(&stream.as_raw_fd());
+/// Removes a stream from the event loop. The stream is registered, so the call fails only if epoll itself fails.
+fn deregister(stream: &UnixStream, registry: &mut EventRegistry<'_, '_>) {
+    let _gone = registry.remove(&stream.as_raw_fd());
 }

@@ -1,5 +1,5 @@
-//! The socket device (virtio 1.2, 5.10), whose host side is Unix sockets: stream connections in both
-//! directions, each half closed by itself, with credit both ways.
+//! Socket device (virtio 1.2, 5.10) whose host side are Unix sockets. It supports stream connections in both
+//! directions, separate shutdown of each half, and credit-based flow control.
 
 mod connection;
 mod host;
@@ -21,13 +21,12 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::GuestAddressSpace;
 
+use super::active_queues::{ActiveQueues, Completion};
 use super::device::{
-    ConfigSpace, Counters, Device, DeviceError, DeviceStateError, Identity, Token, Watch,
-    read_config,
+    ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 use super::queue::{Chain, QueueError};
-use super::state::DeviceSnapshot;
-use super::turn::{Outcome, Turn};
+use super::state::{DeviceState, DeviceStateError};
 use host::HostSocket;
 use hub::Hub;
 use spec::{
@@ -36,43 +35,47 @@ use spec::{
 
 pub use state::VsockSnapshot;
 
-/// Bytes of `sun_path` without the zero at its end (unix(7)).
+/// Maximum length of a socket path: `sun_path` without its terminating zero (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
+/// Token of the listening socket.
 const LISTENER: Token = 0;
-/// Packets to the guest that one turn brings; then others get theirs.
-const PACKETS_A_TURN: u32 = 256;
+/// Maximum number of packets to the guest that one wake-up of the worker delivers, before it looks at its other events.
+const PACKETS_PER_WAKEUP: u32 = 256;
 
-/// A socket device.
+/// Configuration of a socket device.
 #[derive(Clone, Debug)]
 pub struct VsockConfig {
-    /// The guest's address: 3 or more, below 2^32 - 1.
+    /// Address (CID) of the guest: from 3 to 2^32 - 2.
     pub guest_cid: u64,
-    /// Where the host asks for connections to the guest; for those to port N of the host, somebody listens
-    /// on this path with `_N` behind it.
+    /// Path of the socket on which the host requests connections to the guest. For connections from the guest to port
+    /// N, a process listens on this path with `_N` appended.
     pub path: PathBuf,
 }
 
-/// Why a socket device could not be made.
+/// Reason for which a socket device could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum VsockError {
-    /// An address that is reserved.
-    #[error("a guest cannot have the vsock address {0}: from {GUEST_CID_MIN} to 4294967294")]
+    /// The address of the guest is reserved.
+    #[error(
+        "the vsock address {0} is reserved: that of a guest is from {GUEST_CID_MIN} to 4294967294"
+    )]
     Cid(u64),
-    /// The socket of the host's side.
+    /// The listening socket could not be created.
     #[error("{}: {source}{}", .path.display(), socket_hint(.path, .source))]
     Socket {
-        /// Where it was to be.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
 }
 
+/// Returns what the user can do about `error`, for the end of its message.
 fn socket_hint(path: &Path, error: &io::Error) -> String {
     let bytes = path.as_os_str().len();
     if bytes > SOCKET_PATH_MAX {
         return format!(
-            "; a socket's path has at most {SOCKET_PATH_MAX} bytes, this one has {bytes}"
+            "; the path of a socket has at most {SOCKET_PATH_MAX} bytes, but this one has {bytes}"
         );
     }
     if error.kind() != io::ErrorKind::AddrInUse {
@@ -80,13 +83,13 @@ fn socket_hint(path: &Path, error: &io::Error) -> String {
     }
     let is_socket = |metadata: Metadata| metadata.file_type().is_socket();
     match std::fs::symlink_metadata(path).map(is_socket) {
-        Ok(false) => "; there is something else at this path: choose another, or remove it",
-        _ => "; another guest has it, or one that was killed has left it: remove it then",
+        Ok(false) => "; something else exists at this path: choose another path, or remove it",
+        _ => "; another guest uses the socket, or a guest that was killed has left it behind: then remove it",
     }
     .into()
 }
 
-/// The guest's address, which is all of the configuration space (5.10.4).
+/// Configuration space, which consists of the guest's address (virtio 1.2, 5.10.4).
 struct Config(AtomicU64);
 
 impl ConfigSpace for Config {
@@ -96,6 +99,7 @@ impl ConfigSpace for Config {
     }
 }
 
+/// Counters of a socket device.
 #[derive(Default)]
 struct VsockCounters {
     connections: AtomicU64,
@@ -116,22 +120,23 @@ impl Counters for VsockCounters {
     }
 }
 
-/// A socket device.
+/// Socket device.
 pub struct Vsock {
     hub: Hub,
     config: Arc<Config>,
     counters: Arc<VsockCounters>,
-    /// The guest came from elsewhere, and does not know yet that its connections are gone.
-    tell_reset: bool,
-    /// The guest's packets wait until it has taken what is for it.
+    /// The guest was restored here, and does not know yet that its connections are closed.
+    announce_reset: bool,
+    /// No packet is taken from the guest until it has received packets that wait for it.
     held: bool,
 }
 
 impl Vsock {
-    /// The device that `config` describes, with its socket, whose file is removed at the end.
+    /// Creates the socket device that `config` describes, and its listening socket. Dropping the device removes the
+    /// socket's file.
     ///
     /// # Errors
-    /// See [`VsockError`].
+    /// Returns [`VsockError`] if the guest's address is reserved, or the socket cannot be created.
     pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
         let cid = config.guest_cid;
         if !is_guest_cid(cid) {
@@ -145,112 +150,115 @@ impl Vsock {
             hub: Hub::new(socket, cid),
             config: Arc::new(Config(AtomicU64::new(cid))),
             counters: Arc::default(),
-            tell_reset: false,
+            announce_reset: false,
             held: false,
         })
     }
 
-    /// Takes packets of the guest, as long as it takes those for it.
+    /// Handles packets from the guest, until too many packets wait for the guest.
     fn transmit<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: &mut ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        turn.drain(TRANSMIT, |turn, chain| {
+        queues.drain(TRANSMIT, |queues, chain| {
             if self.hub.is_full() {
                 self.held = true;
-                return Ok(Outcome::Later);
+                return Ok(Completion::Deferred);
             }
-            let (header, data) = packet(turn, chain)?;
+            let (header, data) = packet(queues, chain)?;
             self.counters.sent.fetch_add(data.len(), Ordering::Relaxed);
-            self.hub.packet(turn, &header, data, watch)?;
-            Ok(Outcome::Done(0))
+            self.hub.packet(queues, &header, data, registry)?;
+            Ok(Completion::Used(0))
         })
     }
 
-    /// Brings packets to the guest.
+    /// Delivers packets to the guest.
     fn receive<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        queues: &mut ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        for _ in 0..PACKETS_A_TURN {
+        for _ in 0..PACKETS_PER_WAKEUP {
             if !self.hub.has_work() {
-                return self.received(turn);
+                return self.received(queues);
             }
-            let Some(mut chain) = turn.pop(RECEIVE)? else {
-                if turn.enable_notification(RECEIVE)? {
+            let Some(mut chain) = queues.pop(RECEIVE)? else {
+                if queues.enable_notification(RECEIVE)? {
                     continue;
                 }
-                return self.received(turn);
+                return self.received(queues);
             };
             let mut head = chain.writable.take(HEADER_BYTES as u64);
             if !chain.readable.is_empty() || head.len() < HEADER_BYTES as u64 {
                 return Err(QueueError::Request {
                     head: chain.head,
-                    what: "a buffer for packets is writable memory, with room for a header",
+                    what: "a buffer for packets must be writable memory only, with room for a header",
                 }
                 .into());
             }
-            let Some(header) = self.hub.next(turn, &mut chain.writable, watch)? else {
-                turn.put_back(RECEIVE);
-                return self.received(turn);
+            let Some(header) = self.hub.next(queues, &mut chain.writable, registry)? else {
+                queues.put_back(RECEIVE);
+                return self.received(queues);
             };
-            turn.write(&mut head, &header.encode())?;
+            queues.write(&mut head, &header.encode())?;
             let bytes = u64::from(header.len);
             self.counters.received.fetch_add(bytes, Ordering::Relaxed);
             let written = header.len.saturating_add(44);
-            turn.complete(RECEIVE, chain.head, written)?;
+            queues.complete(RECEIVE, chain.head, written)?;
         }
-        turn.notify_again(RECEIVE);
-        self.received(turn)
+        queues.notify_again(RECEIVE);
+        self.received(queues)
     }
 
+    /// Ends the delivery of packets to the guest: raises the interrupt, and takes packets from the guest again if it
+    /// was stopped.
     fn received<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
         if self.held && !self.hub.is_full() {
             self.held = false;
-            turn.notify_again(TRANSMIT);
+            queues.notify_again(TRANSMIT);
         }
         let connections = self.hub.connections() as u64;
         self.counters
             .connections
             .store(connections, Ordering::Relaxed);
-        Ok(turn.signal(RECEIVE)?)
+        Ok(queues.signal(RECEIVE)?)
     }
 
-    /// Says that all connections are gone (5.10.6.7), when the guest has room for it.
-    fn tell_reset<M: GuestAddressSpace>(
+    /// Tells the guest that all connections are closed (virtio 1.2, 5.10.6.7), if it has a buffer for events.
+    fn announce_reset<M: GuestAddressSpace>(
         &mut self,
-        turn: &mut Turn<'_, M>,
+        queues: &mut ActiveQueues<'_, M>,
     ) -> Result<(), DeviceError> {
-        turn.drain(EVENTS, |turn, mut chain| {
-            if !self.tell_reset {
-                return Ok(Outcome::Later);
+        queues.drain(EVENTS, |queues, mut chain| {
+            if !self.announce_reset {
+                return Ok(Completion::Deferred);
             }
             if chain.writable.len() < TRANSPORT_RESET.len() as u64 {
                 return Err(QueueError::Request {
                     head: chain.head,
-                    what: "an event is 4 bytes of writable memory",
+                    what: "a buffer for events must have 4 bytes of writable memory",
                 }
                 .into());
             }
-            self.tell_reset = false;
-            let written = turn.write(&mut chain.writable, &TRANSPORT_RESET)?;
-            Ok(Outcome::done(written))
+            self.announce_reset = false;
+            let written = queues.write(&mut chain.writable, &TRANSPORT_RESET)?;
+            Ok(Completion::used(written))
         })
     }
 }
 
+/// Returns whether `cid` can be the address of a guest.
 fn is_guest_cid(cid: u64) -> bool {
     (GUEST_CID_MIN..u64::from(u32::MAX)).contains(&cid)
 }
 
-/// A packet of the guest: its header, and where its data is.
+/// Returns the header of a packet from the guest, and its data.
 fn packet<M: GuestAddressSpace>(
-    turn: &Turn<'_, M>,
+    queues: &ActiveQueues<'_, M>,
     mut chain: Chain,
 ) -> Result<(Header, super::Buffer), QueueError> {
     let malformed = |what| QueueError::Request {
@@ -258,16 +266,16 @@ fn packet<M: GuestAddressSpace>(
         what,
     };
     let mut bytes = [0; HEADER_BYTES];
-    let read = turn.read(&mut chain.readable, &mut bytes)?;
+    let read = queues.read(&mut chain.readable, &mut bytes)?;
     if read < HEADER_BYTES || !chain.writable.is_empty() {
         return Err(malformed(
-            "a packet to send is readable memory, with a header",
+            "a packet to send must be in readable memory only, and have a header",
         ));
     }
     let header = Header::decode(&bytes);
     let data = chain.readable.take(header.len.into());
     if data.len() < u64::from(header.len) {
-        return Err(malformed("a packet shorter than its header says"));
+        return Err(malformed("the packet is shorter than its header says"));
     }
     Ok((header, data))
 }
@@ -283,77 +291,78 @@ impl<M: GuestAddressSpace> Device<M> for Vsock {
         }
     }
 
-    fn watch(&mut self, watch: &mut Watch<'_, '_>) -> io::Result<()> {
-        // By edges: a host whose connection cannot be taken must not wake the worker again and again.
+    fn register(&mut self, registry: &mut EventRegistry<'_, '_>) -> io::Result<()> {
+        // Edge-triggered: a connection that cannot be accepted must not wake the worker again and again.
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        watch.add(&self.hub.socket.listener.as_raw_fd(), LISTENER, events)
+        registry.add(&self.hub.socket.listener.as_raw_fd(), LISTENER, events)
     }
 
     fn started(
         &mut self,
-        mut turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
-        self.tell_reset(&mut turn)?;
-        self.receive(&mut turn, watch)
+        self.announce_reset(&mut queues)?;
+        self.receive(&mut queues, registry)
     }
 
     fn notified(
         &mut self,
         queue: usize,
-        mut turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         match queue {
-            TRANSMIT => self.transmit(&mut turn, watch)?,
-            EVENTS => self.tell_reset(&mut turn)?,
+            TRANSMIT => self.transmit(&mut queues, registry)?,
+            EVENTS => self.announce_reset(&mut queues)?,
             _ => {}
         }
-        self.receive(&mut turn, watch)
+        self.receive(&mut queues, registry)
     }
 
     fn ready(
         &mut self,
         token: Token,
         events: EventSet,
-        mut turn: Turn<'_, M>,
-        watch: &mut Watch<'_, '_>,
+        mut queues: ActiveQueues<'_, M>,
+        registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         if token == LISTENER {
-            if self.hub.accept(watch).is_err() {
+            if self.hub.accept(registry).is_err() {
                 self.counters.errors.fetch_add(1, Ordering::Relaxed);
             }
         } else {
-            self.hub.stream_event(token, events, watch);
+            self.hub.stream_event(token, events, registry);
         }
-        self.receive(&mut turn, watch)
+        self.receive(&mut queues, registry)
     }
 
-    fn reset(&mut self, watch: &mut Watch<'_, '_>) {
-        self.hub.clear(watch);
-        self.tell_reset = false;
+    fn reset(&mut self, registry: &mut EventRegistry<'_, '_>) {
+        self.hub.clear(registry);
+        self.announce_reset = false;
         self.held = false;
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::Vsock(VsockSnapshot {
+    fn save(&self) -> DeviceState {
+        DeviceState::new(&VsockSnapshot {
             guest_cid: self.hub.guest_cid,
         })
     }
 
-    fn restore(&mut self, state: &DeviceSnapshot) -> Result<(), DeviceStateError> {
-        let DeviceSnapshot::Vsock(state) = state else {
-            return Err(DeviceStateError::other("vsock", state));
-        };
+    fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceStateError> {
+        let state: VsockSnapshot = state.decode("vsock")?;
         if !is_guest_cid(state.guest_cid) {
-            return Err(DeviceStateError {
+            return Err(DeviceStateError::Mismatch {
                 device: "vsock",
-                what: format!("{} is no address of a guest", state.guest_cid),
+                what: format!(
+                    "guest_cid is {}, which cannot be the address of a guest",
+                    state.guest_cid
+                ),
             });
         }
         self.hub.guest_cid = state.guest_cid;
         self.config.0.store(state.guest_cid, Ordering::SeqCst);
-        self.tell_reset = true;
+        self.announce_reset = true;
         Ok(())
     }
 }

@@ -1,25 +1,25 @@
-//! Constants and layouts of the socket device (virtio 1.2, 5.10).
+//! Constants and layouts of the socket device (virtio 1.2, 5.10). Section numbers refer to that specification.
 
-/// The queues (5.10.2), from the driver's point of view.
+/// Queue indices (5.10.2), named from the driver's point of view.
 pub(super) const RECEIVE: usize = 0;
 pub(super) const TRANSMIT: usize = 1;
 pub(super) const EVENTS: usize = 2;
 pub(super) const QUEUE_SIZE: u16 = 256;
 
-/// The host's address (5.10.4).
+/// Address (CID) of the host (5.10.4).
 pub(super) const HOST_CID: u64 = 2;
-/// The guest's address is above the reserved ones, and has 32 bits in use (5.10.4).
+/// Smallest address that a guest can have. Smaller ones are reserved, and the upper 32 bits are 0 (5.10.4).
 pub(super) const GUEST_CID_MIN: u64 = 3;
 /// VIRTIO_VSOCK_TYPE_STREAM (5.10.6).
 pub(super) const STREAM: u16 = 1;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (5.10.6.7).
 pub(super) const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
-/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE and _SEND: the sender does not do that any more (5.10.6.4).
+/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE and _SEND: the sender will not receive, or not send, any more data (5.10.6.4).
 pub(super) const NO_RECEIVE: u32 = 1;
 pub(super) const NO_SEND: u32 = 2;
 
-/// What a packet is (5.10.6).
+/// Operation of a packet (5.10.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     Request,
@@ -60,7 +60,7 @@ impl Op {
     }
 }
 
-/// Bytes of a packet's header.
+/// Size of a packet's header.
 pub(super) const HEADER_BYTES: usize = 44;
 
 /// `struct virtio_vsock_hdr` (5.10.6).

@@ -1,11 +1,19 @@
-//! The state of a socket device.
+//! Saved state of a socket device.
 
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-/// What a socket device is to its guest. Connections end where the guest leaves: they are between it and a
-/// process of that host. The guest is told by a transport reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+use crate::SavedState;
+
+/// Saved state of a socket device. Connections are not saved, because their other ends are processes of the host. After
+/// a restore, the guest is told by a transport reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub struct VsockSnapshot {
-    /// The guest's address.
+    /// Address (CID) of the guest.
+    #[n(0)]
     pub guest_cid: u64,
+}
+
+impl SavedState for VsockSnapshot {
+    const VERSION: u16 = 1;
 }

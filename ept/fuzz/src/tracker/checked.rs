@@ -55,7 +55,7 @@ pub(super) struct Checked {
 impl Checked {
     pub(super) fn new(tracker: Tracker, enough: bool) -> Self {
         Self {
-            regions: tracker.regions().to_vec(),
+            regions: tracker.regions(),
             tracker: Arc::new(tracker),
             enough,
             consumers: Vec::new(),

@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use ept::{Gpa, GpaRange, PAGE_SIZE, Region, RegionKind, Source, Tracker, TrackerBitmap};
-use migration::guest::{DestinationGuest, GuestError, Section, SourceGuest};
-use migration::header::{Description, MemoryRange, SectionKind};
+use migration::{Description, DestinationGuest, GuestError, Section, SectionKind, SourceGuest};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -53,7 +52,7 @@ pub(crate) struct Guest {
     stamps: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     vcpu: Option<JoinHandle<()>>,
-    /// Called at each bringing-in of the log, with how many there were.
+    /// Called at each `sync_log` with the number of calls so far.
     pub(crate) on_sync: Option<Box<dyn FnMut(u32) + Send>>,
     syncs: u32,
 }
@@ -116,12 +115,16 @@ impl Guest {
         );
         self.vcpu = Some(thread::spawn(move || {
             while !stop.load(Ordering::SeqCst) {
-                let stamp = stamps.load(Ordering::SeqCst) + 1;
-                memory.write_obj(stamp, hot_page(stamp)).unwrap();
-                stamps.store(stamp, Ordering::SeqCst);
+                stamp(&memory, &stamps);
                 thread::yield_now();
             }
         }));
+    }
+
+    /// Stamps the next page, in the place of the thread.
+    pub(crate) fn stamp(&mut self) {
+        assert!(self.vcpu.is_none());
+        stamp(&self.memory, &self.stamps);
     }
 
     pub(crate) fn halt(&mut self) {
@@ -152,6 +155,12 @@ impl Guest {
     }
 }
 
+fn stamp(memory: &Memory, stamps: &AtomicU64) {
+    let stamp = stamps.load(Ordering::SeqCst) + 1;
+    memory.write_obj(stamp, hot_page(stamp)).unwrap();
+    stamps.store(stamp, Ordering::SeqCst);
+}
+
 fn hot_page(stamp: u64) -> GuestAddress {
     GuestAddress((stamp % HOT_PAGES) * PAGE_SIZE)
 }
@@ -163,31 +172,17 @@ impl Drop for Guest {
 }
 
 fn section_kind() -> SectionKind {
-    SectionKind {
-        name: "stamps".into(),
-        version: 1,
-    }
+    SectionKind::required("stamps", 1)
 }
 
 impl SourceGuest for Guest {
     type Memory = Memory;
 
     fn describe(&self) -> Result<Description, GuestError> {
-        Ok(Description {
-            writer: "test".into(),
-            architecture: std::env::consts::ARCH.into(),
-            page_size: PAGE_SIZE,
-            memory: vec![MemoryRange {
-                start: 0,
-                bytes: PAGES * PAGE_SIZE,
-            }],
-            populated_bytes: PAGES * PAGE_SIZE,
-            cpus: 1,
-            cpuid: Vec::new(),
-            sections: vec![section_kind()],
-            host_sides: Vec::new(),
-            running: true,
-        })
+        let memory = GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE)?;
+        let mut description = Description::new("test", &[memory], 1);
+        description.sections.push(section_kind());
+        Ok(description)
     }
 
     fn memory(&self) -> &Memory {
@@ -198,32 +193,12 @@ impl SourceGuest for Guest {
         &self.tracker
     }
 
-    fn populated(&self) -> Result<Vec<GpaRange>, GuestError> {
-        Ok(vec![GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE)?])
-    }
-
     // The stamping thread marks the tracker itself: there is no log to bring in.
-    fn start_log(&mut self) -> Result<(), GuestError> {
-        Ok(())
-    }
-
     fn sync_log(&mut self) -> Result<(), GuestError> {
         self.syncs += 1;
         if let Some(on_sync) = &mut self.on_sync {
             on_sync(self.syncs);
         }
-        Ok(())
-    }
-
-    fn clear_log(&mut self, _range: GpaRange, _dirty: &[u64]) -> Result<(), GuestError> {
-        Ok(())
-    }
-
-    fn throttle(&mut self, _percent: u32) -> Result<(), GuestError> {
-        Ok(())
-    }
-
-    fn stop_log(&mut self) -> Result<(), GuestError> {
         Ok(())
     }
 
@@ -233,7 +208,10 @@ impl SourceGuest for Guest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.run();
+        // It runs already if `pause` panicked before it paused the guest.
+        if !self.is_running() {
+            self.run();
+        }
         Ok(())
     }
 
@@ -246,7 +224,7 @@ impl SourceGuest for Guest {
 }
 
 /// A place for a [`Guest`] to arrive.
-pub(crate) struct Place {
+pub(crate) struct EmptyGuest {
     world: Arc<World>,
     /// Refuse whatever comes, for this reason.
     pub(crate) refusal: Option<&'static str>,
@@ -254,7 +232,7 @@ pub(crate) struct Place {
     guest: Arc<Mutex<Option<Guest>>>,
 }
 
-impl Place {
+impl EmptyGuest {
     pub(crate) fn new(world: &Arc<World>) -> Self {
         Self {
             world: Arc::clone(world),
@@ -271,7 +249,7 @@ impl Place {
     }
 }
 
-impl DestinationGuest for Place {
+impl DestinationGuest for EmptyGuest {
     type Memory = Memory;
 
     fn prepare(&mut self, _description: &Description) -> Result<(), GuestError> {
@@ -288,15 +266,6 @@ impl DestinationGuest for Place {
 
     fn tracker(&self) -> Option<&Arc<Tracker>> {
         self.empty.as_ref().map(|(_, tracker)| tracker)
-    }
-
-    fn write_pages(&self, start: Gpa, bytes: &[u8]) -> Result<(), GuestError> {
-        let (memory, _) = self.empty.as_ref().ok_or("no memory")?;
-        Ok(memory.write_slice(bytes, GuestAddress(start.0))?)
-    }
-
-    fn populated(&self) -> Result<Vec<GpaRange>, GuestError> {
-        Ok(vec![GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE)?])
     }
 
     fn restore(&mut self, sections: &[Section]) -> Result<(), GuestError> {

@@ -1,141 +1,52 @@
-//! Back ends that are not there, do not behave, or go away.
+//! Back ends that fail after the connection was made: they misbehave, or end.
 
-use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
 use super::*;
 
-/// Has the reasons for which back ends are lost sent here.
+/// Registers a callback that sends the reasons for which the back end is lost.
 fn losses(disk: &VhostUser<Memory>) -> Receiver<String> {
     let (tell, losses) = channel();
     disk.on_loss(move |why| tell.send(why.to_owned()).unwrap());
     losses
 }
 
-fn refusal(manner: Manner) -> String {
-    let back_end = BackEnd::start(manner);
-    let (interrupt, _line) = interrupt();
-    let refused = try_connect(&back_end, &shared_memory(), &interrupt);
-    let error = refused.err().expect("it was taken").to_string();
-    assert!(
-        error.starts_with(&back_end.socket().display().to_string()),
-        "{error}"
-    );
-    error
-}
-
-#[test]
-fn a_back_end_that_is_not_there_or_is_none_is_named() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("socket");
-    let error = |memory: Memory| {
-        let (interrupt, _line) = interrupt();
-        let socket = socket.clone();
-        let connected = VhostUser::connect(VhostUserConfig {
-            socket,
-            memory,
-            interrupt,
-        });
-        connected.err().unwrap().to_string()
-    };
-    let absent = error(shared_memory());
-    assert!(
-        absent.contains("start the vhost-user back end first"),
-        "{absent}"
-    );
-    let listener = UnixListener::bind(&socket).unwrap();
-    assert!(error(memory()).contains("leave it shared"));
-    drop(listener);
-    let nobody = error(shared_memory());
-    assert!(
-        nobody.contains("start the vhost-user back end first"),
-        "{nobody}"
-    );
-}
-
-#[test]
-fn a_back_end_that_lacks_what_a_disk_needs_is_refused() {
-    for (features, protocol, lacks) in [
-        (FEATURES & !(1 << 32), PROTOCOL, "VIRTIO_F_VERSION_1"),
-        (
-            FEATURES & !(1 << 30),
-            PROTOCOL,
-            "VHOST_USER_F_PROTOCOL_FEATURES",
-        ),
-        (
-            FEATURES,
-            PROTOCOL & !(1 << 9),
-            "VHOST_USER_PROTOCOL_F_CONFIG",
-        ),
-    ] {
-        let error = refusal(Manner {
-            features,
-            protocol,
-            ..Manner::default()
-        });
-        assert!(error.contains("lacks") && error.contains(lacks), "{error}");
-    }
-}
-
-#[test]
-fn a_back_end_that_answers_nonsense_is_refused() {
-    let text = b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec();
-    for (request, act, why) in [
-        (GET_FEATURES, Act::Bytes(text.clone()), "makes no sense"),
-        (GET_PROTOCOL_FEATURES, Act::Bytes(text), "makes no sense"),
-        (GET_FEATURES, Act::Close, "closed the connection"),
-        (SET_PROTOCOL_FEATURES, Act::Close, "closed the connection"),
-        (GET_CONFIG, Act::Close, "closed the connection"),
-        // The answer of libvhost-user when it has no such space: a head alone.
-        (
-            GET_CONFIG,
-            Act::Bytes(
-                [24_u32, 5, 0]
-                    .iter()
-                    .flat_map(|w| w.to_ne_bytes())
-                    .collect(),
-            ),
-            "no answer within 5 s",
-        ),
-        (GET_FEATURES, Act::Silent, "no answer within 5 s"),
-    ] {
-        let error = refusal(Manner::with(request, act.clone()));
-        assert!(error.contains(why), "{request} {act:?}: {error}");
-    }
-}
-
 #[test]
 fn a_failed_start_has_the_driver_told() {
-    for (request, act, why) in [
-        (SET_FEATURES, Act::Answer(1), "refused (choosing features)"),
+    for (request, reaction, why) in [
+        (
+            SET_FEATURES,
+            Reaction::Answer(1),
+            "refused (setting features)",
+        ),
         (
             SET_MEM_TABLE,
-            Act::Close,
+            Reaction::Close,
             "closed the connection (sharing guest memory)",
         ),
         (
             SET_VRING_NUM,
-            Act::Answer(1),
+            Reaction::Answer(1),
             "refused (setting up a queue)",
         ),
         (
             SET_VRING_KICK,
-            Act::Bytes(vec![7; 20]),
-            "makes no sense (starting a queue)",
+            Reaction::Bytes(vec![7; 20]),
+            "invalid reply (starting a queue)",
         ),
         (
             SET_VRING_ENABLE,
-            Act::Silent,
-            "no answer within 5 s (starting a queue)",
+            Reaction::Silent,
+            "no answer within 5 s (starting a queue;",
         ),
         (
             SET_VRING_CALL,
-            Act::Close,
+            Reaction::Close,
             "closed the connection (starting a queue)",
         ),
     ] {
-        let back_end = BackEnd::start(Manner::with(request, act));
+        let back_end = BackEnd::start(Behavior::with(request, reaction));
         let (mut driver, disk) = guest(&back_end);
         let losses = losses(&disk);
         driver.negotiate(VERSION_1);
@@ -145,11 +56,11 @@ fn a_failed_start_has_the_driver_told() {
         let error = losses.recv().unwrap();
         assert!(error.contains(why), "{request}: {error}");
         assert_eq!(
-            disk.is_there().unwrap_err().to_string(),
+            disk.check_connected().unwrap_err().to_string(),
             format!("the back end is gone: {error}")
         );
-        // A reset, and a back end that does better.
-        back_end.manner.lock().unwrap().acts.clear();
+        // After a reset, the driver can use a back end that works.
+        back_end.behavior.lock().unwrap().reactions.clear();
         driver.start(0);
         write_sector(&mut driver, 5, 5);
         assert_eq!(back_end.seen().connections, 2);
@@ -164,7 +75,7 @@ fn rings_outside_of_memory_never_reach_the_back_end() {
         (0xa0, LOW_END - 64),
         (0xa4, 1),
     ] {
-        let back_end = BackEnd::start(Manner::default());
+        let back_end = BackEnd::start(Behavior::default());
         let (mut driver, disk) = guest(&back_end);
         driver.negotiate(VERSION_1);
         driver.set_up_queue(0, 16);
@@ -174,8 +85,8 @@ fn rings_outside_of_memory_never_reach_the_back_end() {
         driver.set(0x70, RUNNING);
         driver.wait_needs_reset();
         assert!(back_end.bodies(SET_VRING_ADDR).is_empty());
-        // That was the driver's fault: the back end is there for the next one.
-        disk.is_there().unwrap();
+        // The driver caused the failure, so the back end is still connected.
+        disk.check_connected().unwrap();
         driver.start(0);
         write_sector(&mut driver, 5, 5);
     }
@@ -183,7 +94,7 @@ fn rings_outside_of_memory_never_reach_the_back_end() {
 
 #[test]
 fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
-    let mut back_end = BackEnd::start(Manner::default());
+    let mut back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
     driver.start(EVENT_INDEX);
@@ -205,41 +116,64 @@ fn the_end_of_the_back_end_is_told_at_once_and_holds_nobody_up() {
     driver.notify(0);
     driver.set(0x70, 0);
     assert!(began.elapsed() < spec::REPLY_LIMIT);
-    // Nobody is there for the next driver either.
+    // The next driver finds no back end either.
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
     driver.wait_needs_reset();
-    assert!(losses.try_recv().is_err(), "it was lost once");
+    assert!(losses.try_recv().is_err(), "the loss was reported twice");
+}
+
+/// The callback runs on the thread that supervises the connection, and must not take the device down with it.
+#[test]
+fn a_listener_that_panics_leaves_a_device_that_can_be_paused_and_dropped() {
+    let mut back_end = BackEnd::start(Behavior::default());
+    let (mut driver, disk) = guest(&back_end);
+    let (tell, told) = channel();
+    driver.device.on_failure(move |why| {
+        tell.send(why.to_owned()).unwrap();
+        panic!("injected");
+    });
+    driver.start(EVENT_INDEX);
+    write_sector(&mut driver, 1, 1);
+    back_end.kill();
+    driver.wait_needs_reset();
+    assert!(told.recv().unwrap().contains("closed the connection"));
+    driver.device.pause();
+    assert!(driver.device.save().unwrap().transport.needs_reset);
+    driver.device.resume();
+    disk.check_connected().unwrap_err();
+    driver.set(0x70, 0);
+    assert_eq!(driver.get(0x70), 0);
 }
 
 #[test]
 fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
-    // Any message that it does not like.
+    // The back end closes the connection at this message.
     back_end
-        .manner
+        .behavior
         .lock()
         .unwrap()
-        .acts
-        .insert(SET_FEATURES, Act::Close);
+        .reactions
+        .insert(SET_FEATURES, Reaction::Close);
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
     losses.recv().unwrap();
-    *back_end.manner.lock().unwrap() = Manner {
+    *back_end.behavior.lock().unwrap() = Behavior {
         features: FEATURES & !FLUSH,
-        ..Manner::default()
+        ..Behavior::default()
     };
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
     driver.wait_needs_reset();
     let why = driver.device.failure().unwrap();
-    assert!(why.contains("another one by now"), "{why}");
-    *back_end.manner.lock().unwrap() = Manner::default();
+    assert!(why.contains("the back end has changed"), "{why}");
+    *back_end.behavior.lock().unwrap() = Behavior::default();
     driver.start(0);
     write_sector(&mut driver, 5, 5);
     assert!(losses.try_recv().is_err());
@@ -247,9 +181,9 @@ fn a_back_end_that_ends_before_there_is_a_driver_is_connected_again() {
 
 #[test]
 fn requests_that_do_not_end_hold_a_pause_up_for_a_while() {
-    let back_end = BackEnd::start(Manner {
+    let back_end = BackEnd::start(Behavior {
         keeps_requests: true,
-        ..Manner::default()
+        ..Behavior::default()
     });
     let (mut driver, disk) = guest(&back_end);
     let losses = losses(&disk);
@@ -271,23 +205,23 @@ fn requests_that_do_not_end_hold_a_pause_up_for_a_while() {
         "{error}"
     );
     assert!(driver.device.save().unwrap().transport.needs_reset);
-    disk.is_there().unwrap_err();
+    disk.check_connected().unwrap_err();
 }
 
 #[test]
 fn a_stop_that_is_answered_with_nonsense_loses_the_back_end() {
     for (answer, why) in [
-        (0x0001_0000_0000_0000, "no index of a split queue"),
-        (1000 << 32, "1000 entries from the last one"),
+        (0x0001_0000_0000_0000, "not an index of a split queue"),
+        (1000 << 32, "1000 entries ahead"),
     ] {
-        let back_end = BackEnd::start(Manner::with(GET_VRING_BASE, Act::Answer(answer)));
+        let back_end = BackEnd::start(Behavior::with(GET_VRING_BASE, Reaction::Answer(answer)));
         let (mut driver, disk) = guest(&back_end);
         let losses = losses(&disk);
         driver.start(0);
         driver.device.pause();
         let error = losses.recv().unwrap();
         assert!(error.contains(why), "{error}");
-        disk.is_there().unwrap_err();
+        disk.check_connected().unwrap_err();
     }
 }
 
@@ -301,10 +235,10 @@ fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
             "VHOST_USER_PROTOCOL_F_LOG_SHMFD",
         ),
     ] {
-        let back_end = BackEnd::start(Manner {
+        let back_end = BackEnd::start(Behavior {
             features,
             protocol,
-            ..Manner::default()
+            ..Behavior::default()
         });
         let (mut driver, disk) = guest(&back_end);
         driver.start(0);
@@ -317,14 +251,14 @@ fn a_back_end_without_a_log_says_so_before_it_is_asked_to_log() {
     }
 }
 
-/// A back end without acknowledgements may still be switching when it has been told.
+/// A back end without REPLY_ACK may still be handling the request to log when the front end has sent it.
 #[test]
 fn whatever_is_written_once_the_log_has_begun_is_in_it() {
     for protocol in [PROTOCOL, PROTOCOL & !REPLY_ACK] {
-        let back_end = BackEnd::start(Manner {
+        let back_end = BackEnd::start(Behavior {
             protocol,
             logs_late: true,
-            ..Manner::default()
+            ..Behavior::default()
         });
         let (mut driver, disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
@@ -335,13 +269,13 @@ fn whatever_is_written_once_the_log_has_begun_is_in_it() {
     }
 }
 
-/// A vCPU is stopped between making a request available and notifying of it.
+/// A vCPU may be stopped after it made a request available and before it notified the queue.
 #[test]
 fn a_pause_ends_requests_that_nobody_was_notified_of() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
-    // It has heard of all that it was notified of at its start.
+    // After this request, the back end has handled the notifications of its start.
     write_sector(&mut driver, 1, 1);
     header(&driver, 1, 1);
     let parts = [
@@ -351,48 +285,48 @@ fn a_pause_ends_requests_that_nobody_was_notified_of() {
     ];
     let head = driver.add(0, &parts);
     driver.device.pause();
-    disk.is_there().unwrap();
+    disk.check_connected().unwrap();
     assert_eq!(driver.used(0), Some((head, 1)));
 }
 
-/// What is no request is not waited for.
+/// An invalid available index does not count as a request.
 #[test]
 fn an_index_far_ahead_holds_up_no_pause() {
-    let back_end = BackEnd::start(Manner {
+    let back_end = BackEnd::start(Behavior {
         keeps_requests: true,
-        ..Manner::default()
+        ..Behavior::default()
     });
     let (mut driver, disk) = guest(&back_end);
     driver.start(0);
     driver.set_available_index(0, 1000);
     driver.device.pause();
-    disk.is_there().unwrap();
+    disk.check_connected().unwrap();
 }
 
 #[test]
 fn a_guest_is_not_taken_by_a_back_end_that_cannot_have_its_memory() {
     for refused in [SET_MEM_TABLE, SET_FEATURES] {
-        let back_end = BackEnd::start(Manner::default());
+        let back_end = BackEnd::start(Behavior::default());
         let (mut driver, _disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
         write_sector(&mut driver, 1, 1);
         driver.device.pause();
-        let other = BackEnd::start(Manner::with(refused, Act::Close));
+        let other = BackEnd::start(Behavior::with(refused, Reaction::Close));
         let (_driver, disk) = moved(driver, &other);
-        disk.is_there().unwrap_err();
+        disk.check_connected().unwrap_err();
     }
 }
 
 #[test]
 fn why_a_back_end_was_lost_is_known_after_a_reset() {
-    let back_end = BackEnd::start(Manner::with(SET_FEATURES, Act::Close));
+    let back_end = BackEnd::start(Behavior::with(SET_FEATURES, Reaction::Close));
     let (mut driver, disk) = guest(&back_end);
     driver.negotiate(VERSION_1);
     driver.set_up_queue(0, 16);
     driver.set(0x70, RUNNING);
     driver.wait_needs_reset();
     driver.set(0x70, 0);
-    let error = disk.is_there().unwrap_err().to_string();
+    let error = disk.check_connected().unwrap_err().to_string();
     assert!(error.contains("closed the connection"), "{error}");
 }
 
@@ -403,13 +337,19 @@ fn a_log_that_is_answered_with_nonsense_loses_the_back_end() {
         .iter()
         .flat_map(|w| w.to_ne_bytes())
         .collect();
-    for (act, why) in [
-        (Act::Bytes(other_request), "request 7"),
-        (Act::Bytes(too_long), "1073741824 bytes"),
-        (Act::Close, "closed the connection (handing over the log)"),
-        (Act::Silent, "no answer within 5 s (handing over the log)"),
+    for (reaction, why) in [
+        (Reaction::Bytes(other_request), "request 7"),
+        (Reaction::Bytes(too_long), "1073741824 bytes"),
+        (
+            Reaction::Close,
+            "closed the connection (sharing the dirty log)",
+        ),
+        (
+            Reaction::Silent,
+            "no answer within 5 s (sharing the dirty log;",
+        ),
     ] {
-        let back_end = BackEnd::start(Manner::with(SET_LOG_BASE, act));
+        let back_end = BackEnd::start(Behavior::with(SET_LOG_BASE, reaction));
         let (mut driver, disk) = guest(&back_end);
         driver.start(0);
         let error = disk.start_log().unwrap_err().to_string();

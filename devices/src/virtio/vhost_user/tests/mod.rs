@@ -1,7 +1,9 @@
-//! The front end against back ends that behave, and against others.
+//! The vhost-user front end, with back ends that work and with back ends that do not.
 
 mod back_end;
+mod connection;
 mod failures;
+mod refusals;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -12,7 +14,7 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, Interrupt, VirtioMmio, VirtioSnapshot};
+use super::super::{BlockSnapshot, DeviceState, Interrupt, MmioTransport, VirtioSnapshot};
 use super::{Result, VhostUser, VhostUserConfig, VhostUserSnapshot, spec};
 use back_end::*;
 
@@ -22,7 +24,7 @@ const STATUS: u64 = DATA - 0x800;
 const FLUSH: u64 = 1 << 9;
 const WRITE_CACHE: u64 = 1 << 11;
 
-/// The tests' memory, of one memory file.
+/// Returns the memory of the tests as shared mappings of one memory file.
 fn shared_memory() -> Memory {
     let file = File::from(memfd_create("test-ram", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(16 << 20).unwrap();
@@ -52,21 +54,21 @@ fn try_connect(
     })
 }
 
-/// A driver of a new guest, and its disk.
+/// Returns a driver for a new guest, and its disk.
 fn guest(back_end: &BackEnd) -> (Driver, VhostUser<Memory>) {
     let memory = shared_memory();
     let (interrupt, line) = interrupt();
     let disk = connect(back_end, &memory, &interrupt);
-    let device = VirtioMmio::vhost_user("_disk0", &disk, interrupt);
+    let device = MmioTransport::vhost_user("_disk0", &disk, interrupt);
     (Driver::over(device, memory, line), disk)
 }
 
-/// The guest of `driver` with its device restored on another back end.
+/// Restores the device of `driver` on another back end.
 fn moved(driver: Driver, back_end: &BackEnd) -> (Driver, VhostUser<Memory>) {
     let saved = driver.device.save().unwrap();
     let (interrupt, line) = interrupt();
     let disk = connect(back_end, &driver.memory, &interrupt);
-    let device = VirtioMmio::restore_vhost_user("_disk0", &disk, interrupt, &saved).unwrap();
+    let device = MmioTransport::restore_vhost_user("_disk0", &disk, interrupt, &saved).unwrap();
     (driver.with(device, line), disk)
 }
 
@@ -123,11 +125,11 @@ fn taken(disk: &VhostUser<Memory>) -> BTreeSet<u64> {
 
 #[test]
 fn a_disk_is_what_its_back_end_says() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     assert_eq!(disk.sectors(), SECTORS as u64);
     assert_eq!(driver.get(0x08), 2);
-    // Neither MQ, nor what is between the two processes.
+    // Neither MQ nor the features between front end and back end are offered to the driver.
     assert_eq!(
         driver.offered(),
         VERSION_1 | EVENT_INDEX | FLUSH | WRITE_CACHE
@@ -135,17 +137,17 @@ fn a_disk_is_what_its_back_end_says() {
     let capacity = driver.config::<8>(0);
     assert_eq!(u64::from_le_bytes(capacity), SECTORS as u64);
     assert_eq!(driver.config::<1>(60), [0]);
-    // It knows nothing of the guest yet.
+    // The back end does not know guest memory before DRIVER_OK.
     assert!(back_end.bodies(SET_MEM_TABLE).is_empty());
 }
 
 #[test]
 fn a_driver_writes_and_reads_through_the_back_end() {
     for features in [0, EVENT_INDEX] {
-        let back_end = BackEnd::start(Manner::default());
+        let back_end = BackEnd::start(Behavior::default());
         let (mut driver, _disk) = guest(&back_end);
         driver.start(features);
-        // More often than the ring has entries.
+        // More requests than the ring has entries.
         for sector in 0..40_u8 {
             let fill = sector + 1;
             write_sector(&mut driver, sector.into(), fill);
@@ -160,14 +162,14 @@ fn a_driver_writes_and_reads_through_the_back_end() {
 
 #[test]
 fn a_disk_goes_on_where_it_was_paused_and_after_a_reset_from_its_beginning() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     for round in 1..6_u8 {
         write_sector(&mut driver, 7, round);
         driver.device.pause();
         driver.device.pause();
-        // What is asked for meanwhile waits.
+        // A request that is made during the pause waits.
         driver.write_memory(DATA, &[round + 100; 512]);
         header(&driver, 1, 8);
         let parts = [
@@ -191,13 +193,13 @@ fn a_disk_goes_on_where_it_was_paused_and_after_a_reset_from_its_beginning() {
     assert_eq!(driver.get(0x70), 0);
     driver.start(0);
     write_sector(&mut driver, 9, 9);
-    disk.is_there().unwrap();
+    disk.check_connected().unwrap();
     assert_eq!(back_end.bodies(SET_MEM_TABLE).len(), 1);
 }
 
 #[test]
 fn the_write_cache_is_switched_by_the_driver_and_back_by_a_reset() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = guest(&back_end);
     driver.start(FLUSH | WRITE_CACHE);
     assert_eq!(driver.config::<1>(32), [1]);
@@ -207,7 +209,7 @@ fn the_write_cache_is_switched_by_the_driver_and_back_by_a_reset() {
     driver.device_write(0x100, &[1; 8]);
     assert_eq!(driver.config::<1>(32), [0]);
     driver.device.pause();
-    let other = BackEnd::start(Manner::default());
+    let other = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = moved(driver, &other);
     driver.device.resume();
     assert_eq!(driver.config::<1>(32), [0]);
@@ -224,16 +226,16 @@ fn the_write_cache_is_switched_by_the_driver_and_back_by_a_reset() {
 
 #[test]
 fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
-    // As DPDK, libvhost-user and rust-vmm answer.
+    // Sizes of the replies of DPDK, libvhost-user and rust-vmm.
     for log_answer in [0, 8, 16] {
-        let back_end = BackEnd::start(Manner {
+        let back_end = BackEnd::start(Behavior {
             log_answer,
-            ..Manner::default()
+            ..Behavior::default()
         });
         let (mut driver, disk) = guest(&back_end);
         driver.start(EVENT_INDEX);
         read_sector(&mut driver, 1, DATA);
-        assert!(taken(&disk).is_empty(), "there is no log yet");
+        assert!(taken(&disk).is_empty(), "logging is not enabled");
         disk.can_log().unwrap();
         disk.start_log().unwrap();
         for round in 0..20 {
@@ -249,14 +251,14 @@ fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
                 assert!(written.contains(&(to / 4096)) && written.contains(&((to + 511) / 4096)));
                 let taken = taken(&disk);
                 assert!(taken.is_superset(&written), "{taken:x?} {written:x?}");
-                // What is more is the used ring, which a stop marks by itself.
+                // The only additional page may be the used ring, which the front end marks when it stops the queue.
                 let used = driver.rings[0].used() / 4096;
                 let more: Vec<_> = taken.difference(&written).copied().collect();
                 assert!(more.is_empty() || more == [used], "{more:x?}");
                 driver.device.resume();
             }
         }
-        // Off and on again, without the driver's noticing.
+        // The driver does not notice when logging is disabled and enabled again.
         disk.stop_log().unwrap();
         disk.stop_log().unwrap();
         back_end.seen().written.clear();
@@ -275,10 +277,10 @@ fn what_the_back_end_writes_is_in_the_log_while_there_is_one() {
     }
 }
 
-/// As at a source whose migration fails when it has stopped.
+/// This happens at a migration source whose migration fails after it has paused the guest.
 #[test]
 fn a_log_that_ends_while_the_disk_is_paused_is_not_written_to_after_it() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     disk.start_log().unwrap();
@@ -296,7 +298,7 @@ fn a_log_that_ends_while_the_disk_is_paused_is_not_written_to_after_it() {
 
 #[test]
 fn a_log_that_began_before_the_driver_was_ready_is_used() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, disk) = guest(&back_end);
     disk.start_log().unwrap();
     assert!(back_end.bodies(SET_LOG_BASE).is_empty());
@@ -308,7 +310,7 @@ fn a_log_that_began_before_the_driver_was_ready_is_used() {
 
 #[test]
 fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = guest(&back_end);
     driver.start(EVENT_INDEX);
     for sector in 0..21 {
@@ -322,9 +324,9 @@ fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
     ];
     header(&driver, 1, 99);
     let head = driver.add(0, &parts);
-    let other = BackEnd::start(Manner::default());
+    let other = BackEnd::start(Behavior::default());
     let (mut driver, _disk) = moved(driver, &other);
-    // Until the guest goes on, the new back end has its memory and no queue.
+    // Before the guest resumes, the new back end has guest memory but no queue.
     assert_eq!(other.bodies(SET_MEM_TABLE).len(), 1);
     assert!(other.bodies(SET_VRING_BASE).is_empty() && other.bodies(SET_VRING_KICK).is_empty());
     driver.device.resume();
@@ -339,28 +341,32 @@ fn a_guest_moves_to_another_back_end_with_a_request_that_nobody_began() {
 
 #[test]
 fn a_state_that_does_not_fit_is_refused() {
-    let back_end = BackEnd::start(Manner::default());
+    let back_end = BackEnd::start(Behavior::default());
     let (driver, disk) = guest(&back_end);
     driver.device.pause();
     let saved = driver.device.save().unwrap();
     let refused = |saved: &VirtioSnapshot| {
         let (interrupt, _line) = interrupt();
-        let refused = VirtioMmio::restore_vhost_user("_disk0", &disk, interrupt, saved);
+        let refused = MmioTransport::restore_vhost_user("_disk0", &disk, interrupt, saved);
         refused.err().unwrap().to_string()
     };
     let mut larger = saved.clone();
-    larger.device = DeviceSnapshot::VhostUserBlock(VhostUserSnapshot {
+    larger.device = DeviceState::new(&VhostUserSnapshot {
         sectors: 1,
         write_back: true,
     });
     assert!(
-        refused(&larger).contains("a disk of 1 sectors"),
+        refused(&larger).contains("the saved disk has 1 sectors"),
         "{}",
         refused(&larger)
     );
     let mut other = saved.clone();
-    other.device = DeviceSnapshot::Entropy;
-    assert!(refused(&other).contains("another kind"));
+    // Both states belong to the same device type, so only their field numbers differ.
+    other.device = DeviceState::new(&BlockSnapshot {
+        sectors: SECTORS as u64,
+        id: Vec::new(),
+    });
+    assert!(refused(&other).contains("missing value at index 2"));
     let mut features = saved;
     features.transport.status = RUNNING;
     features.transport.driver_features = VERSION_1 | 1 << 12;

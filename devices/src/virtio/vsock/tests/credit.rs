@@ -1,4 +1,4 @@
-//! Credit: who may send how much, and what happens to those who do not take anything.
+//! Flow control by credit, in both directions.
 
 use super::*;
 
@@ -49,7 +49,7 @@ fn a_host_that_does_not_read_holds_the_guest_back() {
     let piece: Vec<u8> = (0..=250).cycle().take(32 * 1024).collect();
     let credit = |guest: &mut Guest| {
         guest.send(Op::CreditRequest, ports, 0, &[]);
-        // The turn that took the packet has answered it.
+        // A pause waits for the worker, which has answered the packet then.
         guest.driver.device.pause();
         guest.driver.device.resume();
         let mut forwarded = None;
@@ -58,9 +58,9 @@ fn a_host_that_does_not_read_holds_the_guest_back() {
             assert_eq!(header.op, Op::CreditUpdate);
             forwarded = Some(header.fwd_cnt);
         }
-        forwarded.expect("no answer")
+        forwarded.expect("no credit update")
     };
-    // Until its credit is used up: what the socket holds, and the device's buffer.
+    // Sends until the credit is used up, which fills the socket's buffer and the device's buffer.
     let mut sent: u32 = 0;
     let mut forwarded = 0;
     loop {
@@ -74,13 +74,13 @@ fn a_host_that_does_not_read_holds_the_guest_back() {
         sent += 32 * 1024;
     }
     assert!(sent - forwarded > 224 * 1024);
-    // The host reads, and the guest hears of it without asking.
+    // When the host reads, the guest gets a credit update without a request.
     let expected: Vec<u8> = piece.repeat(sent as usize / piece.len());
     assert!(read_exactly(&mut host, sent as usize) == expected);
     while forwarded < sent - 64 * 1024 {
         forwarded = guest.expect(Op::CreditUpdate, ports).0.fwd_cnt;
     }
-    // One that sends more than it may is cut off.
+    // A guest that sends more than its credit is disconnected.
     for _ in 0..64 {
         guest.send(Op::Data, ports, 0, &piece);
         if guest.driver.device.counters().contains(&("connections", 0)) {
@@ -137,7 +137,7 @@ fn a_mebibyte_comes_back_as_it_was_sent() {
 fn a_guest_that_takes_nothing_is_taken_nothing_from() {
     let mut guest = Guest::new();
     let mut sent = 0;
-    // Each is to be answered by a reset; four buffers are there.
+    // Each packet is answered by a reset, for which the guest has four buffers.
     while sent < 4 + 1024 {
         guest.send(Op::Data, (7, 8), 0, &[]);
         sent += 1;
@@ -157,7 +157,7 @@ fn a_guest_that_takes_nothing_is_taken_nothing_from() {
 fn a_buffer_without_room_for_data_takes_an_update_and_the_next_takes_the_data() {
     let mut guest = Guest::new();
     let (mut host, ports) = guest.connected();
-    // Behind the buffers that are there already.
+    // These buffers follow those that were posted before.
     let at = DATA + 0x20_0000;
     guest.driver.add(0, &[Part::In(at, 44)]);
     guest.post(1);

@@ -1,4 +1,5 @@
-//! How connections end: by halves, by resets, by broken rules, by a move; and how there are none.
+//! Ends of connections: by shutdown of each half, by reset, by a protocol error, and by a restore. Devices that cannot
+//! be created.
 
 use super::*;
 
@@ -6,19 +7,19 @@ use super::*;
 fn each_half_is_closed_by_itself() {
     let mut guest = Guest::new();
     let (mut host, ports) = guest.connected();
-    // The host says all it has to say, and listens on.
+    // The host shuts down its sending half, and still receives.
     host.write_all(b"request").unwrap();
     host.shutdown(Shutdown::Write).unwrap();
     assert_eq!(guest.expect(Op::Data, ports).1, b"request");
     assert_eq!(guest.expect(Op::Shutdown, ports).0.flags, spec::NO_SEND);
     guest.send(Op::Data, ports, 0, b"answer");
     assert_eq!(read_exactly(&mut host, 6), b"answer");
-    // So does the guest: now both are done.
+    // The guest shuts down its halves, too.
     guest.send(Op::Shutdown, ports, spec::NO_SEND, &[]);
     assert_eq!(read_to_end(&mut host), b"");
     guest.send(Op::Shutdown, ports, spec::NO_RECEIVE, &[]);
     let mut op = guest.receive().0.op;
-    // The host's stream is closed in both directions meanwhile, which may be said before.
+    // The host's stream is closed in both directions now, so a shutdown may arrive first.
     if op == Op::Shutdown {
         op = guest.receive().0.op;
     }
@@ -34,7 +35,7 @@ fn a_guest_that_says_all_first_still_hears_the_answer() {
     assert_eq!(read_to_end(&mut host), b"request");
     host.write_all(b"answer").unwrap();
     assert_eq!(guest.expect(Op::Data, ports).1, b"answer");
-    // What was said to be over is over.
+    // The guest must not send after it has shut down its sending half.
     guest.send(Op::Data, ports, 0, b"more");
     guest.expect(Op::Reset, ports);
 }
@@ -67,7 +68,7 @@ fn a_host_that_closes_is_heard_to_its_end() {
     assert_eq!(seen, [7; 10_000]);
     assert_eq!(flags, spec::NO_SEND | spec::NO_RECEIVE);
     guest.send(Op::Reset, ports, 0, &[]);
-    // A reset is not answered: the next packet is another's.
+    // A reset is not answered, so the next packet answers the next request.
     guest.send(Op::Data, ports, 0, b"x");
     guest.expect(Op::Reset, ports);
 }
@@ -98,7 +99,7 @@ fn malformed_packets_and_buffers_need_a_reset_which_ends_connections() {
         guest.driver.write_memory(DATA, &whole.encode());
         guest.driver.add(queue, &parts);
         guest.driver.notify(queue);
-        // Buffers are looked at when there is something to put into them.
+        // The device pops a buffer only when it has a packet for it.
         host.write_all(&[1; 5 * 4096]).unwrap();
         guest.driver.wait_needs_reset();
         guest.driver.start(0);
@@ -113,7 +114,7 @@ fn malformed_packets_and_buffers_need_a_reset_which_ends_connections() {
 
 #[test]
 fn connections_are_limited() {
-    // Two descriptors a connection, and some.
+    // Each connection takes two descriptors.
     let wanted = 4096;
     let limit = getrlimit(Resource::Nofile);
     let current = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
@@ -135,7 +136,7 @@ fn connections_are_limited() {
     let _listener = guest.listen(5000);
     guest.send(Op::Request, (5000, 1), 0, &[]);
     guest.expect(Op::Reset, (5000, 1));
-    // Those that are there are served.
+    // Connections below the limit still work.
     hosts[0].write_all(b"CONNECT 5\n").unwrap();
     assert_eq!(guest.receive().0.op, Op::Request);
 }
@@ -169,7 +170,7 @@ fn a_guest_that_moved_is_told_that_its_connections_are_gone() {
     };
     assert_eq!(guest.driver.config::<8>(0), CID.to_le_bytes());
     guest.driver.write_memory(DATA + 0x8000, &[0xff; 4]);
-    // The event waits for room.
+    // The event waits until the guest adds a buffer.
     guest.driver.device.resume();
     assert_eq!(guest.driver.request(2, &[Part::In(DATA + 0x8000, 4)]), 4);
     assert_eq!(guest.driver.read_memory(DATA + 0x8000, 4), [0; 4]);
@@ -178,12 +179,18 @@ fn a_guest_that_moved_is_told_that_its_connections_are_gone() {
     guest.connected();
 
     let mut broken = saved;
-    broken.device = DeviceSnapshot::Vsock(VsockSnapshot { guest_cid: 2 });
+    broken.device = DeviceState::new(&VsockSnapshot { guest_cid: 2 });
     let elsewhere = tempfile::tempdir().unwrap();
     let model = Box::new(device(elsewhere.path()));
     let (interrupt, _line) = interrupt();
-    let result = VirtioMmio::restore("_vsock0", model, memory(), interrupt, &broken);
-    assert!(result.err().unwrap().to_string().contains("no address"));
+    let result = MmioTransport::restore("_vsock0", model, memory(), interrupt, &broken);
+    assert!(
+        result
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("cannot be the address")
+    );
 }
 
 #[test]
@@ -204,13 +211,13 @@ fn a_device_that_cannot_be_says_why() {
         path: path.clone(),
     };
     let error = Vsock::new(config.clone()).err().unwrap().to_string();
-    assert!(error.contains("another guest has it"), "{error}");
+    assert!(error.contains("another guest uses the socket"), "{error}");
     drop(first);
     Vsock::new(config.clone()).unwrap();
     assert!(!path.exists());
     std::fs::write(&path, "no socket").unwrap();
     let error = Vsock::new(config).err().unwrap().to_string();
-    assert!(error.contains("something else"), "{error}");
+    assert!(error.contains("something else exists"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
     let config = VsockConfig {
         guest_cid: CID,

@@ -1,4 +1,4 @@
-//! A guest's sockets, by packets, and the host's, as any process has them.
+//! A socket device, its driver, and processes of the host.
 
 mod credit;
 mod ends;
@@ -15,21 +15,21 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, VirtioMmio};
+use super::super::{DeviceState, MmioTransport};
 use super::spec::Op;
 use super::*;
 
 const CID: u64 = 42;
 const RX_BUFFER: u64 = 0x2000;
-/// What the guest says of its own buffer.
+/// `buf_alloc` of the guest.
 const GUEST_BUFFER: u32 = 64 * 1024;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A guest with a driver that keeps buffers for packets posted.
+/// Guest with a driver that always keeps receive buffers posted.
 struct Guest {
     driver: Driver,
     folder: TempDir,
-    /// Packets to the guest that nobody looked at yet.
+    /// Packets to the guest that the test has not looked at.
     inbox: VecDeque<(Header, Vec<u8>)>,
     posted: u64,
 }
@@ -96,7 +96,7 @@ impl Guest {
         self.driver.request(1, &parts);
     }
 
-    /// The next packet to the guest.
+    /// Returns the next packet to the guest.
     fn receive(&mut self) -> (Header, Vec<u8>) {
         if let Some(packet) = self.inbox.pop_front() {
             return packet;
@@ -105,7 +105,7 @@ impl Guest {
         self.taken(used)
     }
 
-    /// What the used buffer of a packet holds; another is posted for it.
+    /// Returns the packet in a used buffer, and posts another buffer.
     fn taken(&mut self, (head, written): (u16, u32)) -> (Header, Vec<u8>) {
         let descriptor = self
             .driver
@@ -139,7 +139,7 @@ impl Guest {
         UnixListener::bind(self.folder.path().join(format!("vsock_{port}"))).unwrap()
     }
 
-    /// A connection that the guest made to port 5000.
+    /// Creates a connection that the guest requests to port 5000.
     fn connected(&mut self) -> (UnixStream, (u32, u32)) {
         let listener = self.listen(5000);
         let ports = (5000, 1025);
@@ -179,7 +179,7 @@ fn a_host_connects_to_the_guest() {
     let mut guest = Guest::new();
     assert_eq!(guest.driver.config::<8>(0), CID.to_le_bytes());
     let mut host = guest.socket();
-    // Data right behind the line, before the guest has answered.
+    // The host may send data right after the line, before the guest has answered.
     host.write_all(b"CONNECT 1234\nearly").unwrap();
     let (request, _) = guest.receive();
     assert_eq!((request.op, request.dst_port), (Op::Request, 1234));
@@ -192,7 +192,7 @@ fn a_host_connects_to_the_guest() {
     assert_eq!(line, format!("OK {}\n", ports.0));
     guest.send(Op::Data, ports, 0, b"hello host");
     assert_eq!(read_exactly(&mut host, 10), b"hello host");
-    // A second one has another port.
+    // A second connection gets another port.
     let mut second = guest.socket();
     second.write_all(b"CONNECT 1234\n").unwrap();
     assert_ne!(guest.receive().0.src_port, ports.0);
@@ -206,7 +206,7 @@ fn a_guest_that_refuses_a_connection_ends_it() {
     let ports = (guest.receive().0.src_port, 99);
     guest.send(Op::Reset, ports, 0, &[]);
     assert_eq!(read_to_end(&mut host), b"");
-    // One that answers with nonsense is refused itself.
+    // A guest that answers with an unexpected packet gets a reset.
     let mut host = guest.socket();
     host.write_all(b"CONNECT 99\n").unwrap();
     let ports = (guest.receive().0.src_port, 99);
@@ -241,7 +241,7 @@ fn what_is_no_request_for_a_connection_is_closed() {
         let mut host = guest.socket();
         host.write_all(line.as_bytes()).unwrap();
         host.shutdown(Shutdown::Write).unwrap();
-        // Closing with something unread is seen as a reset: either is an end without an answer.
+        // If the device closes a socket with unread data, the host sees a connection reset instead of an end of file.
         let mut answer = Vec::new();
         let _end = host.read_to_end(&mut answer);
         assert_eq!(answer, b"", "{line:?}");
@@ -257,10 +257,10 @@ fn a_guest_connects_to_a_listener_of_the_host() {
     host.write_all(b"pong").unwrap();
     assert_eq!(guest.expect(Op::Data, ports).1, b"pong");
     assert!(guest.driver.device.counters().contains(&("tx_bytes", 4)));
-    // Nobody listens there.
+    // No process is listening on port 6000.
     guest.send(Op::Request, (6000, 1026), 0, &[]);
     guest.expect(Op::Reset, (6000, 1026));
-    // The same ports again, while they are in use.
+    // The guest requests a connection with ports that are in use.
     guest.send(Op::Request, ports, 0, &[]);
     guest.expect(Op::Reset, ports);
     assert_eq!(read_to_end(&mut host), b"");
@@ -291,7 +291,7 @@ fn packets_of_no_connection_are_reset_and_strangers_are_ignored() {
         },
         &[],
     );
-    // A kind that is not offered.
+    // Socket type that the device does not offer.
     let datagram = Header {
         src_cid: CID,
         kind: 3,

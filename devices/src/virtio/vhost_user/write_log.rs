@@ -1,8 +1,8 @@
-//! The log of what a back end writes to guest memory: a bitmap in a memory file that both sides have mapped.
+//! Dirty log of a back end's writes to guest memory: a bitmap in a memory file that both processes map.
 //!
-//! Bit `n` of the bitmap is the page at `n * 4096` of guest-physical space; bytes and bits are in ascending order
-//! (docs/interop/vhost-user.rst, "Migration"). The back end sets bits by atomic operations after it wrote, and this
-//! side takes them out word by word, each by one swap: no bit is lost between the two.
+//! Bit `n` is the page at guest-physical address `n * 4096`. Bytes and bits are in ascending order
+//! (docs/interop/vhost-user.rst, "Migration"). The back end sets a bit atomically after it has written to the page.
+//! This process reads and clears a word by one atomic exchange, so that no bit is lost.
 
 use std::fs::File;
 use std::io;
@@ -17,20 +17,20 @@ use vm_memory::{FileOffset, VolatileMemory};
 
 const PAGE_BYTES: u64 = 4096;
 const WORD_BYTES: usize = size_of::<u64>();
-/// Pages of a word.
+/// Number of pages that one word covers.
 const WORD_PAGES: u64 = 64;
 
-/// The log of one back end.
+/// Dirty log of one back end.
 pub(super) struct WriteLog {
     file: Arc<File>,
     map: MmapRegion,
 }
 
 impl WriteLog {
-    /// A log for guest-physical space below `end`, nothing in it yet.
+    /// Creates an empty log for guest-physical addresses below `end`.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the kernel's error if the memory file cannot be created, sealed or mapped.
     pub(super) fn new(end: u64) -> io::Result<Self> {
         let bytes = end
             .div_ceil(PAGE_BYTES)
@@ -39,7 +39,7 @@ impl WriteLog {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("vhost-user-log", flags)?);
         file.set_len(bytes)?;
-        // A back end that made it shorter would have this process end at its next look.
+        // If the back end could shrink the file, the next access to the mapping would kill this process with SIGBUS.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let file = Arc::new(file);
         let size = usize::try_from(bytes).map_err(io::Error::other)?;
@@ -48,7 +48,7 @@ impl WriteLog {
         Ok(Self { file, map })
     }
 
-    /// What the back end maps.
+    /// Returns the description of the file that the back end maps.
     pub(super) fn region(&self) -> VhostUserDirtyLogRegion {
         VhostUserDirtyLogRegion {
             mmap_size: self.map.size() as u64,
@@ -61,7 +61,7 @@ impl WriteLog {
         self.file.as_raw_fd()
     }
 
-    /// Logs a write of `bytes` bytes at `start`, as the back end does. What is beyond the log is left out.
+    /// Sets the bits of `bytes` bytes at `start`, as the back end does. Ignores pages beyond the end of the log.
     pub(super) fn mark(&self, start: u64, bytes: u64) {
         let Some(last) = bytes
             .checked_sub(1)
@@ -79,12 +79,12 @@ impl WriteLog {
         }
     }
 
-    /// Takes out all that was logged: calls `mark` with the address of a page and a bitmap of the pages from it on,
-    /// for each run of words with anything in them.
+    /// Takes and clears all bits. For each run of non-zero words, calls `mark` with the address of the first page and
+    /// the words.
     pub(super) fn take(&self, mut mark: impl FnMut(u64, &[u64])) {
         let mut run = Vec::new();
         for index in 0..=self.map.size() / WORD_BYTES {
-            // Behind the last word is none, which ends the last run.
+            // There is no word behind the last one, which ends the last run.
             match self.word(index).map_or(0, take) {
                 0 if run.is_empty() => {}
                 0 => {
@@ -102,7 +102,7 @@ impl WriteLog {
     }
 }
 
-/// A word that is read as zero stays with its reader's cache, and most are.
+/// Takes and clears a word. Most words are zero, and a load leaves their cache lines shared.
 fn take(word: &AtomicU64) -> u64 {
     match word.load(Ordering::Relaxed) {
         0 => 0,

@@ -1,4 +1,6 @@
-//! A disk as its driver sees it, against the file as the host sees it.
+//! A block device and its driver. The tests compare what the driver sees with the image file.
+
+mod ranges;
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -9,7 +11,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::super::testing::*;
-use super::super::{DeviceSnapshot, VirtioMmio};
+use super::super::{DeviceState, MmioTransport};
 use super::*;
 use crate::rate_limit::Rate;
 
@@ -20,7 +22,7 @@ const HEADER: u64 = DATA - 0x1000;
 const STATUS: u64 = DATA - 0x800;
 const SECTORS: u64 = 256;
 
-/// Each sector begins with its number.
+/// Image content. Each sector begins with its own number.
 fn pattern() -> Vec<u8> {
     (0..SECTORS)
         .flat_map(|sector| {
@@ -43,7 +45,7 @@ fn content(file: &File) -> Vec<u8> {
     bytes
 }
 
-/// The same file, through a description of its own.
+/// Opens the same file again, with a file position of its own.
 fn reopen(file: &File) -> File {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -82,7 +84,7 @@ impl Driver {
         self.write_memory(STATUS, &[0xee]);
     }
 
-    /// A request with `parts` of data; returns its status.
+    /// Sends a request with `parts` as data, and returns its status.
     fn block(&mut self, kind: u32, sector: u64, parts: &[Part]) -> u8 {
         self.header(kind, sector);
         let mut all = vec![Part::Out(HEADER, 16)];
@@ -111,7 +113,7 @@ fn what_is_written_is_in_the_file_and_read_back() {
     let mut driver = started(&file, Access::ReadWrite);
     driver.write_memory(DATA, &[0xa1; 1024]);
     driver.write_memory(DATA + 0x1000, &[0xb2; 512]);
-    // Three pieces, of no particular size.
+    // The sizes of the three buffers are no multiples of a sector.
     let parts = [
         Part::Out(DATA, 700),
         Part::Out(DATA + 700, 324),
@@ -151,7 +153,7 @@ fn headers_and_status_may_be_anywhere() {
     assert_eq!(driver.read_memory(STATUS, 1), [OK]);
     assert_eq!(content(&file)[1536..2048], [0xc3; 512]);
     driver.header(0, 3);
-    // So do data and status.
+    // Data and status share a descriptor.
     driver.write_memory(DATA, &[0; 513]);
     assert_eq!(
         driver.request(0, &[Part::Out(HEADER, 16), Part::In(DATA, 513)]),
@@ -185,7 +187,7 @@ fn impossible_requests_are_errors_and_the_disk_lives_on() {
     let file = image();
     let mut driver = started(&file, Access::ReadWrite);
     for (sector, bytes) in [
-        // Its byte offset is beyond 64 bits, where its number is not.
+        // The sector number fits 64 bits, but the byte offset does not.
         (u64::MAX / 2, 512),
         (SECTORS, 512),
         (SECTORS - 1, 1024),
@@ -203,7 +205,7 @@ fn impossible_requests_are_errors_and_the_disk_lives_on() {
             );
         }
     }
-    // No data, and data in the wrong direction.
+    // Requests without data, and with buffers of the wrong direction.
     assert_eq!(driver.block(0, 0, &[]), IO_ERROR);
     assert_eq!(driver.block(1, 0, &[Part::In(DATA, 512)]), IO_ERROR);
     assert_eq!(driver.block(0, 0, &[Part::Out(DATA, 512)]), IO_ERROR);
@@ -244,7 +246,7 @@ fn a_file_that_becomes_too_short_is_an_error_until_it_is_long_again() {
 
 #[test]
 fn a_file_that_refuses_writes_is_an_error() {
-    // The kernel refuses all writes to a sealed file, as it would on a file system without room.
+    // The kernel refuses writes to a sealed file, as it would on a full file system.
     let sealed = memfd_create("image", MemfdFlags::ALLOW_SEALING).unwrap();
     let mut file = File::from(sealed);
     file.write_all(&pattern()).unwrap();
@@ -291,67 +293,6 @@ fn the_identification_is_padded_and_cut() {
         rate_limit: RateLimit::default(),
     });
     assert_eq!(long.unwrap().id.len(), 20);
-}
-
-/// Files of the two file systems that can be had everywhere.
-fn files() -> [File; 2] {
-    let mut memory = File::from(memfd_create("image", MemfdFlags::empty()).unwrap());
-    memory.write_all(&pattern()).unwrap();
-    [image(), memory]
-}
-
-#[test]
-fn discarded_ranges_go_back_to_the_host() {
-    for file in files() {
-        let mut driver = started(&file, Access::ReadWrite);
-        rustix::fs::fsync(&file).unwrap();
-        let before = file.metadata().unwrap().blocks();
-        assert_eq!(driver.ranges(11, &[(8, 64, 0), (128, 64, 0)]), OK);
-        assert!(file.metadata().unwrap().blocks() <= before - 128);
-        let mut expected = pattern();
-        expected[8 * 512..72 * 512].fill(0);
-        expected[128 * 512..192 * 512].fill(0);
-        assert_eq!(content(&file), expected);
-    }
-}
-
-#[test]
-fn zeroes_are_written_and_stay_allocated_unless_they_need_not() {
-    for file in files() {
-        let mut driver = started(&file, Access::ReadWrite);
-        rustix::fs::fsync(&file).unwrap();
-        let before = file.metadata().unwrap().blocks();
-        assert_eq!(driver.ranges(13, &[(8, 64, 0)]), OK);
-        let mut expected = pattern();
-        expected[8 * 512..72 * 512].fill(0);
-        assert_eq!(content(&file), expected);
-        assert_eq!(file.metadata().unwrap().blocks(), before);
-        assert_eq!(driver.ranges(13, &[(8, 64, 1)]), OK);
-        assert_eq!(content(&file), expected);
-        assert!(file.metadata().unwrap().blocks() <= before - 64);
-    }
-}
-
-#[test]
-fn ranges_are_checked_before_any_is_touched() {
-    let file = image();
-    let mut driver = started(&file, Access::ReadWrite);
-    let good = (0, 8, 0);
-    for (kind, second, status) in [
-        (11, (SECTORS - 1, 2, 0), IO_ERROR),
-        (11, (u64::MAX, 1, 0), IO_ERROR),
-        (11, (0, 0, 0), IO_ERROR),
-        (11, (0, u32::MAX, 0), IO_ERROR),
-        (11, (0, 8, 1), UNSUPPORTED),
-        (13, (SECTORS, 1, 1), IO_ERROR),
-        (13, (0, 8, 2), UNSUPPORTED),
-    ] {
-        assert_eq!(driver.ranges(kind, &[good, second]), status, "{second:?}");
-    }
-    assert_eq!(driver.ranges(11, &[good; 33]), IO_ERROR);
-    assert_eq!(driver.block(11, 0, &[Part::Out(DATA, 17)]), IO_ERROR);
-    assert_eq!(driver.block(11, 0, &[]), IO_ERROR);
-    assert_eq!(content(&file), pattern());
 }
 
 #[test]
@@ -422,7 +363,7 @@ fn a_guest_moves_with_its_disk() {
     driver.write_memory(DATA, &[9; 512]);
     assert_eq!(driver.block(1, 0, &[Part::Out(DATA, 512)]), OK);
     driver.device.pause();
-    // It comes too late for the source.
+    // This request is made after the pause, so only the restored device handles it.
     driver.header(0, 0);
     let parts = [
         Part::Out(HEADER, 16),
@@ -441,28 +382,26 @@ fn a_guest_moves_with_its_disk() {
     assert_eq!(driver.block(8, 0, &[Part::In(DATA, 20)]), OK);
     assert_eq!(driver.read_memory(DATA, 6), b"ferry-");
 
-    let DeviceSnapshot::Block(state) = &saved.device else {
-        panic!("{:?}", saved.device);
-    };
+    let state: BlockSnapshot = saved.device.decode("block").unwrap();
     let mut long = state.clone();
     long.id = vec![0; 21];
-    let mut large = state.clone();
+    let mut large = state;
     large.sectors += 1;
     for (state, word) in [(long, "21 bytes"), (large, "257 sectors")] {
         let mut saved = saved.clone();
-        saved.device = DeviceSnapshot::Block(state);
+        saved.device = DeviceState::new(&state);
         let model = Box::new(disk(reopen(&file), Access::ReadWrite));
         let (interrupt, _line) = interrupt();
-        let result = VirtioMmio::restore("_disk0", model, memory(), interrupt, &saved);
+        let result = MmioTransport::restore("_disk0", model, memory(), interrupt, &saved);
         let error = result.err().unwrap().to_string();
         assert!(error.contains(word), "{error}");
     }
-    // The guest writes: a read-only disk does not do.
+    // The guest uses a feature of writable disks, so a read-only disk cannot take its place.
     let mut writer = saved.clone();
     writer.transport.driver_features |= 1 << 13;
     let model = Box::new(disk(reopen(&file), Access::ReadOnly));
     let (interrupt, _line) = interrupt();
-    let result = VirtioMmio::restore("_disk0", model, memory(), interrupt, &writer);
+    let result = MmioTransport::restore("_disk0", model, memory(), interrupt, &writer);
     assert!(result.err().unwrap().to_string().contains("features"));
 }
 

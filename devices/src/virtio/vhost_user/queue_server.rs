@@ -1,17 +1,17 @@
-//! The front end as the transport sees it: in a worker's place, and as a configuration space.
+//! The front end as the transport sees it: as a server of the queues, and as a configuration space.
 
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::spec::{CONFIG_WRITE_BACK, WRITE_BACK};
 use super::state::VhostUserSnapshot;
-use super::{Driver, Inner, VhostUser};
+use super::{Inner, ReadyDriver, VhostUser};
 use crate::virtio::device::{ConfigSpace, read_config};
 use crate::virtio::queue::{QueueError, QueueSnapshot, in_use};
-use crate::virtio::serve::Serve;
-use crate::virtio::state::DeviceSnapshot;
+use crate::virtio::queue_server::{OnFailure, QueueServer};
+use crate::virtio::state::DeviceState;
 
-impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
+impl<M: GuestAddressSpace + Send + Sync + 'static> QueueServer for VhostUser<M> {
     fn notifiers(&self) -> &[EventFd] {
         &self.0.kicks
     }
@@ -27,9 +27,9 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
             inner.table.rings(queue)?;
         }
         let mut state = inner.state();
-        // A back end that was lost before this driver was ready is looked for again.
+        // If the back end was lost before the driver set DRIVER_OK, the front end reconnects.
         state.failure = None;
-        state.driver = Some(Driver {
+        state.driver = Some(ReadyDriver {
             features,
             queues: queues.to_vec(),
         });
@@ -42,7 +42,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
 
     fn stop_queue(&self, index: usize) {
         let mut state = self.0.state();
-        // There is one queue: without it there is nothing to serve.
+        // There is only one queue, so the whole back end can be stopped.
         self.0.stop(&mut state);
         let queues = state.driver.as_mut().map(|driver| &mut driver.queues);
         if let Some(queue) = queues.and_then(|queues| queues.get_mut(index)) {
@@ -85,11 +85,11 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
             .unwrap_or_default()
     }
 
-    fn save(&self) -> DeviceSnapshot {
-        DeviceSnapshot::VhostUserBlock(VhostUserSnapshot {
+    fn save(&self) -> std::result::Result<DeviceState, String> {
+        Ok(DeviceState::new(&VhostUserSnapshot {
             sectors: self.sectors(),
             write_back: self.0.state().write_back != 0,
-        })
+        }))
     }
 
     fn fail(&self, error: &QueueError) {
@@ -100,6 +100,10 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> Serve for VhostUser<M> {
     fn failure(&self) -> Option<String> {
         self.0.state().failure.clone()
     }
+
+    fn on_failure(&self, tell: OnFailure) {
+        self.0.on_loss.get_or_init(|| tell);
+    }
 }
 
 impl<M: GuestAddressSpace + Send + Sync + 'static> ConfigSpace for Inner<M> {
@@ -109,7 +113,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> ConfigSpace for Inner<M> {
         read_config(&config, offset, data);
     }
 
-    /// Of all fields the driver writes `writeback` alone, 0 or 1 (virtio 1.2, 5.2.5.1).
+    /// The only field that a driver can write is `writeback`, which is 0 or 1 (virtio 1.2, 5.2.5.1).
     fn write(&self, offset: u64, data: &[u8]) {
         let [value @ (0 | 1)] = *data else {
             return;
@@ -119,7 +123,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> ConfigSpace for Inner<M> {
         }
         let mut state = self.state();
         state.write_back = value;
-        // One that is not started hears of it when it is.
+        // A back end that is not running gets the value at its start.
         let started = state.started;
         let switched = match &mut state.link {
             Some(link) if started => link.set_write_back(value),

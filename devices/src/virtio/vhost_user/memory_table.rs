@@ -1,4 +1,5 @@
-//! Guest memory as a back end gets it: the memory files, and where they lie for the guest and for this process.
+//! Guest memory as it is described to a back end: memory files, with guest-physical addresses and addresses in this
+//! process.
 
 use std::os::fd::AsRawFd;
 
@@ -10,20 +11,20 @@ use vm_memory::{
 use crate::virtio::queue::{QueueError, QueueSnapshot};
 use crate::virtio::spec::USED_BYTES;
 
-/// Bytes of a descriptor, and of an entry of the available ring; what either ring has besides its entries: flags, index,
-/// and the event index (virtio 1.2, 2.7).
+/// Size of a descriptor, of an entry of the available ring, and of what a ring has besides its entries: flags, index,
+/// and event index (virtio 1.2, 2.7).
 const DESCRIPTOR_BYTES: u64 = 16;
 const AVAILABLE_BYTES: u64 = 2;
-const AROUND_BYTES: u64 = 6;
+const RING_EXTRA_BYTES: u64 = 6;
 
-/// The memory table of one guest.
+/// Memory table of one guest.
 pub(super) struct MemoryTable {
     regions: Vec<VhostUserMemoryRegionInfo>,
-    /// Whose descriptors the regions name.
+    /// Keeps the files open whose descriptors are in `regions`.
     files: Vec<FileOffset>,
 }
 
-/// Where the rings of a queue lie in this process: by these addresses a back end finds them in the table.
+/// Addresses of a queue's rings in this process. The back end translates them by the memory table.
 pub(super) struct RingAddresses {
     pub(super) descriptor_table: u64,
     pub(super) available: u64,
@@ -31,7 +32,7 @@ pub(super) struct RingAddresses {
 }
 
 impl MemoryTable {
-    /// All of `memory`; none where that is not all of files.
+    /// Creates the table of all of `memory`. Returns `None` if a region is not a file.
     pub(super) fn new<G: GuestMemory>(memory: &G) -> Option<Self> {
         let regions = memory.physical_memory()?;
         let mut table = Self {
@@ -57,7 +58,7 @@ impl MemoryTable {
         &self.regions
     }
 
-    /// The guest-physical address behind the last byte.
+    /// Returns the guest-physical address behind the last byte of guest memory.
     pub(super) fn end(&self) -> u64 {
         let ends = self.regions.iter();
         ends.map(|region| region.guest_phys_addr.saturating_add(region.memory_size))
@@ -65,10 +66,10 @@ impl MemoryTable {
             .unwrap_or(0)
     }
 
-    /// The rings of a queue that is ready.
+    /// Returns the addresses of the rings of a queue.
     ///
     /// # Errors
-    /// A ring that is not in one piece of guest memory.
+    /// Returns [`QueueError::RingOutside`] if a ring is not wholly within one region.
     pub(super) fn rings(&self, queue: &QueueSnapshot) -> Result<RingAddresses, QueueError> {
         let entries = u64::from(queue.size);
         let of = |address, bytes| self.find(address, bytes).ok_or(QueueError::RingOutside);
@@ -76,13 +77,13 @@ impl MemoryTable {
             descriptor_table: of(queue.descriptor_table, entries * DESCRIPTOR_BYTES)?,
             available: of(
                 queue.available_ring,
-                entries * AVAILABLE_BYTES + AROUND_BYTES,
+                entries * AVAILABLE_BYTES + RING_EXTRA_BYTES,
             )?,
             used: of(queue.used_ring, used_ring_bytes(queue))?,
         })
     }
 
-    /// Where `bytes` bytes at the guest-physical `address` lie in this process.
+    /// Returns the address in this process of `bytes` bytes at the guest-physical `address`.
     fn find(&self, address: u64, bytes: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let offset = address.checked_sub(region.guest_phys_addr)?;
@@ -92,7 +93,7 @@ impl MemoryTable {
     }
 }
 
-/// Bytes of a queue's used ring.
+/// Returns the size of a queue's used ring in bytes.
 pub(super) fn used_ring_bytes(queue: &QueueSnapshot) -> u64 {
-    u64::from(queue.size) * USED_BYTES + AROUND_BYTES
+    u64::from(queue.size) * USED_BYTES + RING_EXTRA_BYTES
 }
