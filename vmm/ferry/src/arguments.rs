@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::devices::DeviceArguments;
-use migration::decide::TimeoutStrategy;
-use migration::transport::{Url, check_socket_path};
+use migration::TimeoutStrategy;
 use vmm::config::{SerialConfig, SerialMode};
 use vmm::kvm::dirty_log::DirtyLogMode;
 use vmm::memory::Backing;
+use vmm::migrate::{Url, check_socket_path};
 use vmm::size::parse_size;
 
 /// A small KVM monitor that carries running guests to another process without losing a byte.
@@ -247,11 +247,11 @@ pub(super) struct RunArguments {
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
     /// Answer API calls on this Unix socket, or on one that descriptor N is
-    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
-    pub(super) api_socket: Option<Place>,
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_descriptor_or_path)]
+    pub(super) api_socket: Option<DescriptorOrPath>,
     /// Append events to this file or named pipe, or to descriptor N, as JSON lines
-    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
-    pub(super) event_monitor: Option<Place>,
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_descriptor_or_path)]
+    pub(super) event_monitor: Option<DescriptorOrPath>,
     /// Read the guest's configuration from this file (the API's VmConfig as JSON)
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "kernel", "initramfs", "cmdline", "cpus", "memory", "serial", "disk", "net", "vsock", "rng", "balloon", "console"
@@ -309,11 +309,11 @@ pub(super) struct ReceiveArguments {
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub(super) serial: Option<SerialConfig>,
     /// Answer API calls on this Unix socket, or on one that descriptor N is
-    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
-    pub(super) api_socket: Option<Place>,
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_descriptor_or_path)]
+    pub(super) api_socket: Option<DescriptorOrPath>,
     /// Append events to this file or named pipe, or to descriptor N, as JSON lines
-    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_place)]
-    pub(super) event_monitor: Option<Place>,
+    #[arg(long, value_name = "PATH|fd=N", value_parser = parse_descriptor_or_path)]
+    pub(super) event_monitor: Option<DescriptorOrPath>,
     /// Refuse guests with more memory than this
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) memory_limit: Option<u64>,
@@ -448,12 +448,12 @@ pub(super) struct TopArguments {
 
 /// Where something is: at a path, or already open.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum DescriptorOrPath {
     Path(PathBuf),
     Fd(i32),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for DescriptorOrPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Path(path) => write!(f, "{}", path.display()),
@@ -562,15 +562,15 @@ pub(super) fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     }
 }
 
-fn parse_place(text: &str) -> Result<Place, String> {
+fn parse_descriptor_or_path(text: &str) -> Result<DescriptorOrPath, String> {
     match text.strip_prefix("fd=") {
         Some(number) => number
             .parse()
-            .map(Place::Fd)
+            .map(DescriptorOrPath::Fd)
             .map_err(|_| format!("{number:?} is no descriptor's number")),
         None => match text.strip_prefix("path=").unwrap_or(text) {
             "" => Err("path=PATH or fd=N".into()),
-            path => Ok(Place::Path(path.into())),
+            path => Ok(DescriptorOrPath::Path(path.into())),
         },
     }
 }
@@ -636,12 +636,18 @@ mod tests {
 
     #[test]
     fn a_place_is_a_path_or_a_descriptor() {
-        assert_eq!(parse_place("fd=7"), Ok(Place::Fd(7)));
+        assert_eq!(
+            parse_descriptor_or_path("fd=7"),
+            Ok(DescriptorOrPath::Fd(7))
+        );
         for text in ["/x", "path=/x"] {
-            assert_eq!(parse_place(text), Ok(Place::Path("/x".into())));
+            assert_eq!(
+                parse_descriptor_or_path(text),
+                Ok(DescriptorOrPath::Path("/x".into()))
+            );
         }
         for text in ["", "path=", "fd=", "fd=x"] {
-            parse_place(text).unwrap_err();
+            parse_descriptor_or_path(text).unwrap_err();
         }
     }
 

@@ -20,8 +20,8 @@ use signal_hook::iterator::Signals;
 use super::arguments::{DemoArguments, Transport};
 use super::report::{progress, send_and_watch, table};
 use super::{Failure, say};
-use migration::decide::TimeoutStrategy;
-use migration::progress::{Phase, Snapshot};
+use migration::TimeoutStrategy;
+use migration::{Phase, Report as MigrationReport};
 use vmm::kvm::host::Host;
 use vmm::monitor::SendMigrationData;
 
@@ -104,7 +104,7 @@ fn size(what: &str, bytes: u64) -> Result<Size, Failure> {
 
 /// What the two witnesses said.
 struct Verdict {
-    migration: Snapshot,
+    migration: MigrationReport,
     audit: Option<Totals>,
     complaint: Option<String>,
     source_status: Option<i32>,
@@ -369,7 +369,7 @@ impl Output {
     }
 
     /// Tells the rounds that are complete and were not told yet. Returns how many have been told.
-    fn rounds(&self, snapshot: &Snapshot, told: usize) -> usize {
+    fn rounds(&self, snapshot: &MigrationReport, told: usize) -> usize {
         for (number, round) in (1..).zip(&snapshot.rounds).skip(told) {
             self.event("demo/round", &json!({ "round": number, "figures": round }));
         }

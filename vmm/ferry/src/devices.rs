@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::arguments::{on_off, parse_serial};
-use migration::transport::check_socket_path;
 use vmm::config::{
     BalloonConfig, DevicesConfig, DiskConfig, ImageType, MacAddress, NetConfig, RateLimiterConfig,
     RngConfig, SerialConfig, SerialMode, TokenBucket, VsockConfig,
 };
+use vmm::migrate::check_socket_path;
 use vmm::size::parse_size;
 
 /// The guest's address where none is given: the first that a guest can have.

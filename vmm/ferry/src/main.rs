@@ -2,7 +2,6 @@
 
 mod arguments;
 mod bench;
-mod console;
 mod ctl;
 mod demo;
 mod devices;
@@ -12,6 +11,7 @@ mod receive;
 mod report;
 mod run;
 mod service;
+mod stdio;
 mod top;
 
 use std::io::Write;

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::progress::ProgressLine;
-use migration::progress::{Phase, Snapshot};
+use migration::{Phase, Report};
 use vmm::api::{ClientError, Method, NO_LIMIT, USUAL_LIMIT, call};
 use vmm::monitor::SendMigrationData;
 
@@ -17,8 +17,8 @@ const MIB: f64 = 1024.0 * 1024.0;
 pub(super) fn send_and_watch(
     socket: &Path,
     wish: &SendMigrationData,
-    mut on_progress: impl FnMut(&Snapshot),
-) -> Result<Snapshot, ClientError> {
+    mut on_progress: impl FnMut(&Report),
+) -> Result<Report, ClientError> {
     let body = encode(wish)?;
     let line = ProgressLine::new();
     thread::scope(|scope| {
@@ -50,7 +50,7 @@ pub(super) fn send_and_watch(
 }
 
 /// The progress of the migration into or out of the monitor at `socket`.
-pub(super) fn progress(socket: &Path) -> Result<Snapshot, ClientError> {
+pub(super) fn progress(socket: &Path) -> Result<Report, ClientError> {
     let name = "vm.migration-progress";
     decode(name, call(socket, Method::Get, name, None, USUAL_LIMIT)?)
 }
@@ -59,7 +59,7 @@ fn encode(wish: &SendMigrationData) -> Result<serde_json::Value, ClientError> {
     serde_json::to_value(wish).map_err(|error| broken("vm.send-migration", &error.to_string()))
 }
 
-fn decode(name: &str, answer: serde_json::Value) -> Result<Snapshot, ClientError> {
+fn decode(name: &str, answer: serde_json::Value) -> Result<Report, ClientError> {
     serde_json::from_value(answer).map_err(|error| broken(name, &error.to_string()))
 }
 
@@ -70,7 +70,7 @@ fn broken(call: &str, why: &str) -> ClientError {
     }
 }
 
-fn show(line: &ProgressLine, snapshot: &Snapshot) {
+fn show(line: &ProgressLine, snapshot: &Report) {
     let phase = match snapshot.phase {
         Phase::Rounds => format!("round {}", snapshot.rounds.len() + 1),
         other => format!("{other:?}").to_lowercase(),
@@ -85,7 +85,7 @@ fn show(line: &ProgressLine, snapshot: &Snapshot) {
 }
 
 /// The rounds as a table, and the figures below it.
-pub(super) fn table(snapshot: &Snapshot) -> String {
+pub(super) fn table(snapshot: &Report) -> String {
     let mut text = format!(
         "{:>6}  {:>9}  {:>9}  {:>10}  {:>9}  {:>12}\n",
         "round", "pages", "zero", "MiB", "ms", "dirty MiB/s"

@@ -1,22 +1,16 @@
 //! `ferry run`: launch a guest.
 
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use vmm::config::{CpusConfig, MemoryConfig, PayloadConfig, VmConfig};
+use vmm::kvm::host::Host;
+use vmm::monitor::{Launcher, MonitorError, OnReset};
 
 use super::Failure;
 use super::arguments::RunArguments;
-use super::console;
-use super::service::{InputLine, Outside, Service, Terminal, end_with_parent};
-use vmm::boot::Payload;
-use vmm::config::{
-    ConfigError, CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode,
-    VmConfig,
-};
-use vmm::kvm::dirty_log::DirtyLogMode;
-use vmm::kvm::host::Host;
-use vmm::machine::{EmptyMachine, Machine, OnLoss, Shape, Wiring};
-use vmm::monitor::{Launcher, Monitor, MonitorError, OnReset, Relaunch};
-use vmm::vcpu::GuestEnd;
+use super::service::{Outside, Service, end_with_parent};
+use super::stdio::StdioSerial;
 
 pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     let outside = Outside::open(
@@ -28,113 +22,38 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     if let Some(parent) = arguments.end_with_parent {
         end_with_parent(parent)?;
     }
-    let mut service = Service::start(outside)?;
-    let house = Arc::new(House {
+    let serial = Arc::new(StdioSerial::default());
+    let launcher = Launcher {
         host,
         dirty_log: arguments.dirty_log,
-        monitor: Arc::clone(&service.monitor),
-        terminal: service.terminal(),
-        input: Mutex::new(None),
-        on_end: service.on_end(),
-        on_loss: service.on_loss(),
-    });
-    let on_reset = match arguments.no_reboot {
-        true => OnReset::End,
-        false => OnReset::StartAgain,
+        serial: Arc::clone(&serial) as _,
+        on_reset: match arguments.no_reboot {
+            true => OnReset::End,
+            false => OnReset::Reboot,
+        },
     };
-    service.monitor.launch_with(launcher(house), on_reset);
+    let mut service = Service::start(outside, Some(launcher), serial)?;
     match config {
         None => service.answer()?,
         Some(config) => {
-            // Created before any client could create another.
+            // The guest of the command line is created before a client can create another.
             service.monitor.create(config, Vec::new())?;
             service.answer()?;
-            service.monitor.boot().map_err(plain)?;
+            service.monitor.boot().map_err(without_context)?;
         }
     }
     service.until_end()
 }
 
-/// Of a guest that is not there yet nobody needs to be told that it could not be started.
-fn plain(error: MonitorError) -> Failure {
+/// Leaves out the context "the guest could not be started", which is plain from the command line.
+fn without_context(error: MonitorError) -> Failure {
     match error {
         MonitorError::Launch(error) => error,
         other => other.into(),
     }
 }
 
-/// What all guests that this monitor launches have in common.
-struct House {
-    host: Arc<Host>,
-    dirty_log: Option<DirtyLogMode>,
-    monitor: Arc<Monitor>,
-    terminal: Terminal,
-    /// The way from standard input, once a guest's serial port led there.
-    input: Mutex<Option<InputLine>>,
-    on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
-    on_loss: OnLoss,
-}
-
-fn launcher(house: Arc<House>) -> Launcher {
-    Box::new(move |config| {
-        let launch = Launch::new(&house, config)?;
-        let relaunch: Relaunch = Box::new(move || launch.machine());
-        Ok(relaunch)
-    })
-}
-
-/// All that it takes to launch a guest, the first time and each time after it was off.
-struct Launch {
-    house: Arc<House>,
-    shape: Shape,
-    payload: Payload,
-    serial: SerialConfig,
-    devices: DevicesConfig,
-}
-
-impl Launch {
-    fn new(house: &Arc<House>, config: &VmConfig) -> Result<Self, ConfigError> {
-        Ok(Self {
-            house: Arc::clone(house),
-            shape: config.shape(house.dirty_log)?,
-            payload: config.boot_payload()?,
-            serial: config.serial.clone(),
-            devices: config.devices(),
-        })
-    }
-
-    /// A machine with the guest at its beginning, and the console of the one before.
-    fn machine(&self) -> Result<Arc<Machine>, Failure> {
-        let house = &self.house;
-        // The last words of a guest come before its first ones.
-        console::flush();
-        let wiring = Wiring {
-            serial_output: console::output(&self.serial)?,
-            on_end: Arc::clone(&house.on_end),
-            on_loss: Arc::clone(&house.on_loss),
-        };
-        let mut empty = EmptyMachine::new(&house.host, &self.shape)?;
-        empty.open_devices(&self.devices)?;
-        let machine = empty.boot(&self.payload, wiring)?;
-        house.terminal.take(&self.serial)?;
-        if self.serial.mode == SerialMode::Tty {
-            house.connect_input(&self.serial, &machine)?;
-        }
-        Ok(Arc::new(machine))
-    }
-}
-
-impl House {
-    fn connect_input(&self, serial: &SerialConfig, machine: &Machine) -> Result<(), Failure> {
-        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
-        if input.is_none() {
-            *input = Some(InputLine::start(serial, &self.monitor)?);
-        }
-        input.iter().try_for_each(|input| input.connect(machine))
-    }
-}
-
-/// The guest that the arguments describe; none where there is no word of one.
+/// Returns the guest that the arguments describe, or `None` if they describe none.
 fn configuration(arguments: &RunArguments) -> Result<Option<VmConfig>, Failure> {
     if let Some(path) = &arguments.config {
         let named = |error: &dyn std::fmt::Display| format!("--config {}: {error}", path.display());

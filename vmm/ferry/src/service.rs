@@ -1,78 +1,71 @@
-//! What `ferry run` and `ferry receive` share: a monitor with its API, its devices' events and the signals
-//! that end it, until its guest is over.
+//! What `ferry run` and `ferry receive` share: a monitor with its API and the signals that end it, until its guest is
+//! over.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
-use devices::SerialInput;
-use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
 use rustix::process::{
     Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit,
 };
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::Failure;
-use super::arguments::Place;
-use super::console::{self, Input, RawTerminal};
-use super::inherited;
 use vmm::api::ApiServer;
-use vmm::complain::complain;
-use vmm::config::{SerialConfig, SerialMode};
 use vmm::events::{EventSource, Events};
-use vmm::machine::{Machine, OnLoss};
-use vmm::monitor::{AfterReset, Monitor};
-use vmm::vcpu::{GuestEnd, install_kick_signal};
+use vmm::monitor::{Launcher, Monitor};
+use vmm::vcpu::GuestEnd;
 
-/// A monitor that serves.
+use super::Failure;
+use super::arguments::DescriptorOrPath;
+use super::inherited;
+use super::stdio::{self, StdioSerial};
+
+/// A monitor in a process of its own.
 pub(super) struct Service {
     pub(super) monitor: Arc<Monitor>,
-    ends: Receiver<GuestEnd>,
-    ender: Sender<GuestEnd>,
-    /// Where calls will come from.
+    /// Socket of the API, until [`Self::answer`].
     listener: Option<ApiListener>,
-    // Removes its socket's file when it is dropped.
+    // Removes the file of its socket when it is dropped.
     api: Option<ApiServer>,
-    terminal: Terminal,
+    serial: Arc<StdioSerial>,
 }
 
-/// The outside of a monitor, opened: descriptors that were inherited are taken before this program opens others.
+/// The API socket and the sink of events, opened. Inherited descriptors are taken before this program opens others.
 pub(super) struct Outside {
     events: Events,
     api: Option<ApiListener>,
 }
 
-/// Where API calls come from.
+/// Socket on which API clients connect.
 enum ApiListener {
     Path(PathBuf),
     Listener(UnixListener),
 }
 
 impl Outside {
-    /// Opens what the arguments name.
+    /// Opens the API socket and the sink of events that the arguments name.
     ///
     /// # Errors
-    /// What cannot be opened, by its option.
+    /// Returns a message that names the option whose descriptor or path cannot be used.
     pub(super) fn open(
-        api_socket: Option<&Place>,
-        event_monitor: Option<&Place>,
+        api_socket: Option<&DescriptorOrPath>,
+        event_monitor: Option<&DescriptorOrPath>,
     ) -> Result<Self, Failure> {
         let api = match api_socket {
             None => None,
-            Some(Place::Path(path)) => Some(ApiListener::Path(path.clone())),
-            Some(Place::Fd(number)) => Some(ApiListener::Listener(
+            Some(DescriptorOrPath::Path(path)) => Some(ApiListener::Path(path.clone())),
+            Some(DescriptorOrPath::Fd(number)) => Some(ApiListener::Listener(
                 listener(*number).map_err(|error| format!("--api-socket fd={number}: {error}"))?,
             )),
         };
         let events = match event_monitor {
             None => Ok(Events::nowhere()),
-            Some(Place::Path(path)) => Events::append_to(path),
-            Some(Place::Fd(number)) => {
+            Some(DescriptorOrPath::Path(path)) => Events::append_to(path),
+            Some(DescriptorOrPath::Fd(number)) => {
                 inherited::take(*number).and_then(|descriptor| Events::to(File::from(descriptor)))
             }
         };
@@ -91,7 +84,7 @@ impl Outside {
     }
 }
 
-/// The socket that descriptor `number` is, if it is one that API calls can come from.
+/// Takes the inherited descriptor `number` as a listening Unix socket.
 fn listener(number: i32) -> io::Result<UnixListener> {
     use rustix::net::{AddressFamily, sockopt};
     let socket = inherited::take(number)?;
@@ -104,26 +97,38 @@ fn listener(number: i32) -> io::Result<UnixListener> {
 }
 
 impl Service {
-    /// A monitor without a guest yet, that does not answer yet.
-    pub(super) fn start(outside: Outside) -> Result<Self, Failure> {
-        install_kick_signal()?;
+    /// Creates a monitor without a guest, which answers no calls yet.
+    ///
+    /// # Errors
+    /// Returns the error of the signal handlers or of the limit of descriptors.
+    pub(super) fn start(
+        outside: Outside,
+        launcher: Option<Launcher>,
+        serial: Arc<StdioSerial>,
+    ) -> Result<Self, Failure> {
         allow_all_descriptors().map_err(|error| format!("RLIMIT_NOFILE: {error}"))?;
-        let (ender, ends) = channel();
         let events = outside.events;
         events.tell(EventSource::Vmm, "starting", serde_json::Value::Null);
-        let monitor = Monitor::new(ender.clone(), events);
+        let monitor = Monitor::new(launcher, events);
         end_on_signals(Arc::clone(&monitor))?;
+        let quit = Arc::downgrade(&monitor);
+        serial.on_quit(move || {
+            if let Some(monitor) = quit.upgrade() {
+                monitor.interrupt();
+            }
+        });
         Ok(Self {
             monitor,
-            ends,
-            ender,
             listener: outside.api,
             api: None,
-            terminal: Terminal::default(),
+            serial,
         })
     }
 
-    /// From now on the monitor answers calls, if they can come from anywhere.
+    /// Starts to answer API calls, if there is a socket for them.
+    ///
+    /// # Errors
+    /// Returns the error of the socket or of the thread.
     pub(super) fn answer(&mut self) -> Result<(), Failure> {
         let monitor = Arc::clone(&self.monitor);
         self.api = match self.listener.take() {
@@ -134,181 +139,37 @@ impl Service {
         Ok(())
     }
 
-    /// What a machine's vCPUs tell when they come to the guest's end.
-    pub(super) fn on_end(&self) -> Arc<dyn Fn(GuestEnd) + Send + Sync> {
-        let ender = self.ender.clone();
-        Arc::new(move |end| {
-            // Nobody listens only when the monitor is ending already.
-            let _ending = ender.send(end);
-        })
-    }
-
-    /// What a machine tells of processes that served its devices and were lost: an event, and a message. The guest
-    /// goes on.
-    pub(super) fn on_loss(&self) -> OnLoss {
-        let events = self.monitor.events().clone();
-        Arc::new(move |device, why| {
-            complain(format_args!(
-                "{device}: {why}; the guest goes on without it until it resets it, or is rebooted"
-            ));
-            let properties = serde_json::json!({ "id": device, "reason": why });
-            events.tell(EventSource::Vm, "device-failed", properties);
-        })
-    }
-
-    /// For whoever ends the guest in another way.
-    pub(super) fn ender(&self) -> Sender<GuestEnd> {
-        self.ender.clone()
-    }
-
-    /// The terminal that the guest may take.
-    pub(super) fn terminal(&self) -> Terminal {
-        self.terminal.clone()
-    }
-
-    /// Serves until the guest is over; a reset is not the end of one that can be started again. Returns the
-    /// program's exit status.
+    /// Serves until the guest is over. Returns the exit status of the program.
+    ///
+    /// # Errors
+    /// Returns the reason if the guest failed.
     pub(super) fn until_end(self) -> Result<u8, Failure> {
-        let end = self.last_end()?;
-        self.terminal.give_back();
-        self.monitor.tell_end(&end);
-        self.monitor.release();
-        console::flush();
-        self.monitor.events().flush();
+        let end = self.monitor.wait_for_end();
+        self.serial.restore_terminal();
+        self.monitor.finish(&end);
+        stdio::flush();
         match &end {
             GuestEnd::Failed(why) => Err(format!("the guest failed: {why}").into()),
             end => Ok(end.status()),
         }
     }
-
-    fn last_end(&self) -> Result<GuestEnd, Failure> {
-        loop {
-            let end = self.ends.recv()?;
-            if end != GuestEnd::Reset {
-                match self.monitor.is_over(&end) {
-                    true => return Ok(end),
-                    false => continue,
-                }
-            }
-            match self.monitor.after_reset() {
-                Ok(AfterReset::GoesOn) => {}
-                Ok(AfterReset::Over) => return Ok(end),
-                Err(error) => return Ok(GuestEnd::Failed(error.to_string())),
-            }
-        }
-    }
 }
 
-/// The terminal of this process: the user's until a guest takes it, and again when the guest is over.
-#[derive(Clone, Default)]
-pub(super) struct Terminal(Arc<Mutex<Option<RawTerminal>>>);
-
-impl Terminal {
-    /// Puts the terminal, if there is one, at the disposal of a guest whose serial port leads there.
-    pub(super) fn take(&self, serial: &SerialConfig) -> io::Result<()> {
-        let mut taken = self.lock();
-        if serial.mode == SerialMode::Tty && taken.is_none() {
-            *taken = RawTerminal::enter()?;
-        }
-        Ok(())
-    }
-
-    fn give_back(&self) {
-        drop(self.lock().take());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<RawTerminal>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-type Subscriber = Box<dyn MutEventSubscriber + Send>;
-
-/// The way from standard input to the serial port of the machine that there is, if it leads there.
-pub(super) struct InputLine {
-    events: Option<EventLoop>,
-    monitor: Arc<Monitor>,
-    /// The machine's that is connected.
-    connected: Mutex<Option<SubscriberId>>,
-}
-
-impl InputLine {
-    /// A line that leads to no machine yet.
-    pub(super) fn start(serial: &SerialConfig, monitor: &Arc<Monitor>) -> io::Result<Self> {
-        let events = match serial.mode {
-            SerialMode::Tty => Some(EventLoop::start()?),
-            SerialMode::Null | SerialMode::File => None,
-        };
-        Ok(Self {
-            events,
-            monitor: Arc::clone(monitor),
-            connected: Mutex::new(None),
-        })
-    }
-
-    /// Lets the line lead to `machine`, and no longer to the one before.
-    pub(super) fn connect(&self, machine: &Machine) -> Result<(), Failure> {
-        let Some(events) = &self.events else {
-            return Ok(());
-        };
-        let input = Input::new(Arc::clone(&self.monitor))?;
-        let input = SerialInput::new(input, machine.serial().clone());
-        let mut connected = self
-            .connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *connected = Some(events.replace(connected.take(), Box::new(input))?);
-        Ok(())
-    }
-}
-
-/// A thread in which subscribers get their events, for as long as the process lives.
-struct EventLoop(RemoteEndpoint<Subscriber>);
-
-impl EventLoop {
-    fn start() -> io::Result<Self> {
-        let mut manager = EventManager::<Subscriber>::new().map_err(io::Error::other)?;
-        let endpoint = manager.remote_endpoint();
-        thread::Builder::new()
-            .name("_events".into())
-            .spawn(move || {
-                loop {
-                    if let Err(error) = manager.run() {
-                        // Epoll itself failed: there will be no more events, and the guest runs on without.
-                        complain(format_args!("device events: {error}"));
-                        return;
-                    }
-                }
-            })?;
-        Ok(Self(endpoint))
-    }
-
-    /// Puts `new` in the place of `old`.
-    fn replace(&self, old: Option<SubscriberId>, new: Subscriber) -> Result<SubscriberId, Failure> {
-        let id = self
-            .0
-            .call_blocking(move |events| -> Result<_, event_manager::Error> {
-                if let Some(old) = old {
-                    drop(events.remove_subscriber(old)?);
-                }
-                Ok(events.add_subscriber(new))
-            });
-        Ok(id.map_err(io::Error::other)?)
-    }
-}
-
-/// Ends this process as by SIGTERM when `parent`, which started it, ends, however that happens.
+/// Asks the kernel to send SIGTERM to this process when `parent`, which started it, ends in any way.
+///
+/// # Errors
+/// Returns an error if `parent` is gone already.
 pub(super) fn end_with_parent(parent: u32) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::TERM))?;
-    // It may have ended before that was asked for.
+    // The parent may have ended before the call.
     if std::os::unix::process::parent_id() != parent {
         return Err(format!("process {parent}, which started this one, is gone").into());
     }
     Ok(())
 }
 
-/// As many descriptors as the process may have. The soft limit is 1024 in most places, for the sake of select(2), which
-/// is not used here; the connections of a socket device alone are as many, and the API must not want for one then.
+/// Raises the soft limit of descriptors to the hard limit. The soft limit is usually 1024 because of select(2), which is
+/// not used here. The connections of a socket device alone can be as many, and the API needs descriptors too.
 fn allow_all_descriptors() -> io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     let all = Rlimit {

@@ -1,11 +1,11 @@
-//! The KVM monitor Ferry, as a library: guests, their memory and its dirty logging, live migration.
+//! The KVM monitor Ferry as a library: guests, their memory and its dirty logs, live migration, and the API.
 //!
-//! Ferry's program is a thin layer over this crate. Other monitors can take parts of it:
-//! [`migration`] needs nothing of the rest but the traits in [`migration::guest`].
+//! A program that launches guests creates a [`monitor::Monitor`]; [`api`] serves its calls on a socket. A monitor with
+//! devices of its own can take the parts below: [`machine`], [`memory`], [`kvm`] and [`vcpu`], or the crate
+//! `ferry-migration` alone.
 
 pub mod api;
 pub mod boot;
-pub mod carrier;
 pub mod complain;
 pub mod config;
 pub mod events;
@@ -13,6 +13,9 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod migrate;
 pub mod monitor;
+mod panics;
+pub mod serial;
 pub mod size;
 pub mod vcpu;

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use ept::Source;
 
 use crate::monitor::{Counters, Monitor, VmState, source_name};
-use migration::progress::{Phase, Snapshot};
+use migration::{Phase, Report};
 
 /// The content type of what [`render`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -144,7 +144,7 @@ fn devices(text: &mut Exposition, counters: &Counters) {
     }
 }
 
-fn migration(text: &mut Exposition, progress: &Snapshot) {
+fn migration(text: &mut Exposition, progress: &Report) {
     text.family(
         "ferry_migration_active",
         "gauge",
@@ -220,14 +220,12 @@ fn escaped(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
-
     use super::*;
     use crate::events::Events;
 
     #[test]
     fn a_monitor_without_a_guest_has_figures_too() {
-        let text = render(&Monitor::new(channel().0, Events::nowhere()));
+        let text = render(&Monitor::new(None, Events::nowhere()));
         assert!(
             text.contains("\nferry_vm_state{state=\"running\"} 0\n"),
             "{text}"

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use migration::progress::Snapshot;
+use migration::Report;
 use vmm::api::{ClientError, Method, USUAL_LIMIT, call};
 use vmm::monitor::{DirtyRate, VmInfo};
 
@@ -23,7 +23,7 @@ pub(super) struct Look {
     pub(super) info: Option<VmInfo>,
     /// Empty where the guest is off.
     pub(super) counters: Counters,
-    pub(super) progress: Snapshot,
+    pub(super) progress: Report,
     /// None where it was not measured, because nobody asked, or the monitor said no.
     pub(super) dirty_rate: Option<DirtyRate>,
 }

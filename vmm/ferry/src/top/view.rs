@@ -11,7 +11,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Block, Gauge, Paragraph, Sparkline};
 
 use super::look::{Counters, Look};
-use migration::progress::{Phase, Snapshot};
+use migration::{Phase, Report};
 use vmm::monitor::source_name;
 
 /// Looks whose dirty pages are drawn side by side.
@@ -158,7 +158,7 @@ impl View {
         format!(" ferry top  {}  {seen}{guest}", self.socket.display())
     }
 
-    fn progress(&self) -> Option<&Snapshot> {
+    fn progress(&self) -> Option<&Report> {
         self.now.as_ref().map(|look| &look.progress)
     }
 
@@ -332,7 +332,7 @@ mod tests {
     use ratatui::backend::TestBackend;
 
     use super::*;
-    use migration::progress::Round;
+    use migration::Round;
     use vmm::config::{CpusConfig, VmConfig};
     use vmm::monitor::{DirtyRate, VmInfo, VmState};
 
@@ -357,7 +357,7 @@ mod tests {
                 memory_actual_size: 512 << 20,
             }),
             counters,
-            progress: Snapshot::default(),
+            progress: Report::default(),
             dirty_rate: None,
         }
     }
@@ -420,7 +420,7 @@ mod tests {
             bytes_per_s: 1_048_576.0,
             sources: BTreeMap::from([("vcpu".to_owned(), 256.0)]),
         });
-        next.progress = Snapshot {
+        next.progress = Report {
             phase: Phase::Rounds,
             url: Some("unix:/there".to_owned()),
             rounds: vec![Round::default(); 2],
@@ -428,7 +428,7 @@ mod tests {
             round_pages_sent: 50,
             bytes_sent: 3 << 20,
             message: Some("will not converge".to_owned()),
-            ..Snapshot::default()
+            ..Report::default()
         };
         view.see(next);
         for shown in [screen(&view, 80, 24), view.text()] {

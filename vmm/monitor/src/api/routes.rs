@@ -8,10 +8,11 @@ use super::http::{Method, Request, Response};
 use crate::config::{ConfigError, VmConfig, from_json};
 use crate::machine::MachineError;
 use crate::metrics;
+use crate::migrate::EndpointError;
 use crate::monitor::{
-    DirtyRateData, DirtyRateError, Monitor, MonitorError, ResizeData, Resolution, SendMigrationData,
+    DirtyRateData, DirtyRateError, Monitor, MonitorError, Refusal, ResizeData, Resolution,
+    SendMigrationData,
 };
-use migration::transport::TransportError;
 
 const PREFIX: &str = "/api/v1/";
 
@@ -209,26 +210,32 @@ fn status(error: &MonitorError) -> u16 {
         MonitorError::Invalid(_)
         | MonitorError::Config(_)
         | MonitorError::DirtyRate(DirtyRateError::Interval(_))
-        | MonitorError::Transport(
-            TransportError::Url(_)
-            | TransportError::NotLoopback(_)
-            | TransportError::PathTooLong(_),
+        | MonitorError::Endpoint(
+            EndpointError::Url(_) | EndpointError::NotLoopback(_) | EndpointError::PathTooLong(_),
         ) => 400,
-        MonitorError::NoGuest => 404,
-        MonitorError::NotBooted(_)
-        | MonitorError::Booted
+        MonitorError::Refused {
+            refusal: Refusal::NoGuest,
+            ..
+        } => 404,
+        MonitorError::Refused {
+            refusal: Refusal::NotBooted | Refusal::Booted | Refusal::Ended,
+            ..
+        }
         | MonitorError::Machine(MachineError::Ended) => 405,
-        MonitorError::Exists
+        MonitorError::Refused {
+            refusal: Refusal::Exists | Refusal::Migrating | Refusal::NoMigration,
+            ..
+        }
         | MonitorError::Migrating { .. }
         | MonitorError::NoMigration { .. }
         | MonitorError::NoLauncher
         | MonitorError::HadGuest
-        | MonitorError::NoRelaunch(_)
+        | MonitorError::NotLaunchedHere(_)
         | MonitorError::DirtyRate(DirtyRateError::AtWork | DirtyRateError::Interrupted) => 409,
         MonitorError::Machine(_)
         | MonitorError::Launch(_)
         | MonitorError::DirtyRate(_)
-        | MonitorError::Transport(TransportError::Taken { .. } | TransportError::Io { .. })
+        | MonitorError::Endpoint(EndpointError::Taken { .. } | EndpointError::Io { .. })
         | MonitorError::Send(_) => 500,
     }
 }
@@ -236,7 +243,6 @@ fn status(error: &MonitorError) -> u16 {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::sync::mpsc::channel;
 
     use proptest::prelude::*;
 
@@ -311,7 +317,7 @@ mod tests {
     }
 
     fn empty_monitor() -> Arc<Monitor> {
-        Monitor::new(channel().0, Events::nowhere())
+        Monitor::new(None, Events::nowhere())
     }
 
     #[test]

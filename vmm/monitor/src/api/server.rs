@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -17,11 +18,13 @@ use std::time::{Duration, Instant};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::http::{
-    Ahead, Begun, DESCRIPTORS_LIMIT, KeepAlive, RequestError, Response, Source, read_request,
+    Ahead, Begun, DESCRIPTORS_LIMIT, KeepAlive, Request, RequestError, Response, Source,
+    read_request,
 };
 use super::routes::answer;
+use crate::migrate::{EndpointError, SocketFile, listen_unix};
 use crate::monitor::Monitor;
-use migration::transport::{SocketFile, TransportError, listen_unix};
+use crate::panics::panic_message;
 
 /// Connections at a time.
 const CONNECTIONS_LIMIT: usize = 32;
@@ -37,7 +40,7 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 pub enum ServerError {
     /// The path of its socket is taken.
     #[error("API socket {0}")]
-    Taken(#[from] TransportError),
+    Taken(#[from] EndpointError),
     /// What the system said.
     #[error("API socket {}: {source}", path.display())]
     Io {
@@ -127,7 +130,7 @@ fn accept(listener: &UnixListener, monitor: &Arc<Monitor>, connections: &Arc<Con
             thread::sleep(Duration::from_millis(10));
             continue;
         };
-        let Ok(place) = connections.enter(&stream) else {
+        let Ok(guard) = connections.enter(&stream) else {
             refuse(&mut stream);
             continue;
         };
@@ -135,7 +138,7 @@ fn accept(listener: &UnixListener, monitor: &Arc<Monitor>, connections: &Arc<Con
         // Without a thread the connection is closed, which the client sees.
         let _closed = thread::Builder::new()
             .name("_api-call".into())
-            .spawn(move || serve(stream, &monitor, &place));
+            .spawn(move || serve(stream, &monitor, &guard));
     }
 }
 
@@ -166,18 +169,18 @@ enum State {
     Answering,
 }
 
-/// A connection's place among the others, until it is dropped.
-struct Place {
+/// Registration of a connection, until it is dropped.
+struct ConnectionGuard {
     connections: Arc<Connections>,
     stream: Arc<UnixStream>,
 }
 
 impl Connections {
-    /// A place for a new connection. If there is none, the one that has waited for longest goes.
+    /// Registers a new connection. If there are too many, the one that has been idle for longest is closed.
     ///
     /// # Errors
-    /// All are being answered, or the system's.
-    fn enter(self: &Arc<Self>, stream: &UnixStream) -> io::Result<Place> {
+    /// Returns `ResourceBusy` if all connections are being answered, and the error of dup(2).
+    fn enter(self: &Arc<Self>, stream: &UnixStream) -> io::Result<ConnectionGuard> {
         let stream = Arc::new(stream.try_clone()?);
         let mut open = self.lock();
         if open.len() >= CONNECTIONS_LIMIT {
@@ -190,7 +193,7 @@ impl Connections {
             stream: Arc::clone(&stream),
             state: State::Waiting(Instant::now()),
         });
-        Ok(Place {
+        Ok(ConnectionGuard {
             connections: Arc::clone(self),
             stream,
         })
@@ -216,7 +219,7 @@ fn idlest(open: &[Open]) -> Option<usize> {
     waiting.min().map(|(_, index)| index)
 }
 
-impl Place {
+impl ConnectionGuard {
     /// Notes what the connection does.
     ///
     /// # Errors
@@ -231,7 +234,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         let mut open = self.connections.lock();
         open.retain(|one| !Arc::ptr_eq(&one.stream, &self.stream));
@@ -239,9 +242,9 @@ impl Drop for Place {
 }
 
 /// Answers the requests of one connection, one after the other.
-fn serve(mut stream: UnixStream, monitor: &Arc<Monitor>, place: &Place) {
+fn serve(mut stream: UnixStream, monitor: &Arc<Monitor>, guard: &ConnectionGuard) {
     let mut ahead = Ahead::default();
-    while let Ok(KeepAlive::Yes) = serve_one(&mut stream, &mut ahead, monitor, place) {}
+    while let Ok(KeepAlive::Yes) = serve_one(&mut stream, &mut ahead, monitor, guard) {}
 }
 
 /// # Errors
@@ -250,7 +253,7 @@ fn serve_one(
     stream: &mut UnixStream,
     ahead: &mut Ahead,
     monitor: &Arc<Monitor>,
-    place: &Place,
+    guard: &ConnectionGuard,
 ) -> io::Result<KeepAlive> {
     stream.set_write_timeout(Some(REQUEST_LIMIT))?;
     let mut client = Client {
@@ -260,15 +263,25 @@ fn serve_one(
     };
     let request = read_request(&mut client, ahead);
     // From here on it is not closed to make room.
-    place.note(State::Answering)?;
+    guard.note(State::Answering)?;
     let (response, keep_alive) = match request {
-        Ok(mut request) => (answer(monitor, &mut request), request.keep_alive),
+        Ok(mut request) => (answer_or_report(monitor, &mut request), request.keep_alive),
         Err(RequestError::Bad(response)) => (response, KeepAlive::No),
         Err(RequestError::Closed) => return Err(io::ErrorKind::ConnectionAborted.into()),
     };
     response.write_to(stream, keep_alive)?;
-    place.note(State::Waiting(Instant::now()))?;
+    guard.note(State::Waiting(Instant::now()))?;
     Ok(keep_alive)
+}
+
+/// Answers a request. A panic is reported to the client, in an event and on standard error, and later calls are
+/// answered.
+fn answer_or_report(monitor: &Arc<Monitor>, request: &mut Request) -> Response {
+    let path = request.path.clone();
+    catch_unwind(AssertUnwindSafe(|| answer(monitor, request))).unwrap_or_else(|panic| {
+        let why = monitor.report_panic(&path, &panic_message(&*panic));
+        Response::error(500, why)
+    })
 }
 
 /// A client from which one request is read.
@@ -333,7 +346,7 @@ mod tests {
 
     use super::*;
 
-    fn pair(connections: &Arc<Connections>) -> (UnixStream, io::Result<Place>) {
+    fn pair(connections: &Arc<Connections>) -> (UnixStream, io::Result<ConnectionGuard>) {
         let (near, far) = UnixStream::pair().unwrap();
         let place = connections.enter(&near);
         (far, place)
@@ -344,7 +357,7 @@ mod tests {
         let connections = Arc::new(Connections::default());
         let mut all: Vec<_> = (0..CONNECTIONS_LIMIT)
             .map(|_| pair(&connections))
-            .map(|(far, place)| (far, place.unwrap()))
+            .map(|(far, guard)| (far, guard.unwrap()))
             .collect();
         all[0].1.note(State::Answering).unwrap();
         let newest = pair(&connections);
@@ -361,10 +374,10 @@ mod tests {
         let connections = Arc::new(Connections::default());
         let mut all: Vec<_> = (0..CONNECTIONS_LIMIT)
             .map(|_| pair(&connections))
-            .map(|(far, place)| (far, place.unwrap()))
+            .map(|(far, guard)| (far, guard.unwrap()))
             .collect();
-        for (_, place) in &all {
-            place.note(State::Answering).unwrap();
+        for (_, guard) in &all {
+            guard.note(State::Answering).unwrap();
         }
         assert!(pair(&connections).1.is_err());
         all.pop();
@@ -459,7 +472,7 @@ mod tests {
 
     #[test]
     fn bytes_are_answered_as_a_connection_would_be() {
-        let monitor = Monitor::new(std::sync::mpsc::channel().0, Default::default());
+        let monitor = Monitor::new(None, Default::default());
         let requests =
             b"GET /api/v1/vmm.ping HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\nConnection: close\r\n\r\nrest";
         let answers = String::from_utf8(answer_bytes(&monitor, requests)).unwrap();

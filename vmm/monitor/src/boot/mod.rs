@@ -35,7 +35,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::memory::{GuestMemory, LOW_RAM_END};
 
-pub use acpi::{Platform, VirtioMmio};
+pub use acpi::{AcpiHardware, VirtioMmioResources};
 pub use cpuid::{CpuidError, GuestCpuid, baseline, missing_features};
 
 const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
@@ -175,7 +175,7 @@ struct Initramfs {
 pub fn load(
     memory: &GuestMemory,
     payload: &Payload,
-    platform: &Platform<'_>,
+    hardware: &AcpiHardware<'_>,
 ) -> Result<Loaded, BootError> {
     let mut file = open("kernel", &payload.kernel)?;
     let kernel = load_kernel(memory, &payload.kernel, &mut file)?;
@@ -184,7 +184,7 @@ pub fn load(
         None => None,
     };
     write_command_line(memory, &payload.command_line)?;
-    acpi::write(memory, platform)?;
+    acpi::write(memory, hardware)?;
     change_generation_id(memory)?;
     reset_vector::write(memory)?;
     let direct_start = elf_note::direct_start(&mut file)

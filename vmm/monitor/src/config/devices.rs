@@ -9,7 +9,7 @@ use devices::{Rate, RateLimit};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{ConfigError, SerialConfig, SerialMode, bytes};
-use migration::transport::check_socket_path;
+use crate::migrate::check_socket_path;
 
 /// The virtio devices of a guest. Their order is the order in which the guest finds them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

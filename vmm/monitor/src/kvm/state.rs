@@ -7,6 +7,7 @@
 //! This file has `unsafe` for one call: kvm-ioctls cannot know the size of the host's XSAVE area.
 #![allow(unsafe_code)]
 
+use devices::SavedState;
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
@@ -15,11 +16,13 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
-/// Why state could not be saved or restored.
+use super::abi;
+
+/// Reasons why KVM's state cannot be saved or restored.
 #[derive(Debug, thiserror::Error)]
-pub enum StateError {
+pub enum KvmStateError {
     /// KVM refused a call.
     #[error("{call}: {source}")]
     Kvm {
@@ -45,60 +48,100 @@ pub enum StateError {
     Xsave(i32),
 }
 
-pub(super) type Result<T> = std::result::Result<T, StateError>;
+pub(super) type Result<T> = std::result::Result<T, KvmStateError>;
 
-pub(super) fn named(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
-    move |source| StateError::Kvm { call, source }
+pub(super) fn named(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmStateError {
+    move |source| KvmStateError::Kvm { call, source }
 }
 
-/// The state of one vCPU.
-#[derive(Debug, Serialize, Deserialize)]
+/// Saved state of one vCPU.
+#[derive(Debug, Encode, Decode)]
+#[cbor(map)]
 pub struct VcpuState {
-    /// The CPU features that the guest sees; first to be restored, because KVM checks the rest by it.
+    /// CPUID of the guest. It is restored first, because KVM checks the rest against it.
+    #[n(0)]
+    #[cbor(with = "abi::list")]
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// Control, segment and descriptor table registers.
+    #[n(1)]
+    #[cbor(with = "abi")]
     pub sregs: kvm_sregs,
-    /// General registers.
+    /// General-purpose registers.
+    #[n(2)]
+    #[cbor(with = "abi")]
     pub regs: kvm_regs,
-    /// Floating point and vector registers.
+    /// Floating-point and vector registers.
+    #[n(3)]
+    #[cbor(with = "abi")]
     pub xsave: kvm_xsave,
     /// Extended control registers.
+    #[n(4)]
+    #[cbor(with = "abi")]
     pub xcrs: kvm_xcrs,
-    /// Model-specific registers, those that the host lists and lets be read, but for the time stamp counter, which is
-    /// in [`MachineTime`](super::time::MachineTime).
+    /// Model-specific registers that the host lists and allows to be read. The time stamp counter is not among them:
+    /// it is in [`MachineTime`](super::time::MachineTime).
+    #[n(5)]
     pub msrs: Vec<MsrValue>,
-    /// The local APIC.
+    /// Local APIC.
+    #[n(6)]
+    #[cbor(with = "abi")]
     pub lapic: kvm_lapic_state,
-    /// Running, halted or waiting to be started.
+    /// Multiprocessing state: runnable, halted, or waiting for a SIPI.
+    #[n(7)]
+    #[cbor(with = "abi")]
     pub mp_state: kvm_mp_state,
-    /// Exceptions and interrupts on their way.
+    /// Pending exceptions, interrupts and NMIs.
+    #[n(8)]
+    #[cbor(with = "abi")]
     pub events: kvm_vcpu_events,
     /// Debug registers.
+    #[n(9)]
+    #[cbor(with = "abi")]
     pub debug: kvm_debugregs,
-    /// Frequency of the time stamp counter.
+    /// Frequency of the time stamp counter in kHz.
+    #[n(10)]
     pub tsc_khz: u32,
 }
 
-/// One model-specific register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+impl SavedState for VcpuState {
+    const VERSION: u16 = 1;
+}
+
+/// Number and value of one model-specific register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct MsrValue {
-    /// Its number.
+    /// Number of the register.
+    #[n(0)]
     pub index: u32,
-    /// What it holds.
+    /// Contents of the register.
+    #[n(1)]
     pub value: u64,
 }
 
-/// The state of what all vCPUs share.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Saved state of the interrupt controllers and the timer, which all vCPUs share.
+#[derive(Clone, Debug, Encode, Decode)]
+#[cbor(map)]
 pub struct MachineState {
-    /// First interrupt controller of a PC.
+    /// First 8259 interrupt controller.
+    #[n(0)]
+    #[cbor(with = "abi")]
     pub pic_master: kvm_irqchip,
-    /// Second interrupt controller of a PC.
+    /// Second 8259 interrupt controller.
+    #[n(1)]
+    #[cbor(with = "abi")]
     pub pic_slave: kvm_irqchip,
-    /// The I/O APIC.
+    /// I/O APIC.
+    #[n(2)]
+    #[cbor(with = "abi")]
     pub ioapic: kvm_irqchip,
-    /// The interval timer.
+    /// 8254 interval timer.
+    #[n(3)]
+    #[cbor(with = "abi")]
     pub pit: kvm_pit_state2,
+}
+
+impl SavedState for MachineState {
+    const VERSION: u16 = 1;
 }
 
 /// IA32_TIME_STAMP_COUNTER: Intel SDM volume 4, table 2-2.
@@ -160,7 +203,7 @@ impl VcpuState {
     /// # Errors
     /// KVM's, by the name of the call, and lists that are too long.
     pub fn prepare(&self, vcpu: &VcpuFd) -> Result<()> {
-        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany {
+        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| KvmStateError::TooMany {
             what: "CPUID",
             found: self.cpuid.len(),
             limit: KVM_MAX_CPUID_ENTRIES,
@@ -212,7 +255,7 @@ pub fn check_xsave(vm: &VmFd) -> Result<()> {
     // Zero where the kernel does not know of larger ones (api.rst, KVM_CAP_XSAVE2).
     let bytes = vm.check_extension_int(Cap::Xsave2);
     if bytes > 4096 {
-        return Err(StateError::Xsave(bytes));
+        return Err(KvmStateError::Xsave(bytes));
     }
     Ok(())
 }
@@ -263,7 +306,7 @@ pub(super) fn write_msrs(vcpu: &VcpuFd, values: &[MsrValue]) -> Result<Vec<u32>>
 }
 
 fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs> {
-    Msrs::from_entries(entries).map_err(|_| StateError::TooMany {
+    Msrs::from_entries(entries).map_err(|_| KvmStateError::TooMany {
         what: "MSR",
         found: entries.len(),
         limit: kvm_bindings::KVM_MAX_MSR_ENTRIES,

@@ -8,9 +8,10 @@
 use std::ops::Deref;
 use std::time::{Duration, Instant};
 
+use devices::SavedState;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 
 use super::state::{MSR_TSC, MsrValue, Restored, Result, named, read_msrs, write_msrs};
 
@@ -19,13 +20,20 @@ const MOMENT: Duration = Duration::from_micros(100);
 /// How often a better one is tried for; the best is taken.
 const TRIES: usize = 8;
 
-/// The guest's clocks, all of one moment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Saved clocks of a guest, all read at one moment.
+#[derive(Clone, Debug, Encode, Decode)]
+#[cbor(map)]
 pub struct MachineTime {
-    /// The time stamp counter of each vCPU; none where the host does not let it be read.
+    /// Time stamp counter of each vCPU. `None` if the host does not allow it to be read.
+    #[n(0)]
     pub tsc: Vec<Option<u64>>,
-    /// The clock that guests read through kvm-clock, in nanoseconds.
+    /// Nanoseconds of kvm-clock.
+    #[n(1)]
     pub clock_ns: u64,
+}
+
+impl SavedState for MachineTime {
+    const VERSION: u16 = 1;
 }
 
 impl MachineTime {

@@ -1,12 +1,12 @@
-//! The part of a machine's state that KVM keeps: vCPUs, controllers and clocks.
+//! Saves and restores the state that KVM keeps: vCPUs, interrupt controllers and clocks.
 
-use super::{EmptyMachine, Machine, MachineError, Result, sections};
-use crate::kvm::state::{self, MachineState, Restored, StateError, VcpuState};
+use super::{EmptyMachine, MachineError, Paused, Result, sections};
+use crate::kvm::state::{self, KvmStateError, MachineState, Restored, VcpuState};
 use crate::kvm::time::MachineTime;
-use migration::guest::Section;
+use migration::Section;
 
-impl Machine {
-    /// The sections of what KVM keeps. The machine is paused.
+impl Paused {
+    /// Saves the state of vCPUs, controllers and clocks, one section each.
     pub(super) fn save_kvm(&self) -> Result<Vec<Section>> {
         let msr_indices =
             state::msr_indices(self.host.kvm()).map_err(state_error(sections::MACHINE))?;
@@ -14,19 +14,20 @@ impl Machine {
         for (index, gate) in self.gates().enumerate() {
             let name = sections::of_vcpu(index);
             let state = VcpuState::save(&gate.fd(), &msr_indices).map_err(state_error(&name))?;
-            saved.push(sections::encode(&name, &state)?);
+            saved.push(sections::encode(&name, &state));
         }
         let machine = MachineState::save(&self.vm).map_err(state_error(sections::MACHINE))?;
-        saved.push(sections::encode(sections::MACHINE, &machine)?);
+        saved.push(sections::encode(sections::MACHINE, &machine));
         let vcpus: Vec<_> = self.gates().map(|gate| gate.fd()).collect();
         let time = MachineTime::save(&self.vm, &vcpus).map_err(state_error(sections::TIME))?;
-        saved.push(sections::encode(sections::TIME, &time)?);
+        saved.push(sections::encode(sections::TIME, &time));
         Ok(saved)
     }
 }
 
 impl EmptyMachine {
-    /// Restores what KVM keeps: features, then the clocks, then what is set by them. Returns what KVM refused.
+    /// Restores vCPUs, controllers and clocks: first the CPUID, then the clocks, then the state that depends on both.
+    /// Returns the names of the model-specific registers that KVM refused.
     pub(super) fn restore_kvm(&self, saved: &[Section]) -> Result<Vec<String>> {
         let names: Vec<String> = (0..self.vcpus.len()).map(sections::of_vcpu).collect();
         let states = names
@@ -60,7 +61,7 @@ impl EmptyMachine {
     }
 }
 
-fn state_error(section: &str) -> impl Fn(StateError) -> MachineError {
+fn state_error(section: &str) -> impl Fn(KvmStateError) -> MachineError {
     let section = section.to_owned();
     move |source| MachineError::State {
         section: section.clone(),
@@ -68,7 +69,7 @@ fn state_error(section: &str) -> impl Fn(StateError) -> MachineError {
     }
 }
 
-/// What KVM would not take back, by name.
+/// Returns the names of the registers that KVM refused.
 fn refused(section: &str, restored: &Restored) -> Vec<String> {
     let refused = restored.refused_msrs.iter();
     refused

@@ -1,28 +1,30 @@
-//! What can be counted of a guest: who dirtied its memory, how long its vCPUs stood, what its devices did.
+//! Counters of a guest: pages dirtied by source, stall time of vCPUs, and what its devices count.
 
 use std::collections::BTreeMap;
 
 use ept::{CountersSnapshot, Source};
 
+use super::calls::Call;
+use super::state::Guest;
 use super::{Monitor, MonitorError};
-use crate::machine::Machine;
+use crate::machine::Gauges;
 use crate::vcpu::VcpuStats;
 
-/// What was counted since the guest's machine was made.
+/// Counters since the guest's machine was made.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    /// Of the dirty tracker. What vCPUs dirty is seen only while KVM's dirty log is on: in a migration, and while the
-    /// dirty rate is measured.
+    /// Counters of the dirty tracker. Pages dirtied by vCPUs are counted only while KVM's dirty log is on: during a
+    /// migration and while the dirty rate is measured.
     pub tracker: CountersSnapshot,
-    /// Bytes of memory that the tracker takes.
+    /// Bytes of host memory that the dirty tracker takes.
     pub tracker_bytes: u64,
-    /// Of each vCPU, in order.
+    /// Stops and stall time of each vCPU, in order of the vCPUs.
     pub vcpus: Vec<VcpuStats>,
-    /// Of each device, by its name: names of counters, and values.
+    /// Counters of each device by device name and counter name.
     pub devices: BTreeMap<String, BTreeMap<&'static str, u64>>,
 }
 
-/// A source's name in the API.
+/// Returns the name of a source of dirty pages in the API.
 #[must_use]
 pub fn source_name(source: Source) -> &'static str {
     match source {
@@ -35,30 +37,30 @@ pub fn source_name(source: Source) -> &'static str {
 }
 
 impl Monitor {
-    /// What was counted of the guest.
+    /// Reads the counters of the guest.
     ///
     /// # Errors
-    /// No guest that is on.
+    /// Returns [`MonitorError::Refused`] if there is no guest, or it is off.
     pub fn counters(&self) -> Result<Counters, MonitorError> {
-        let guest = self.guest();
-        let guest = guest.as_ref().ok_or(MonitorError::NoGuest)?;
-        Ok(Counters::of(guest.machine("counters")?))
+        let state = self.allowed(Call::Counters)?;
+        let gauges = state.guest().and_then(Guest::gauges);
+        let gauges = gauges.ok_or_else(|| self.refused(Call::Counters, &state))?;
+        drop(state);
+        Ok(Counters::read(&gauges))
     }
 }
 
 impl Counters {
-    fn of(machine: &Machine) -> Self {
-        let tracker = machine.ram().tracker();
-        let vcpus = machine.vcpus().iter().map(|vcpu| vcpu.gate().stats());
+    fn read(gauges: &Gauges) -> Self {
         Self {
-            tracker: tracker.counters(),
-            tracker_bytes: tracker.memory_bytes() as u64,
-            vcpus: vcpus.collect(),
-            devices: devices(machine),
+            tracker: gauges.tracker(),
+            tracker_bytes: gauges.tracker_bytes(),
+            vcpus: gauges.vcpus(),
+            devices: devices(gauges),
         }
     }
 
-    /// By component, as the Cloud Hypervisor API shapes them: each a map of names and values.
+    /// Returns the counters by component, in the shape of the Cloud Hypervisor API: a map of names and values each.
     #[must_use]
     pub fn by_component(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let mut all = BTreeMap::new();
@@ -97,16 +99,16 @@ fn named(counters: impl IntoIterator<Item = (&'static str, u64)>) -> BTreeMap<St
         .collect()
 }
 
-fn devices(machine: &Machine) -> BTreeMap<String, BTreeMap<&'static str, u64>> {
-    let serial = BTreeMap::from([("lost", machine.serial().lost())]);
-    let ports = BTreeMap::from([("unclaimed_accesses", machine.unclaimed_ports())]);
-    let mmio = BTreeMap::from([("unclaimed_accesses", machine.unclaimed_mmio())]);
+fn devices(gauges: &Gauges) -> BTreeMap<String, BTreeMap<&'static str, u64>> {
+    let serial = BTreeMap::from([("lost", gauges.lost_serial_bytes())]);
+    let ports = BTreeMap::from([("unclaimed_accesses", gauges.unclaimed_ports())]);
+    let mmio = BTreeMap::from([("unclaimed_accesses", gauges.unclaimed_mmio())]);
     let mut all = BTreeMap::from([
         ("_serial".to_owned(), serial),
         ("_ports".to_owned(), ports),
         ("_mmio".to_owned(), mmio),
     ]);
-    for (name, counters) in machine.device_counters() {
+    for (name, counters) in gauges.devices() {
         all.insert(name, counters.into_iter().collect());
     }
     all

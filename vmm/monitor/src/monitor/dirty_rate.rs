@@ -1,8 +1,7 @@
-//! How fast a guest dirties memory: an epoch of its own and the machine's dirty logs, for a while.
+//! Measures how fast a guest dirties memory, with an epoch of its own and the dirty logs of the machine.
 //!
-//! Those logs are the machine's only ones, so a measurement and a migration exclude each other. The migration is what a
-//! user waits for: it, and whatever takes the machine away, ends a measurement before it begins, while a measurement
-//! during a migration is refused.
+//! A machine has one set of dirty logs, so a measurement and a migration exclude each other. A migration, or a call that
+//! takes the machine away, interrupts a measurement first. A measurement during a migration is refused.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -12,19 +11,21 @@ use std::time::{Duration, Instant};
 use ept::{Epoch, EpochError, GpaRange, HarvestError, PAGE_SIZE, Source, Start};
 use serde::{Deserialize, Serialize};
 
+use super::calls::Call;
+use super::state::Guest;
 use super::{Monitor, MonitorError, source_name};
-use crate::machine::{Machine, MachineError};
+use crate::machine::{DirtyLogs, MachineError};
 
-/// How long a measurement may take, in milliseconds.
+/// Allowed duration of a measurement in milliseconds.
 pub const INTERVAL_MS: RangeInclusive<u64> = 10..=60_000;
-/// Pages whose log is cleared by one call: KVM holds a lock meanwhile.
+/// Maximum number of pages whose log is cleared by one call, because KVM holds its MMU lock meanwhile.
 const CLEAR_PAGES: u64 = 16 * 1024;
 
 /// The body of `vm.dirty-rate`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct DirtyRateData {
-    /// For how long to measure, within [`INTERVAL_MS`].
+    /// Duration of the measurement in milliseconds, within [`INTERVAL_MS`].
     #[serde(default = "default_interval_ms")]
     pub interval_ms: u64,
 }
@@ -41,101 +42,103 @@ impl Default for DirtyRateData {
     }
 }
 
-/// What was measured.
+/// Result of a measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DirtyRate {
-    /// How long it was measured.
+    /// Duration of the measurement in milliseconds.
     pub interval_ms: f64,
-    /// Different pages that were written to meanwhile.
+    /// Number of distinct pages that were written to.
     pub pages: u64,
-    /// The same for each second.
+    /// Pages dirtied a second.
     pub pages_per_s: f64,
-    /// The same in bytes, which is what a migration must carry.
+    /// Bytes of dirty pages a second, which is the bandwidth that a migration needs.
     pub bytes_per_s: f64,
-    /// Pages a second by who wrote to them first.
+    /// Pages dirtied a second by the source that wrote to each page first.
     pub sources: BTreeMap<String, f64>,
 }
 
-/// Why nothing was measured.
+/// Reasons why the dirty rate could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum DirtyRateError {
-    /// An interval that cannot be.
+    /// The interval is out of range.
     #[error("interval_ms: {0} cannot be, from {min} to {max}", min = INTERVAL_MS.start(), max = INTERVAL_MS.end())]
     Interval(u64),
-    /// One at a time.
+    /// Another measurement is in progress.
     #[error("another measurement is at work; wait for its end")]
     AtWork,
-    /// The guest was sent, shut down or ended meanwhile.
+    /// The guest was sent or switched off meanwhile.
     #[error("a migration or the guest's end came between")]
     Interrupted,
-    /// No epoch for it.
+    /// The tracker has no room for another epoch.
     #[error(transparent)]
     Epoch(#[from] EpochError),
-    /// No memory for what was dirty.
+    /// There is no memory for the harvest.
     #[error(transparent)]
     Harvest(#[from] HarvestError),
-    /// KVM's dirty log.
+    /// A dirty log failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
 
 impl Monitor {
-    /// Measures how fast the guest dirties memory. Returns after the interval; other calls are answered meanwhile.
+    /// Measures how fast the guest dirties memory. Returns after the interval. Other calls are answered meanwhile.
     ///
     /// # Errors
-    /// An interval out of range, no guest that is on, a migration, another measurement, what came between, and KVM's.
+    /// Returns [`MonitorError::Refused`] if the guest is off, [`MonitorError::Migrating`] during a migration, and
+    /// [`MonitorError::DirtyRate`] if the interval is out of range or the measurement was interrupted.
     pub fn dirty_rate(&self, wish: &DirtyRateData) -> Result<DirtyRate, MonitorError> {
         if !INTERVAL_MS.contains(&wish.interval_ms) {
             return Err(DirtyRateError::Interval(wish.interval_ms).into());
         }
-        let (turn, machine) = {
-            let guest = self.guest();
-            let machine = Arc::clone(self.unless_migrating("dirty-rate", &guest)?);
-            (self.measurement.begin()?, machine)
+        let (running, logs) = {
+            let state = self.allowed(Call::DirtyRate)?;
+            let machine = state.guest().and_then(Guest::machine);
+            let machine = machine.ok_or_else(|| self.refused(Call::DirtyRate, &state))?;
+            (self.measurement.begin()?, Arc::clone(machine.dirty_logs()))
         };
-        let measured = measure(&machine, Duration::from_millis(wish.interval_ms), &turn);
-        // The machine goes first: whoever waits for the turn's end wants its memory back.
-        drop(machine);
-        drop(turn);
+        let measured = measure(&logs, Duration::from_millis(wish.interval_ms), &running);
+        // The logs hold the guest's memory, which whoever interrupts a measurement wants back at its end.
+        drop(logs);
+        drop(running);
         Ok(measured?)
     }
 }
 
 fn measure(
-    machine: &Machine,
+    logs: &DirtyLogs,
     interval: Duration,
-    turn: &Turn<'_>,
+    running: &MeasurementGuard<'_>,
 ) -> Result<DirtyRate, DirtyRateError> {
-    let measured = machine
-        .start_log()
-        .and_then(|()| forget_what_was_before(machine))
+    let measured = logs
+        .start()
+        .and_then(|()| clear_initial_bits(logs))
         .map_err(DirtyRateError::from)
-        .and_then(|()| watch(machine, interval, turn));
-    // Whatever came of it: no log stays on that nobody reads.
-    machine.stop_log()?;
+        .and_then(|()| count_dirty(logs, interval, running));
+    // The logs are stopped whether the measurement succeeded or not.
+    logs.stop()?;
     measured
 }
 
-/// A log that begins all dirty says nothing of a page until it is cleared.
-fn forget_what_was_before(machine: &Machine) -> Result<(), MachineError> {
-    if !machine.log_mode().starts_all_dirty() {
+/// Clears a log that starts with every page dirty, because it does not tell which pages are written to until then.
+fn clear_initial_bits(logs: &DirtyLogs) -> Result<(), MachineError> {
+    if !logs.mode().starts_all_dirty() {
         return Ok(());
     }
-    for memory in machine.ram().ranges() {
+    for memory in logs.ram().ranges() {
         let mut rest = Some(memory);
         while let Some(range) = rest {
             let pages = range.pages().min(CLEAR_PAGES);
             let Ok(chunk) = GpaRange::from_pages(range.first_page(), pages) else {
                 break;
             };
-            machine.clear_log(chunk, &ones(pages))?;
+            logs.clear(chunk, &ones(pages))?;
             rest = GpaRange::from_pages(chunk.end_page(), range.pages() - pages).ok();
         }
     }
     Ok(())
 }
 
-/// A bitmap of `pages` ones.
+/// Returns a bitmap whose first `pages` bits are set.
 fn ones(pages: u64) -> Vec<u64> {
     (0..pages.div_ceil(64))
         .map(|word| match pages - word * 64 {
@@ -145,16 +148,16 @@ fn ones(pages: u64) -> Vec<u64> {
         .collect()
 }
 
-fn watch(
-    machine: &Machine,
+fn count_dirty(
+    logs: &DirtyLogs,
     interval: Duration,
-    turn: &Turn<'_>,
+    running: &MeasurementGuard<'_>,
 ) -> Result<DirtyRate, DirtyRateError> {
-    let tracker = machine.ram().tracker();
+    let tracker = logs.ram().tracker();
     let epoch = Epoch::begin(tracker, "dirty-rate", Start::Clean)?;
     let (before, began) = (tracker.counters(), Instant::now());
-    turn.wait(interval)?;
-    machine.sync_log()?;
+    running.wait(interval)?;
+    logs.sync()?;
     let (newly, took) = (tracker.counters().since(&before), began.elapsed());
     let harvest = epoch.harvest(GpaRange::ALL)?;
     let pages = harvest.pages();
@@ -177,13 +180,13 @@ fn watch(
     })
 }
 
-/// Counts of pages and bytes are far below 2^52, where floating point is exact.
+/// Counts of pages and bytes are far below 2^52, so that the conversion is exact.
 #[allow(clippy::cast_precision_loss)]
 fn float(count: u64) -> f64 {
     count as f64
 }
 
-/// One measurement at a time, which others can end.
+/// Allows one measurement at a time, which other threads can interrupt.
 #[derive(Default)]
 pub(super) struct Measurement {
     state: Mutex<State>,
@@ -195,22 +198,23 @@ enum State {
     #[default]
     Idle,
     AtWork,
-    /// Whoever measures is asked to end it.
+    /// The measuring thread is asked to end the measurement.
     Interrupted,
 }
 
 impl Measurement {
-    /// The turn to measure, until it is dropped.
-    fn begin(&self) -> Result<Turn<'_>, DirtyRateError> {
+    /// Begins a measurement, which ends when the guard is dropped.
+    fn begin(&self) -> Result<MeasurementGuard<'_>, DirtyRateError> {
         let mut state = self.lock();
         if *state != State::Idle {
             return Err(DirtyRateError::AtWork);
         }
         *state = State::AtWork;
-        Ok(Turn(self))
+        Ok(MeasurementGuard(self))
     }
 
-    /// Ends a measurement, and returns when it is over. Whoever calls sees to it that no other begins.
+    /// Interrupts the measurement in progress, and returns when it is over. The caller must hold the state of the guest,
+    /// so that no other measurement begins.
     pub(super) fn interrupt(&self) {
         let mut state = self.lock();
         if *state == State::Idle {
@@ -229,10 +233,10 @@ impl Measurement {
     }
 }
 
-/// The right to measure.
-struct Turn<'a>(&'a Measurement);
+/// A measurement in progress.
+struct MeasurementGuard<'a>(&'a Measurement);
 
-impl Turn<'_> {
+impl MeasurementGuard<'_> {
     fn wait(&self, interval: Duration) -> Result<(), DirtyRateError> {
         let (state, _) = self
             .0
@@ -246,7 +250,7 @@ impl Turn<'_> {
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for MeasurementGuard<'_> {
     fn drop(&mut self) {
         *self.0.lock() = State::Idle;
         self.0.changed.notify_all();
@@ -277,14 +281,14 @@ mod tests {
     fn one_measures_at_a_time_and_an_interruption_returns_when_it_is_over() {
         let measurement = Measurement::default();
         measurement.interrupt();
-        let turn = measurement.begin().unwrap();
+        let guard = measurement.begin().unwrap();
         assert!(matches!(
             measurement.begin().err(),
             Some(DirtyRateError::AtWork)
         ));
         thread::scope(|scope| {
             let measuring = scope.spawn(move || {
-                let waited = turn.wait(Duration::from_secs(600));
+                let waited = guard.wait(Duration::from_secs(600));
                 assert!(matches!(waited, Err(DirtyRateError::Interrupted)));
             });
             measurement.interrupt();

@@ -1,29 +1,32 @@
-//! Changing what a running guest has.
+//! Changing the size of a guest's balloon.
 
 use serde::{Deserialize, Serialize};
 
-use super::{Guest, Monitor, MonitorError};
+use super::calls::Call;
+use super::state::Guest;
+use super::{Monitor, MonitorError};
 use crate::config::{BalloonConfig, bytes};
 
 /// The body of `vm.resize`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct ResizeData {
-    /// Bytes that the guest is asked to have in its balloon.
+    /// Bytes of memory that the guest is asked to put into its balloon.
     #[serde(deserialize_with = "bytes")]
     pub desired_balloon: u64,
 }
 
 impl Monitor {
-    /// Asks the guest for another size of its balloon; it does so when and if it can. The size lasts over a reboot.
+    /// Asks the guest to change the size of its balloon. The guest does so when and if it can. The size lasts over a
+    /// reboot.
     ///
     /// # Errors
-    /// No guest that is on, one without a balloon, a size that cannot be, a migration.
+    /// Returns [`MonitorError::Refused`] if the guest is off, [`MonitorError::Migrating`] during a migration,
+    /// [`MonitorError::Invalid`] if the guest has no balloon, and [`MonitorError::Config`] if the size is out of range.
     pub fn resize(&self, wish: &ResizeData) -> Result<(), MonitorError> {
-        let mut guest = self.guest();
-        self.unless_at_work("resize")?;
-        let guest = guest.as_mut().ok_or(MonitorError::NoGuest)?;
-        guest.machine("resize")?;
+        let mut state = self.allowed(Call::Resize)?;
+        let refused = self.refused(Call::Resize, &state);
+        let guest = state.guest_mut().ok_or(refused)?;
         let balloon = guest.config.balloon.ok_or_else(|| {
             MonitorError::Invalid(
                 "desired_balloon: the guest has no balloon; it gets one when it is created".into(),
@@ -33,27 +36,20 @@ impl Monitor {
         let wanted = BalloonConfig { size, ..balloon };
         wanted.check("desired_balloon", guest.config.memory.size)?;
         guest.config.balloon = Some(wanted);
-        guest.ask_for_balloon();
+        guest.inflate_balloon();
         self.events.vm("resized");
         Ok(())
     }
 }
 
 impl Guest {
-    /// Has the balloon ask the guest for what the configuration says.
-    pub(super) fn ask_for_balloon(&self) {
-        let control = self.machine("resize").ok().and_then(|m| m.balloon());
+    /// Sets the target of the balloon to the size in the configuration.
+    pub(super) fn inflate_balloon(&self) {
+        let control = self.machine().and_then(|machine| machine.balloon());
         if let (Some(control), Some(config)) = (control, self.config.balloon)
             && control.target() != config.pages()
         {
             control.set_target(config.pages());
         }
-    }
-
-    /// Bytes that the guest says are in its balloon.
-    pub(super) fn ballooned(&self) -> u64 {
-        let machine = self.machine("info").ok();
-        let control = machine.and_then(|machine| machine.balloon());
-        control.map_or(0, |control| u64::from(control.actual()) * ept::PAGE_SIZE)
     }
 }

@@ -5,5 +5,5 @@ mod thread;
 mod throttle;
 
 pub use gate::{Gate, KickError, VcpuStats};
-pub use thread::{GuestEnd, Vcpu, VcpuContext, install_kick_signal};
+pub use thread::{GuestEnd, Vcpu, VcpuContext};
 pub use throttle::Throttle;

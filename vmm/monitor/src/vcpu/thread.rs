@@ -4,7 +4,8 @@
 
 use std::io;
 use std::os::raw::{c_int, c_void};
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 
 use devices::{MmioBus, PortBus};
@@ -12,7 +13,8 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_E
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::gate::{Gate, Pass};
+use super::gate::{Entry, Gate};
+use crate::panics::panic_message;
 
 /// How a guest came to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,13 +62,14 @@ pub(super) fn kick_signal() -> c_int {
     SIGRTMIN()
 }
 
-/// Lets the kick signal interrupt system calls instead of ending the process. Once, at start.
-///
-/// # Errors
-/// The kernel's.
-pub fn install_kick_signal() -> io::Result<()> {
+/// Installs a handler for the kick signal, so that it interrupts KVM_RUN instead of ending the process. Only the first
+/// call has an effect.
+fn install_kick_signal() -> io::Result<()> {
     extern "C" fn ignore(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
-    Ok(register_signal_handler(kick_signal(), ignore)?)
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| register_signal_handler(kick_signal(), ignore).map_err(|e| e.errno()))
+        .map_err(io::Error::from_raw_os_error)
 }
 
 /// One vCPU and its thread.
@@ -77,16 +80,23 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `index`, parked behind one hold; [`Gate::release`] lets it run.
+    /// Starts the thread of vCPU `index`. It waits at its gate, which one hold closes: [`Gate::release`] lets it run.
     ///
     /// # Errors
-    /// A thread that cannot be had.
+    /// Returns an error if the thread or the handler of the kick signal cannot be had.
     pub fn spawn(index: u32, fd: VcpuFd, context: VcpuContext) -> io::Result<Self> {
+        install_kick_signal()?;
         let gate = Arc::new(Gate::new(index, fd));
         let thread = {
             let gate = Arc::clone(&gate);
             Builder::new().name(format!("vcpu{index}")).spawn(move || {
-                if let Some(end) = run(index, &gate, &context) {
+                // A panic, for example in a device's register handler, ends the guest and not only this thread.
+                let run = AssertUnwindSafe(|| run(index, &gate, &context));
+                let end = catch_unwind(run).unwrap_or_else(|panic| {
+                    let why = panic_message(&*panic);
+                    Some(GuestEnd::Failed(format!("vcpu{index}: {why}")))
+                });
+                if let Some(end) = end {
                     (context.on_end)(end);
                 }
                 gate.leave();
@@ -125,7 +135,7 @@ impl Drop for Vcpu {
 
 /// Runs the vCPU until the guest ends by itself (and how) or is finished by others.
 fn run(index: u32, gate: &Gate, context: &VcpuContext) -> Option<GuestEnd> {
-    while gate.pass() == Pass::Enter {
+    while gate.pass() == Entry::Enter {
         if let Some(end) = run_until_kicked(index, &mut gate.fd(), context) {
             return Some(end);
         }
@@ -144,15 +154,15 @@ fn run_until_kicked(index: u32, fd: &mut VcpuFd, context: &VcpuContext) -> Optio
             Ok(exit) => serve(exit, context),
             Err(error) if error.errno() == libc::EINTR => return None,
             Err(error) if error.errno() == libc::EAGAIN => None,
-            Err(error) => Some(Outcome::Failed(format!("KVM_RUN: {error}"))),
+            Err(error) => Some(Exit::Failed(format!("KVM_RUN: {error}"))),
         };
         match end {
             None => {}
-            Some(Outcome::End(end)) => return Some(end),
-            Some(Outcome::Failed(why)) => {
+            Some(Exit::End(end)) => return Some(end),
+            Some(Exit::Failed(why)) => {
                 return Some(GuestEnd::Failed(format!("vcpu{index}{}: {why}", place(fd))));
             }
-            Some(Outcome::InternalError) => {
+            Some(Exit::InternalError) => {
                 let why = internal_error(fd);
                 return Some(GuestEnd::Failed(format!("vcpu{index}{}: {why}", place(fd))));
             }
@@ -160,13 +170,13 @@ fn run_until_kicked(index: u32, fd: &mut VcpuFd, context: &VcpuContext) -> Optio
     }
 }
 
-enum Outcome {
+enum Exit {
     End(GuestEnd),
     Failed(String),
     InternalError,
 }
 
-fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<Outcome> {
+fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<Exit> {
     match exit {
         VcpuExit::IoOut(port, data) => context.ports.write(port, data),
         VcpuExit::IoIn(port, data) => context.ports.read(port, data),
@@ -174,23 +184,23 @@ fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<Outcome> {
         VcpuExit::MmioWrite(address, data) => context.mmio.write(address, data),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
         VcpuExit::Shutdown => {
-            return Some(Outcome::Failed(
+            return Some(Exit::Failed(
                 "triple fault: the guest shut the processor down".into(),
             ));
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
-            return Some(Outcome::End(GuestEnd::Reset));
+            return Some(Exit::End(GuestEnd::Reset));
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
-            return Some(Outcome::End(GuestEnd::PowerOff));
+            return Some(Exit::End(GuestEnd::PowerOff));
         }
-        VcpuExit::InternalError => return Some(Outcome::InternalError),
+        VcpuExit::InternalError => return Some(Exit::InternalError),
         VcpuExit::FailEntry(reason, cpu) => {
-            return Some(Outcome::Failed(format!(
+            return Some(Exit::Failed(format!(
                 "the processor refused to enter the guest: reason {reason:#x} on cpu {cpu}"
             )));
         }
-        other => return Some(Outcome::Failed(format!("unexpected exit: {other:?}"))),
+        other => return Some(Exit::Failed(format!("unexpected exit: {other:?}"))),
     }
     None
 }

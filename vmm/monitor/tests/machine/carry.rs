@@ -1,44 +1,56 @@
 //! A migration from one machine of this process to another.
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use migration::decide::{Limits, TimeoutStrategy};
-use migration::destination::receive;
-use migration::progress::{Phase, Progress, Snapshot};
-use migration::source::{DigestCheck, SendError, SendOptions, send};
-use migration::transport::Connection;
-use vmm::carrier::{Admission, Incoming, Outgoing};
-use vmm::config::DevicesConfig;
-use vmm::memory::Backing;
-
-use super::{Running, host, wiring};
-
-const OPTIONS: SendOptions = SendOptions {
-    limits: Limits {
-        downtime: Duration::from_millis(100),
-        timeout: Duration::from_secs(20),
-        strategy: TimeoutStrategy::Ignore,
-        throttle_max: 80,
-    },
-    digest: DigestCheck::Compare,
+use migration::{
+    Attempt, DigestCheck, Limits, ReceiveOptions, Report, SendError, SendOptions, TimeoutStrategy,
+    receive, send,
 };
+use vmm::config::DevicesConfig;
+use vmm::machine::Live;
+use vmm::memory::Backing;
+use vmm::migrate::{Admission, MachineDestination, MachineSource};
 
-/// Carries the guest of `source` to a new machine, whose memory is backed by `backing`.
-pub(crate) fn carry(source: &Running, backing: Backing) -> Running {
-    let (sent, arrived) = attempt(source, backing);
-    let progress = sent.unwrap();
-    assert!(progress.digest.is_some());
-    arrived.expect("it was sent, and did not arrive")
+use super::{Guest, host, wiring};
+
+fn options() -> SendOptions {
+    SendOptions {
+        limits: Limits {
+            downtime: Duration::from_millis(100),
+            timeout: Duration::from_secs(20),
+            strategy: TimeoutStrategy::Ignore,
+            throttle_max: 80,
+        },
+        digest: DigestCheck::Compare,
+        ..SendOptions::default()
+    }
 }
 
-/// One attempt, and what arrived.
-pub(crate) fn attempt(
-    source: &Running,
-    backing: Backing,
-) -> (Result<Snapshot, SendError>, Option<Running>) {
+/// Result of one attempt to send a guest.
+pub(crate) struct Attempted {
+    pub(crate) sent: Result<Report, SendError>,
+    /// The source, as it is after the attempt.
+    pub(crate) source: Guest,
+    /// What arrived.
+    pub(crate) arrived: Option<Guest>,
+}
+
+/// Carries the guest of `source` to a new machine, whose memory is backed by `backing`.
+pub(crate) fn carry(source: Guest, backing: Backing) -> Guest {
+    let attempted = attempt(source, backing);
+    let report = attempted.sent.unwrap();
+    assert!(report.digest.is_some());
+    assert!(matches!(attempted.source.machine, Live::Paused(_)));
+    attempted
+        .arrived
+        .expect("the guest was sent and did not arrive")
+}
+
+/// Makes one attempt to send the guest of `source`.
+pub(crate) fn attempt(source: Guest, backing: Backing) -> Attempted {
     let (near, far) = UnixStream::pair().unwrap();
     let receiver = thread::spawn(move || {
         let (wiring, console, ends) = wiring();
@@ -47,19 +59,39 @@ pub(crate) fn attempt(
             backing,
             devices: DevicesConfig::default(),
         };
-        let mut incoming = Incoming::new(host(), admission, wiring, Box::new(|_| {}));
-        let received = receive(&mut incoming, &Connection::Unix(far), &Progress::new());
-        received.ok()?;
-        let machine = Arc::clone(incoming.machine()?);
-        Some(Running {
+        let arrived = Arc::new(Mutex::new(None));
+        let on_arrival = {
+            let arrived = Arc::clone(&arrived);
+            Box::new(move |machine: Live| *arrived.lock().unwrap() = Some(machine))
+        };
+        let mut destination = MachineDestination::new(host(), admission, wiring, on_arrival);
+        let options = ReceiveOptions::default();
+        receive(&mut destination, far, &options, &Attempt::arriving("test")).ok()?;
+        let machine = arrived.lock().unwrap().take()?;
+        Some(Guest {
             machine,
             console,
             ends,
         })
     });
-    let progress = Progress::new();
-    progress.begin(Phase::Connecting, "test".into()).unwrap();
-    let mut outgoing = Outgoing::new(Arc::clone(&source.machine));
-    let sent = send(&mut outgoing, Connection::Unix(near), &OPTIONS, &progress);
-    (sent.map(|()| progress.snapshot()), receiver.join().unwrap())
+    let attempt = Attempt::new("test");
+    let Guest {
+        machine,
+        console,
+        ends,
+    } = source;
+    let mut outgoing = MachineSource::new(machine);
+    let sent = send(&mut outgoing, near, &options(), &attempt);
+    let machine = outgoing
+        .into_machine()
+        .expect("no change of the machine panicked");
+    Attempted {
+        sent: sent.map(|()| attempt.report()),
+        source: Guest {
+            machine,
+            console,
+            ends,
+        },
+        arrived: receiver.join().unwrap(),
+    }
 }

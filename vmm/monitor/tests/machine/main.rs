@@ -6,8 +6,8 @@ mod platform;
 mod stop;
 
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use console::Console;
@@ -15,9 +15,9 @@ use guest_images::dirtier::{Config, Pattern, Report, Size};
 use vmm::boot::Payload;
 use vmm::kvm::dirty_log::DirtyLogMode;
 use vmm::kvm::host::Host;
-use vmm::machine::{EmptyMachine, Machine, Shape, Wiring};
+use vmm::machine::{EmptyMachine, Failed, Live, Shape, Wiring};
 use vmm::memory::Backing;
-use vmm::vcpu::{GuestEnd, install_kick_signal};
+use vmm::vcpu::GuestEnd;
 
 /// Far more than anything here takes on an idle machine: only a hang reaches it.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -30,8 +30,6 @@ const SHAPE: Shape = Shape {
 };
 
 fn host() -> Arc<Host> {
-    static SIGNAL: Once = Once::new();
-    SIGNAL.call_once(|| install_kick_signal().unwrap());
     Arc::new(Host::open().expect("these tests need a usable /dev/kvm"))
 }
 
@@ -52,13 +50,32 @@ fn wiring() -> (Wiring, Console, Receiver<GuestEnd>) {
 }
 
 /// A guest, its console and its end.
-struct Running {
-    machine: Arc<Machine>,
+struct Guest {
+    machine: Live,
     console: Console,
     ends: Receiver<GuestEnd>,
 }
 
-impl Running {
+/// Lets a machine run.
+fn run(machine: Live) -> Live {
+    match machine {
+        Live::Paused(machine) => Live::Running(machine.resume().map_err(|f| f.error).unwrap()),
+        running @ Live::Running(_) => running,
+    }
+}
+
+/// Stops a machine.
+fn pause(machine: Live) -> Live {
+    match machine {
+        Live::Running(machine) => match machine.pause() {
+            Ok(machine) => Live::Paused(machine),
+            Err(Failed { error, .. }) => panic!("{error}"),
+        },
+        paused @ Live::Paused(_) => paused,
+    }
+}
+
+impl Guest {
     /// A dirtier that has populated its memory.
     fn dirtier(shape: &Shape, config: &Config) -> Self {
         let mut kernel = tempfile::NamedTempFile::new().unwrap();
@@ -73,16 +90,31 @@ impl Running {
             .unwrap()
             .boot(&payload, wiring)
             .unwrap();
-        let running = Self {
-            machine: Arc::new(machine),
+        let guest = Self {
+            machine: run(Live::Paused(machine)),
             console,
             ends,
         };
-        running.machine.resume().unwrap();
-        running
+        guest
             .console
             .wait_for(|report| matches!(report, Report::Ready { .. }));
-        running
+        guest
+    }
+
+    /// The guest, running.
+    fn resumed(self) -> Self {
+        Self {
+            machine: run(self.machine),
+            ..self
+        }
+    }
+
+    /// The guest, paused.
+    fn paused(self) -> Self {
+        Self {
+            machine: pause(self.machine),
+            ..self
+        }
     }
 
     /// The guest checks all its memory, and ends.
@@ -118,29 +150,25 @@ fn every_backing_and_every_dirty_log_carries_a_busy_guest() {
                 dirty_log: Some(mode),
                 ..SHAPE
             };
-            let source = Running::dirtier(&shape, &busy());
-            let destination = carry::carry(&source, Backing::Memfd);
-            assert!(!source.machine.is_running());
-            destination.audit();
+            let source = Guest::dirtier(&shape, &busy());
+            carry::carry(source, Backing::Memfd).audit();
         }
     }
 }
 
 #[test]
 fn a_guest_can_be_carried_on_and_on() {
-    let mut guest = Running::dirtier(&SHAPE, &busy());
+    let mut guest = Guest::dirtier(&SHAPE, &busy());
     for _ in 0..5 {
-        guest = carry::carry(&guest, Backing::Memfd);
+        guest = carry::carry(guest, Backing::Memfd);
     }
     guest.audit();
 }
 
 #[test]
 fn a_paused_guest_arrives_paused() {
-    let source = Running::dirtier(&SHAPE, &busy());
-    source.machine.pause().unwrap();
-    let destination = carry::carry(&source, Backing::Anonymous);
-    assert!(!destination.machine.is_running());
-    destination.machine.resume().unwrap();
-    destination.audit();
+    let source = Guest::dirtier(&SHAPE, &busy()).paused();
+    let destination = carry::carry(source, Backing::Anonymous);
+    assert!(matches!(destination.machine, Live::Paused(_)));
+    destination.resumed().audit();
 }

@@ -1,24 +1,29 @@
 //! The devices that every machine has, as their state tells of them.
 
 use guest_images::dirtier::Config;
+use migration::Section;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::kvm::time::MachineTime;
-use vmm::machine::EmptyMachine;
+use vmm::machine::{EmptyMachine, Live};
 use vmm::memory::Backing;
 
-use super::{Running, SHAPE, busy, carry, host, wiring};
+use super::{Guest, SHAPE, busy, carry, host, wiring};
 
-/// The state of a section, while the guest stands.
-fn state(guest: &Running, section: &str) -> Vec<u8> {
-    guest.machine.pause().unwrap();
-    let sections = guest.machine.save().unwrap();
+/// Saves a paused guest, and returns the state of one section.
+fn state(guest: &Guest, section: &str) -> Vec<u8> {
+    let sections = save(guest);
     let mut found = sections.into_iter().filter(|s| s.kind.name == section);
-    let state = found.next().unwrap().data;
-    guest.machine.resume().unwrap();
-    state
+    found.next().unwrap().data
 }
 
-fn generation_id(guest: &Running) -> [u8; 16] {
+fn save(guest: &Guest) -> Vec<Section> {
+    let Live::Paused(machine) = &guest.machine else {
+        panic!("the guest is not paused");
+    };
+    machine.save().unwrap()
+}
+
+fn generation_id(guest: &Guest) -> [u8; 16] {
     let mut id = [0; 16];
     let memory = guest.machine.ram().memory();
     memory.read_slice(&mut id, GuestAddress(0xf_f000)).unwrap();
@@ -28,7 +33,7 @@ fn generation_id(guest: &Running) -> [u8; 16] {
 /// This guest reads no events: what it was told waits for it, and goes with it.
 #[test]
 fn what_the_guest_was_told_is_carried_with_it() {
-    let source = Running::dirtier(&SHAPE, &busy());
+    let source = Guest::dirtier(&SHAPE, &busy()).paused();
     let before = (state(&source, "acpi"), generation_id(&source));
     source.machine.power_button().unwrap();
     let pressed = state(&source, "acpi");
@@ -38,26 +43,25 @@ fn what_the_guest_was_told_is_carried_with_it() {
     assert_ne!(told.0, pressed);
     assert_ne!(told.1, before.1);
     let clock = state(&source, "rtc");
-    let destination = carry::carry(&source, Backing::Memfd);
+    let destination = carry::carry(source, Backing::Memfd);
     let there = (state(&destination, "acpi"), generation_id(&destination));
     assert_eq!(there, told);
     // A guest that never asked for the time has what it had.
     assert_eq!(state(&destination, "rtc"), clock);
-    destination.audit();
+    destination.resumed().audit();
 }
 
 #[test]
 fn a_clock_for_each_vcpu_is_demanded() {
-    let source = Running::dirtier(&SHAPE, &busy());
-    source.machine.pause().unwrap();
-    let mut sections = source.machine.save().unwrap();
+    let source = Guest::dirtier(&SHAPE, &busy()).paused();
+    let mut sections = save(&source);
     for section in &mut sections {
         if section.kind.name == "time" {
             let time = MachineTime {
                 tsc: vec![Some(1)],
                 clock_ns: 1,
             };
-            section.data = postcard::to_stdvec(&time).unwrap();
+            section.data = devices::encode_state(&time);
         }
     }
     let empty = EmptyMachine::new(&host(), &SHAPE).unwrap();
@@ -69,7 +73,7 @@ fn a_clock_for_each_vcpu_is_demanded() {
 
 #[test]
 fn a_guest_that_has_ended_hears_nothing() {
-    let guest = Running::dirtier(&SHAPE, &Config::default());
+    let guest = Guest::dirtier(&SHAPE, &Config::default());
     guest.audit();
     let refused = [
         guest.machine.power_button(),

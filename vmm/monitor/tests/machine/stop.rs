@@ -4,21 +4,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use guest_images::dirtier::{Config, Report};
-use migration::source::SendError;
+use migration::SendError;
 use vmm::memory::Backing;
 use vmm::vcpu::{GuestEnd, Vcpu};
 
-use super::{LIMIT, Running, SHAPE, busy, carry};
+use vmm::machine::Live;
+
+use super::{Guest, LIMIT, SHAPE, busy, carry, pause, run};
 
 /// The guest answers: it runs.
-fn assert_answers(guest: &Running) {
+fn assert_answers(guest: &Guest) {
     assert_eq!(guest.machine.serial().input(b"s"), 1);
     guest
         .console
         .wait_for(|report| matches!(report, Report::Status(_)));
 }
 
-fn stops(guest: &Running) -> u64 {
+fn stops(guest: &Guest) -> u64 {
     guest
         .machine
         .vcpus()
@@ -29,13 +31,12 @@ fn stops(guest: &Running) -> u64 {
 
 #[test]
 fn a_guest_is_paused_and_resumed_a_thousand_times() {
-    let guest = Running::dirtier(&SHAPE, &busy());
+    let mut guest = Guest::dirtier(&SHAPE, &busy());
     // A pause that comes before a vCPU has left the gate again stops nobody: not all of them count.
     let before = stops(&guest);
     let mut pauses = 0_u32;
     while stops(&guest) < before + 1000 {
-        guest.machine.pause().unwrap();
-        guest.machine.resume().unwrap();
+        guest = guest.paused().resumed();
         pauses += 1;
         assert!(pauses < 1_000_000, "pauses that stop nobody");
         thread::yield_now();
@@ -47,29 +48,40 @@ fn a_guest_is_paused_and_resumed_a_thousand_times() {
 /// While memory is held for a change no vCPU is in the guest, whoever pauses and resumes meanwhile.
 #[test]
 fn an_open_range_holds_every_vcpu_through_pauses() {
-    let guest = Running::dirtier(&SHAPE, &busy());
+    let Guest {
+        mut machine,
+        console,
+        ends,
+    } = Guest::dirtier(&SHAPE, &busy());
+    let range = machine.ram().ranges().next().unwrap();
+    let notifier = machine.notifier().clone();
+    let gates: Vec<_> = machine.vcpus().iter().map(Vcpu::gate).cloned().collect();
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
+    let machine = thread::scope(|scope| {
+        let pausing = scope.spawn(|| {
             while !done.load(Ordering::SeqCst) {
-                guest.machine.pause().unwrap();
-                guest.machine.resume().unwrap();
+                machine = run(pause(machine));
             }
+            machine
         });
         for _ in 0..200 {
-            let range = guest.machine.ram().ranges().next().unwrap();
-            let open = guest.machine.notifier().open(range).unwrap();
+            let open = notifier.open(range).unwrap();
             // A vCPU in the guest would have its vCPU's lock.
-            let vcpus = guest.machine.vcpus().iter().map(Vcpu::gate);
-            let registers: Vec<u64> = vcpus
+            let registers: Vec<u64> = gates
+                .iter()
                 .map(|gate| gate.fd().get_regs().unwrap().rip)
                 .collect();
             assert_eq!(registers.len(), 2);
             drop(open);
         }
         done.store(true, Ordering::SeqCst);
+        pausing.join().unwrap()
     });
-    guest.machine.resume().unwrap();
+    let guest = Guest {
+        machine,
+        console,
+        ends,
+    };
     guest.audit();
 }
 
@@ -82,11 +94,15 @@ fn a_guest_that_ends_while_it_is_sent_does_not_arrive() {
             passes: Some(passes),
             ..busy()
         };
-        let source = Running::dirtier(&SHAPE, &config);
-        let (sent, arrived) = carry::attempt(&source, Backing::Memfd);
+        let source = Guest::dirtier(&SHAPE, &config);
+        let carry::Attempted {
+            sent,
+            source,
+            arrived,
+        } = carry::attempt(source, Backing::Memfd);
         match (sent, arrived) {
             (Ok(_), Some(destination)) => {
-                assert!(!source.machine.is_running());
+                assert!(matches!(source.machine, Live::Paused(_)));
                 assert_eq!(
                     destination.ends.recv_timeout(LIMIT).unwrap(),
                     GuestEnd::DebugExit(0)
@@ -105,8 +121,6 @@ fn a_guest_that_ends_while_it_is_sent_does_not_arrive() {
 
 #[test]
 fn a_guest_can_be_dropped_in_any_state() {
-    drop(Running::dirtier(&SHAPE, &busy()));
-    let paused = Running::dirtier(&SHAPE, &busy());
-    paused.machine.pause().unwrap();
-    drop(paused);
+    drop(Guest::dirtier(&SHAPE, &busy()));
+    drop(Guest::dirtier(&SHAPE, &busy()).paused());
 }

@@ -18,7 +18,7 @@ use devices::{COM1_INTERRUPT, COM1_PORT, COM1_PORTS, RTC_PORT, RTC_PORTS};
 use vm_memory::Address;
 
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use super::{GENERATION_ID, Platform, VirtioMmio};
+use super::{AcpiHardware, GENERATION_ID, VirtioMmioResources};
 
 /// From this revision on integers in the code are 64 bits wide.
 const REVISION: u8 = 2;
@@ -31,7 +31,7 @@ const NOTIFICATION: u8 = 0x80;
 const POWER_BUTTON: &str = "\\_SB_.PWRB";
 const GENERATION: &str = "\\_SB_.VGEN";
 
-pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
+pub(super) fn dsdt(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     let mut devices = vec![
         serial_port(),
         clock(),
@@ -39,8 +39,8 @@ pub(super) fn dsdt(platform: &Platform<'_>) -> Vec<u8> {
         generation_id(),
         event_device(),
     ];
-    devices.extend((0..platform.cpus).map(processor));
-    devices.extend((0..).zip(platform.virtio_mmio).map(virtio_mmio));
+    devices.extend((0..hardware.cpus).map(processor));
+    devices.extend((0..).zip(hardware.virtio).map(virtio_mmio));
     let scope = Code::of(&Scope::new("\\_SB_".into(), Code::list(&devices)));
     let mut dsdt = Sdt::new(
         *b"DSDT",
@@ -153,7 +153,7 @@ fn processor(index: u8) -> Code {
     )
 }
 
-fn virtio_mmio((index, place): (u32, &VirtioMmio)) -> Code {
+fn virtio_mmio((index, place): (u32, &VirtioMmioResources)) -> Code {
     let registers = Memory32Fixed::new(true, place.base, place.bytes);
     device(
         &format!("V{index:03X}"),

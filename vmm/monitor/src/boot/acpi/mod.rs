@@ -41,7 +41,7 @@ const VIRTIO_MMIO_GSI_LAST: u32 = 23;
 
 /// The registers and the interrupt of a virtio-mmio device, as the guest is told of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VirtioMmio {
+pub struct VirtioMmioResources {
     /// The guest-physical address of its registers.
     pub base: u32,
     /// How many bytes they take.
@@ -50,7 +50,7 @@ pub struct VirtioMmio {
     pub gsi: u32,
 }
 
-impl VirtioMmio {
+impl VirtioMmioResources {
     /// The place of the device with this number, from 0; none when there are no more interrupt lines.
     #[must_use]
     pub fn nth(index: u32) -> Option<Self> {
@@ -65,16 +65,16 @@ impl VirtioMmio {
 
 /// What the tables describe.
 #[derive(Clone, Copy, Debug)]
-pub struct Platform<'a> {
+pub struct AcpiHardware<'a> {
     /// vCPUs; the local APIC of each has its index as its ID.
     pub cpus: u8,
     /// Its virtio-mmio devices.
-    pub virtio_mmio: &'a [VirtioMmio],
+    pub virtio: &'a [VirtioMmioResources],
 }
 
 /// Writes the tables.
-pub(super) fn write(memory: &GuestMemory, platform: &Platform<'_>) -> Result<(), BootError> {
-    let tables = build(platform);
+pub(super) fn write(memory: &GuestMemory, hardware: &AcpiHardware<'_>) -> Result<(), BootError> {
+    let tables = build(hardware);
     if tables.len() > CAPACITY {
         return Err(BootError::Memory(format!(
             "the ACPI tables take {} bytes, {CAPACITY} are there",
@@ -87,13 +87,13 @@ pub(super) fn write(memory: &GuestMemory, platform: &Platform<'_>) -> Result<(),
 }
 
 /// The RSDP and all tables, as they are from [`RSDP`] on.
-fn build(platform: &Platform<'_>) -> Vec<u8> {
+fn build(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     let mut image = Image::default();
     // The place of the RSDP, which is known last.
     image.append(vec![0; acpi_tables::rsdp::Rsdp::len()]);
-    let dsdt = image.append(dsdt::dsdt(platform));
+    let dsdt = image.append(dsdt::dsdt(hardware));
     let fadt = image.append(tables::fadt(dsdt));
-    let madt = image.append(tables::madt(platform.cpus));
+    let madt = image.append(tables::madt(hardware.cpus));
     let xsdt = image.append(tables::xsdt(&[fadt, madt]));
     let rsdp = tables::rsdp(xsdt);
     image.bytes[..rsdp.len()].copy_from_slice(&rsdp);

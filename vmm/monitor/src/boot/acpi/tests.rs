@@ -6,22 +6,22 @@ use std::process::Command;
 
 use super::*;
 
-const DEVICES: [VirtioMmio; 2] = [
-    VirtioMmio {
+const DEVICES: [VirtioMmioResources; 2] = [
+    VirtioMmioResources {
         base: 0xd000_0000,
         bytes: 0x1000,
         gsi: 10,
     },
-    VirtioMmio {
+    VirtioMmioResources {
         base: 0xd000_1000,
         bytes: 0x1000,
         gsi: 11,
     },
 ];
 
-const PLATFORM: Platform<'_> = Platform {
+const HARDWARE: AcpiHardware<'_> = AcpiHardware {
     cpus: 3,
-    virtio_mmio: &DEVICES,
+    virtio: &DEVICES,
 };
 
 fn word<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -38,9 +38,9 @@ struct Found {
 }
 
 impl Found {
-    fn of(platform: &Platform<'_>) -> Self {
+    fn of(hardware: &AcpiHardware<'_>) -> Self {
         Self {
-            image: build(platform),
+            image: build(hardware),
         }
     }
 
@@ -76,7 +76,7 @@ impl Found {
 
 #[test]
 fn the_fadt_is_hardware_reduced_with_its_registers() {
-    let fadt = Found::of(&PLATFORM).named(b"FACP");
+    let fadt = Found::of(&HARDWARE).named(b"FACP");
     assert_eq!((fadt.len(), fadt[8]), (276, 6));
     let flags = u32::from_le_bytes(word(&fadt, 112));
     // HW_REDUCED_ACPI, RESET_REG_SUP, FIX_RTC, SLP_BUTTON, PWR_BUTTON, WBINVD.
@@ -104,8 +104,8 @@ fn the_fadt_is_hardware_reduced_with_its_registers() {
 #[test]
 fn the_madt_has_a_local_apic_for_each_vcpu_and_the_io_apic() {
     for cpus in [1, 4, 64] {
-        let platform = Platform { cpus, ..PLATFORM };
-        let madt = Found::of(&platform).named(b"APIC");
+        let hardware = AcpiHardware { cpus, ..HARDWARE };
+        let madt = Found::of(&hardware).named(b"APIC");
         assert_eq!(u32::from_le_bytes(word(&madt, 36)), 0xfee0_0000);
         assert_eq!(u32::from_le_bytes(word(&madt, 40)), 0, "no 8259s");
         let (mut at, mut local, mut io) = (44, Vec::new(), Vec::new());
@@ -130,7 +130,7 @@ fn the_madt_has_a_local_apic_for_each_vcpu_and_the_io_apic() {
 fn the_tables_lie_in_the_firmware_area_and_touch_one_page() {
     use crate::memory::{Backing, GuestRam};
     let ram = GuestRam::new(2 << 20, Backing::Memfd).unwrap();
-    write(ram.memory(), &PLATFORM).unwrap();
+    write(ram.memory(), &HARDWARE).unwrap();
     let populated = ram.populated().unwrap();
     let pages: Vec<_> = populated.iter().map(|r| (r.start().0, r.pages())).collect();
     assert_eq!(pages, [(0xe_0000, 1)]);
@@ -141,7 +141,7 @@ fn the_tables_lie_in_the_firmware_area_and_touch_one_page() {
 
 #[test]
 fn every_interrupt_line_is_one_devices() {
-    let all: Vec<VirtioMmio> = (0..).map_while(VirtioMmio::nth).collect();
+    let all: Vec<VirtioMmioResources> = (0..).map_while(VirtioMmioResources::nth).collect();
     let lines: Vec<u32> = all.iter().map(|place| place.gsi).collect();
     assert_eq!(lines, (10..=23).collect::<Vec<_>>());
     assert!(
@@ -149,7 +149,7 @@ fn every_interrupt_line_is_one_devices() {
             .all(|two| two[0].base + 0x1000 == two[1].base)
     );
     assert!(u64::from(all[0].base) >= crate::memory::LOW_RAM_END);
-    assert_eq!(VirtioMmio::nth(u32::MAX), None);
+    assert_eq!(VirtioMmioResources::nth(u32::MAX), None);
 }
 
 /// What `iasl` says of tables: its disassembly, and whether that compiles again without a complaint.
@@ -195,7 +195,7 @@ impl Iasl {
 #[test]
 fn iasl_reads_the_dsdt_as_it_was_meant() {
     let iasl = Iasl::new();
-    let text = iasl.disassemble("dsdt", &Found::of(&PLATFORM).named(b"DSDT"));
+    let text = iasl.disassemble("dsdt", &Found::of(&HARDWARE).named(b"DSDT"));
     let again = iasl.run(&["-tc", "-ve", "dsdt.dsl"]);
     assert!(again.contains("0 Errors"), "{again}");
     let dense = Iasl::dense(&text);
@@ -227,7 +227,7 @@ fn iasl_reads_the_dsdt_as_it_was_meant() {
 
 #[test]
 fn iasl_reads_the_other_tables_as_they_were_meant() {
-    let found = Found::of(&PLATFORM);
+    let found = Found::of(&HARDWARE);
     let iasl = Iasl::new();
     let fadt = Iasl::dense(&iasl.disassemble("facp", &found.named(b"FACP")));
     for meant in [

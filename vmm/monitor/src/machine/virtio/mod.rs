@@ -15,18 +15,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use devices::virtio::{
-    BalloonControl, Device, Interrupt, MMIO_BYTES, QUEUE_NOTIFY, VhostUser, VhostUserError,
-    VirtioError, VirtioMmio as Transport, VirtioSnapshot, VsockError,
+    BalloonControl, Device, Interrupt, MMIO_BYTES, MmioTransport, QUEUE_NOTIFY, VhostUser,
+    VhostUserError, VirtioError, VirtioSnapshot, VsockError,
 };
-use devices::{MmioBus, MmioError, MmioRange};
-use ept::{Gpa, Source, Tracker};
+use devices::{BusError, MmioBus, MmioRange, MmioSpace};
 use kvm_ioctls::{IoEventAddress, VmFd};
 
+use super::dirty_logs::NamedBackEnd;
+use super::facts::{DeviceFacts, NamedFacts};
 use super::{MachineError, sections};
-use crate::boot::VirtioMmio as Place;
+use crate::boot::VirtioMmioResources;
 use crate::memory::DeviceMemory;
-use migration::guest::Section;
-use migration::header::{HostSide, SectionKind};
+use migration::Section;
 
 pub use disk::DiskError;
 use disk::DiskImage;
@@ -88,7 +88,7 @@ pub enum DevicesError {
     Virtio(#[from] VirtioError),
     /// Two devices at one place.
     #[error(transparent)]
-    Bus(#[from] MmioError),
+    Bus(#[from] BusError<MmioSpace>),
 }
 
 /// Who serves the queues of a device.
@@ -107,17 +107,17 @@ impl Server {
         memory: DeviceMemory,
         interrupt: Interrupt,
         saved: Option<&VirtioSnapshot>,
-    ) -> Result<Transport, VirtioError> {
+    ) -> Result<MmioTransport, VirtioError> {
         match (self, saved) {
-            (Self::Worker(device), None) => Transport::new(name, device, memory, interrupt),
+            (Self::Worker(device), None) => MmioTransport::new(name, device, memory, interrupt),
             (Self::Worker(device), Some(saved)) => {
-                Transport::restore(name, device, memory, interrupt, saved)
+                MmioTransport::restore(name, device, memory, interrupt, saved)
             }
             (Self::VhostUser(back_end), None) => {
-                Ok(Transport::vhost_user(name, &back_end, interrupt))
+                Ok(MmioTransport::vhost_user(name, &back_end, interrupt))
             }
             (Self::VhostUser(back_end), Some(saved)) => {
-                Transport::restore_vhost_user(name, &back_end, interrupt, saved)
+                MmioTransport::restore_vhost_user(name, &back_end, interrupt, saved)
             }
         }
     }
@@ -133,23 +133,23 @@ impl Server {
 /// A device whose host's side is open; there is no guest yet.
 pub(super) struct Opened {
     name: String,
-    place: Place,
+    resources: VirtioMmioResources,
     interrupt: Interrupt,
     server: Server,
-    /// What the other side of a migration must have, too, in words.
-    shape: String,
+    /// Host's side of the device, which the destination of a migration must have too.
+    facts: DeviceFacts,
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
 }
 
 impl Opened {
-    pub(super) fn place(&self) -> Place {
-        self.place
+    pub(super) fn resources(&self) -> VirtioMmioResources {
+        self.resources
     }
 
-    /// The section of its state, and what is on the host's side.
-    pub(super) fn host_side(&self) -> HostSide {
-        host_side(&self.name, &self.shape)
+    /// Returns the name of the device and the host's side of it.
+    pub(super) fn facts(&self) -> NamedFacts {
+        named_facts(&self.name, &self.facts)
     }
 
     /// Puts it before a guest; it is paused.
@@ -163,10 +163,8 @@ impl Opened {
         let name = self.name.as_str();
         let back_end = self.server.back_end();
         if let Some(back_end) = &back_end {
-            let (name, tell) = (self.name.clone(), Arc::clone(on_loss));
-            back_end.on_loss(move |why| tell(&name, why));
-            // It was there when it was connected, which may be a migration ago.
-            back_end.is_there().map_err(back_end_error(&self.name))?;
+            // The back end was there when it was connected, which may be a migration ago.
+            back_end.check_connected().map_err(back_end_error(&self.name))?;
         }
         if let Some(image) = &self.image {
             image.lock().map_err(DevicesError::from)?;
@@ -178,13 +176,15 @@ impl Opened {
             .server
             .attach(name, memory.clone(), self.interrupt, state.as_ref())
             .map_err(DevicesError::from)?;
+        let (named, tell) = (self.name.clone(), Arc::clone(on_loss));
+        device.on_failure(move |why| tell(&named, why));
         device.pause();
-        notify(vm, self.place, &device)?;
+        notify(vm, self.resources, &device)?;
         Ok(Attached {
             device: Arc::new(Mutex::new(device)),
             name: self.name,
-            place: self.place,
-            shape: self.shape,
+            resources: self.resources,
+            facts: self.facts,
             image: self.image,
             balloon: self.balloon,
             back_end,
@@ -192,23 +192,27 @@ impl Opened {
     }
 }
 
-fn back_end_error(name: &str) -> impl Fn(VhostUserError) -> DevicesError {
+pub(super) fn back_end_error(name: &str) -> impl Fn(VhostUserError) -> DevicesError {
     move |source| DevicesError::BackEnd {
         name: name.into(),
         source,
     }
 }
 
-fn host_side(name: &str, shape: &str) -> HostSide {
-    HostSide {
-        section: name.into(),
-        is: shape.into(),
+fn named_facts(name: &str, facts: &DeviceFacts) -> NamedFacts {
+    NamedFacts {
+        name: name.into(),
+        facts: facts.clone(),
     }
 }
 
 /// A notification of the guest goes to the device's thread, and no vCPU exits to this process for it.
-fn notify(vm: &VmFd, place: Place, device: &Transport) -> Result<(), DevicesError> {
-    let register = IoEventAddress::Mmio(u64::from(place.base) + QUEUE_NOTIFY);
+fn notify(
+    vm: &VmFd,
+    resources: VirtioMmioResources,
+    device: &MmioTransport,
+) -> Result<(), DevicesError> {
+    let register = IoEventAddress::Mmio(u64::from(resources.base) + QUEUE_NOTIFY);
     for (queue, event) in (0_u32..).zip(device.notifiers()) {
         vm.register_ioevent(event, &register, queue)
             .map_err(|source| DevicesError::Host {
@@ -222,22 +226,40 @@ fn notify(vm: &VmFd, place: Place, device: &Transport) -> Result<(), DevicesErro
 
 struct Attached {
     name: String,
-    place: Place,
-    device: Arc<Mutex<Transport>>,
-    shape: String,
+    resources: VirtioMmioResources,
+    device: Arc<Mutex<MmioTransport>>,
+    facts: DeviceFacts,
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
     back_end: Option<VhostUser<DeviceMemory>>,
 }
 
 impl Attached {
-    fn device(&self) -> MutexGuard<'_, Transport> {
-        // Its registers are plain values, each valid by itself.
-        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    fn device(&self) -> MutexGuard<'_, MmioTransport> {
+        lock(&self.device)
     }
 }
 
-/// Told by which device, and why, a process that served it was lost.
+fn lock(device: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
+    // The registers of a device are plain values: each is valid even if a panic interrupted an access.
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads the counters of one device.
+#[derive(Clone)]
+pub(super) struct DeviceGauge {
+    name: String,
+    device: Arc<Mutex<MmioTransport>>,
+}
+
+impl DeviceGauge {
+    /// Returns the name of the device, and its counters by name.
+    pub(super) fn read(&self) -> (String, Vec<(&'static str, u64)>) {
+        (self.name.clone(), lock(&self.device).counters())
+    }
+}
+
+/// Called with the name of a device and the reason when the thread or process that serves the device is lost.
 pub type OnLoss = Arc<dyn Fn(&str, &str) + Send + Sync>;
 
 /// What the devices of a machine have done, each by its name.
@@ -269,8 +291,8 @@ impl Devices {
         let mut bus = MmioBus::new();
         for attached in &self.list {
             let range = MmioRange {
-                base: attached.place.base.into(),
-                bytes: MMIO_BYTES,
+                base: attached.resources.base.into(),
+                len: MMIO_BYTES,
             };
             bus.insert(range, Arc::clone(&attached.device) as _)?;
         }
@@ -279,24 +301,24 @@ impl Devices {
 
     /// Stops all of them; the vCPUs stand already.
     pub(super) fn pause(&self) {
-        self.each_here(Transport::pause);
-        self.each_elsewhere(Transport::pause);
+        self.each_here(MmioTransport::pause);
+        self.each_elsewhere(MmioTransport::pause);
     }
 
     /// Lets all of them go on, before the vCPUs do.
     pub(super) fn resume(&self) {
-        self.each_elsewhere(Transport::resume);
-        self.each_here(Transport::resume);
+        self.each_elsewhere(MmioTransport::resume);
+        self.each_here(MmioTransport::resume);
     }
 
     /// Does something to those that are served here.
-    fn each_here(&self, act: fn(&Transport)) {
+    fn each_here(&self, act: fn(&MmioTransport)) {
         let here = self.list.iter().filter(|d| d.back_end.is_none());
         here.for_each(|device| act(&device.device()));
     }
 
     /// Does something to those that other processes serve, which may take their time, all at once.
-    fn each_elsewhere(&self, act: fn(&Transport)) {
+    fn each_elsewhere(&self, act: fn(&MmioTransport)) {
         thread::scope(|scope| {
             for device in self.list.iter().filter(|d| d.back_end.is_some()) {
                 let named = thread::Builder::new().name(device.name.clone());
@@ -314,12 +336,12 @@ impl Devices {
     /// # Errors
     /// The first back end that was lost.
     pub(super) fn resume_arrived(&self) -> Result<(), DevicesError> {
-        self.each_elsewhere(Transport::resume);
-        if let Err(error) = self.each_back_end(VhostUser::is_there) {
-            self.each_elsewhere(Transport::pause);
+        self.each_elsewhere(MmioTransport::resume);
+        if let Err(error) = self.each_back_end(VhostUser::check_connected) {
+            self.each_elsewhere(MmioTransport::pause);
             return Err(error);
         }
-        self.each_here(Transport::resume);
+        self.each_here(MmioTransport::resume);
         Ok(())
     }
 
@@ -337,29 +359,27 @@ impl Devices {
         self.list.iter().filter_map(|d| d.image.as_ref())
     }
 
-    /// Their sections of state.
-    pub(super) fn section_kinds(&self) -> impl Iterator<Item = SectionKind> {
-        self.list.iter().map(|d| sections::kind(d.name.clone()))
+    /// Returns the names of the devices, which are those of their sections of state.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.list.iter().map(|device| device.name.as_str())
     }
 
-    /// What is on the host's side of each.
-    pub(super) fn host_sides(&self) -> Vec<HostSide> {
-        let sides = self.list.iter().map(|d| host_side(&d.name, &d.shape));
-        sides.collect()
+    /// Returns the host's side of each device.
+    pub(super) fn facts(&self) -> Vec<NamedFacts> {
+        let devices = self.list.iter();
+        devices
+            .map(|device| named_facts(&device.name, &device.facts))
+            .collect()
     }
 
     /// Their state; they are paused.
     ///
     /// A back end that was lost may still have been writing to memory, and has requests that nobody will end.
     pub(super) fn save(&self) -> Result<Vec<Section>, MachineError> {
-        self.each_back_end(VhostUser::is_there)?;
+        self.each_back_end(VhostUser::check_connected)?;
         let saved = self.list.iter().map(|attached| {
-            let state = attached.device().save();
-            let state = state.ok_or_else(|| MachineError::Section {
-                section: attached.name.clone(),
-                why: "the device is not paused".into(),
-            })?;
-            sections::encode(&attached.name, &state)
+            let state = attached.device().save().map_err(DevicesError::from)?;
+            Ok(sections::encode(&attached.name, &state))
         });
         saved.collect()
     }
@@ -378,32 +398,11 @@ impl Devices {
         each.filter_map(|d| Some((d.name.as_str(), d.back_end.as_ref()?)))
     }
 
-    /// Whether every process that writes to guest memory can log that.
-    pub(super) fn can_log(&self) -> Result<(), DevicesError> {
-        self.each_back_end(VhostUser::can_log)
-    }
-
-    /// Has all of them log what they write.
-    pub(super) fn start_log(&self) -> Result<(), DevicesError> {
-        self.each_back_end(VhostUser::start_log)
-    }
-
-    /// Brings what they logged into `tracker`.
-    pub(super) fn sync_log(&self, tracker: &Tracker) {
-        for (_, back_end) in self.back_ends() {
-            back_end.take_log(|first, words| {
-                tracker.mark_words(Gpa(first), words, Source::VhostUser);
-            });
-        }
-    }
-
-    /// Ends their logs, of all of them whatever comes of one.
-    pub(super) fn stop_log(&self) -> Result<(), DevicesError> {
-        let stopped: Vec<_> = self
-            .back_ends()
-            .map(|(name, back_end)| back_end.stop_log().map_err(back_end_error(name)))
-            .collect();
-        stopped.into_iter().collect()
+    /// Returns the vhost-user back ends, whose logs are part of the machine's dirty logs.
+    pub(super) fn named_back_ends(&self) -> Vec<NamedBackEnd> {
+        self.back_ends()
+            .map(|(name, back_end)| (name.to_owned(), back_end.clone()))
+            .collect()
     }
 
     /// The balloon, if there is one.
@@ -411,73 +410,12 @@ impl Devices {
         self.list.iter().find_map(|d| d.balloon.as_ref())
     }
 
-    pub(super) fn counters(&self) -> DeviceCounters {
-        let each = self.list.iter();
-        each.map(|d| (d.name.clone(), d.device().counters()))
-            .collect()
-    }
-}
-
-/// Why a guest whose devices are `theirs` cannot be taken by a monitor that was given `here`; nothing where they fit.
-pub(super) fn misfits(theirs: &[HostSide], here: &[HostSide]) -> Vec<String> {
-    let same = |one: &HostSide, list: &[HostSide]| -> Option<HostSide> {
-        list.iter().find(|d| d.section == one.section).cloned()
-    };
-    let mut found = Vec::new();
-    for device in theirs {
-        match same(device, here) {
-            None => found.push(format!(
-                "the guest has {}, the destination has no such device ({})",
-                named(device),
-                option(&device.section)
-            )),
-            Some(own) if own.is != device.is => found.push(format!(
-                "{}: the guest's is {}, the destination's is {}",
-                device.section, device.is, own.is
-            )),
-            Some(_) => {}
-        }
-    }
-    let unknown = here.iter().filter(|own| same(own, theirs).is_none());
-    found.extend(unknown.map(|own| {
-        let (named, option) = (named(own), option(&own.section));
-        format!("the destination has {named}, the guest has no such device ({option})")
-    }));
-    found
-}
-
-fn named(device: &HostSide) -> String {
-    format!("{} ({})", device.section, device.is)
-}
-
-/// The option that gives a device of this name.
-fn option(name: &str) -> String {
-    let kind = name.trim_start_matches('_');
-    format!("--{}", kind.trim_end_matches(|c: char| c.is_ascii_digit()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_that_do_not_fit_are_named() {
-        let disk = |sectors| host_side("_disk0", &format!("a disk of {sectors} sectors"));
-        let rng = host_side("_rng0", "an entropy device");
-        let fits = misfits(&[disk(8), rng.clone()], &[disk(8), rng.clone()]);
-        assert_eq!(fits, [""; 0]);
-        let found = misfits(&[disk(8), rng.clone()], &[disk(9)]);
-        assert_eq!(
-            found,
-            [
-                "_disk0: the guest's is a disk of 8 sectors, the destination's is a disk of 9 sectors",
-                "the guest has _rng0 (an entropy device), the destination has no such device (--rng)",
-            ]
-        );
-        let found = misfits(&[], &[rng]);
-        assert_eq!(
-            found,
-            ["the destination has _rng0 (an entropy device), the guest has no such device (--rng)"]
-        );
+    /// Returns handles to the counters of each device.
+    pub(super) fn gauges(&self) -> Vec<DeviceGauge> {
+        let gauge = |attached: &Attached| DeviceGauge {
+            name: attached.name.clone(),
+            device: Arc::clone(&attached.device),
+        };
+        self.list.iter().map(gauge).collect()
     }
 }

@@ -16,12 +16,13 @@ use kvm_ioctls::VmFd;
 use super::disk::{DiskError, DiskImage};
 use super::tap::HostTap;
 use super::{DevicesError, Opened, Server};
-use crate::boot::VirtioMmio as Place;
+use crate::boot::VirtioMmioResources;
 use crate::config::{
     BalloonConfig, DevicesConfig, DiskConfig, NetConfig, SerialConfig, SerialMode, VsockConfig,
 };
 use crate::machine::MachineError;
-use crate::machine::platform::interrupt;
+use crate::machine::facts::{DeviceFacts, DiskAccess};
+use crate::machine::port_devices::interrupt;
 use crate::memory::{DeviceMemory, GuestRam, NotifiedDiscard};
 
 type Result<T> = std::result::Result<T, MachineError>;
@@ -36,16 +37,16 @@ pub(in crate::machine) struct Opening<'a> {
 /// One device: what it is, and what only its kind has.
 struct Part {
     server: Server,
-    shape: String,
+    facts: DeviceFacts,
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
 }
 
 impl Part {
-    fn new(device: impl Device<DeviceMemory> + 'static, shape: impl Into<String>) -> Self {
+    fn new(device: impl Device<DeviceMemory> + 'static, facts: DeviceFacts) -> Self {
         Self {
             server: Server::Worker(Box::new(device)),
-            shape: shape.into(),
+            facts,
             image: None,
             balloon: None,
         }
@@ -54,7 +55,7 @@ impl Part {
 
 /// Opens all devices of `config`, in the order in which the guest finds them.
 pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Result<Vec<Opened>> {
-    let mut places = Places { with, next: 0 };
+    let mut resources = ResourceAllocator { with, next: 0 };
     let mut opened = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let name = format!("_disk{index}");
@@ -62,25 +63,25 @@ pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Re
             Some(socket) => open_vhost_user(socket, disk, with, interrupt),
             None => open_disk(&name, disk),
         };
-        opened.push(places.put(name.clone(), open)?);
+        opened.push(resources.put(name.clone(), open)?);
     }
     for (index, net) in config.net.iter().enumerate() {
         let name = format!("_net{index}");
-        opened.push(places.put(name.clone(), |_| open_net(&name, net))?);
+        opened.push(resources.put(name.clone(), |_| open_net(&name, net))?);
     }
     if config.rng.is_some() {
-        let rng = |_: &Interrupt| Ok(Part::new(Rng::new(), "an entropy device"));
-        opened.push(places.put("_rng0".into(), rng)?);
+        let rng = |_: &Interrupt| Ok(Part::new(Rng::new(), DeviceFacts::Rng));
+        opened.push(resources.put("_rng0".into(), rng)?);
     }
     if let Some(vsock) = &config.vsock {
-        opened.push(places.put("_vsock0".into(), |_| open_vsock(vsock))?);
+        opened.push(resources.put("_vsock0".into(), |_| open_vsock(vsock))?);
     }
     if let Some(balloon) = config.balloon {
         let balloon = |interrupt: &Interrupt| Ok(open_balloon(balloon, with, interrupt));
-        opened.push(places.put("_balloon0".into(), balloon)?);
+        opened.push(resources.put("_balloon0".into(), balloon)?);
     }
     if let Some(console) = &config.console {
-        opened.push(places.put("_console0".into(), |_| open_console(console))?);
+        opened.push(resources.put("_console0".into(), |_| open_console(console))?);
     }
     Ok(opened)
 }
@@ -108,31 +109,31 @@ fn access(disk: &DiskConfig) -> Access {
     }
 }
 
-/// Gives each device its registers and its interrupt line.
-struct Places<'a> {
+/// Assigns register windows and interrupt lines to devices, in order.
+struct ResourceAllocator<'a> {
     with: &'a Opening<'a>,
     next: u32,
 }
 
-impl Places<'_> {
+impl ResourceAllocator<'_> {
     fn put(
         &mut self,
         name: String,
         open: impl FnOnce(&Interrupt) -> Result<Part>,
     ) -> Result<Opened> {
-        let Some(place) = Place::nth(self.next) else {
+        let Some(resources) = VirtioMmioResources::nth(self.next) else {
             let most = self.next;
             return Err(DevicesError::TooMany { name, most }.into());
         };
         self.next += 1;
-        let interrupt = Interrupt::new(interrupt(self.with.vm, place.gsi)?);
+        let interrupt = Interrupt::new(interrupt(self.with.vm, resources.gsi)?);
         let part = open(&interrupt)?;
         Ok(Opened {
             name,
-            place,
+            resources,
             interrupt,
             server: part.server,
-            shape: part.shape,
+            facts: part.facts,
             image: part.image,
             balloon: part.balloon,
         })
@@ -165,11 +166,11 @@ fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
     if sectors == 0 {
         return Err(DevicesError::from(DiskError::Empty(image.path().into())).into());
     }
-    let kind = match access {
-        Access::ReadOnly => "read-only disk",
-        Access::ReadWrite => "disk",
+    let access = match access {
+        Access::ReadOnly => DiskAccess::ReadOnly,
+        Access::ReadWrite => DiskAccess::ReadWrite,
     };
-    let mut part = Part::new(block, format!("a {kind} of {sectors} sectors of 512 bytes"));
+    let mut part = Part::new(block, DeviceFacts::Disk { sectors, access });
     part.image = Some(image);
     Ok(part)
 }
@@ -188,16 +189,14 @@ fn open_vhost_user(
         interrupt: interrupt.clone(),
     })
     .map_err(DevicesError::from)?;
-    let id = config.id.as_ref().map(|id| format!(" {id}"));
-    let shape = format!(
-        "a vhost-user disk{} of {} sectors of 512 bytes with the features {:#x}",
-        id.unwrap_or_default(),
-        back_end.sectors(),
-        back_end.features()
-    );
+    let facts = DeviceFacts::VhostUserDisk {
+        id: config.id.clone(),
+        sectors: back_end.sectors(),
+        features: back_end.features(),
+    };
     Ok(Part {
         server: Server::VhostUser(back_end),
-        shape,
+        facts,
         image: None,
         balloon: None,
     })
@@ -218,10 +217,7 @@ fn open_net(name: &str, config: &NetConfig) -> Result<Part> {
         transmit_limit: limit,
     })
     .map_err(host(name, "its timers"))?;
-    let mtu = config
-        .mtu
-        .map_or("of its own choice".to_owned(), |mtu| mtu.to_string());
-    Ok(Part::new(net, format!("an interface with an MTU {mtu}")))
+    Ok(Part::new(net, DeviceFacts::Net { mtu: config.mtu }))
 }
 
 fn open_vsock(config: &VsockConfig) -> Result<Part> {
@@ -230,7 +226,7 @@ fn open_vsock(config: &VsockConfig) -> Result<Part> {
         path: config.socket.clone(),
     })
     .map_err(DevicesError::from)?;
-    Ok(Part::new(vsock, "a socket device"))
+    Ok(Part::new(vsock, DeviceFacts::Vsock))
 }
 
 fn open_balloon(config: BalloonConfig, with: &Opening<'_>, interrupt: &Interrupt) -> Part {
@@ -247,13 +243,11 @@ fn open_balloon(config: BalloonConfig, with: &Opening<'_>, interrupt: &Interrupt
         Box::new(discard),
         interrupt.clone(),
     );
-    let on = |wanted: bool| if wanted { "on" } else { "off" };
-    let shape = format!(
-        "a balloon with deflate_on_oom={} and free_page_reporting={}",
-        on(config.deflate_on_oom),
-        on(config.free_page_reporting)
-    );
-    let mut part = Part::new(balloon, shape);
+    let facts = DeviceFacts::Balloon {
+        deflate_on_oom: config.deflate_on_oom,
+        free_page_reporting: config.free_page_reporting,
+    };
+    let mut part = Part::new(balloon, facts);
     part.balloon = Some(control);
     part
 }
@@ -275,5 +269,5 @@ fn open_console(config: &SerialConfig) -> Result<Part> {
         _ => Box::new(io::sink()),
     };
     let (console, _no_input) = Console::new(output).map_err(host("_console0", "an event"))?;
-    Ok(Part::new(console, "a console"))
+    Ok(Part::new(console, DeviceFacts::Console))
 }

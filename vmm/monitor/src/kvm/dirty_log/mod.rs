@@ -1,59 +1,65 @@
-//! The dirty log of a machine's slots, started, read and cleared; what it says goes into the tracker.
+//! KVM's dirty log (S22): started, read into the tracker, cleared and stopped for all memory slots of a machine.
+
+mod bitmap;
+mod ioctls;
+mod mode;
 
 use std::io;
-use std::iter;
 
 use ept::{GpaRange, Notifier, OpenError, Source};
 
-use super::dirty_log::{self, DirtyLogMode};
+use bitmap::{runs, set_bits};
+pub use ioctls::configure;
+pub use mode::DirtyLogMode;
+
 use super::slots::{Slot, SlotError, Slots};
 use crate::memory::{GuestRam, MemoryError, byte_len};
 
-/// Why the dirty log could not be used.
+/// Reasons why the dirty log cannot be started, read, cleared or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// A slot could not be changed.
+    /// KVM rejected a change of a slot's flags.
     #[error(transparent)]
     Slot(#[from] SlotError),
-    /// A vCPU did not let go of memory while its log was switched.
+    /// A vCPU did not leave the guest while logging was switched on.
     #[error("stopping the vCPUs to switch the dirty log: {0}")]
     Notifier(#[from] OpenError),
-    /// KVM refused to read or clear a log.
+    /// KVM rejected a call that reads or clears the log of a slot.
     #[error("{call} of slot {slot}: {source}")]
     Kvm {
-        /// The call's name in the kernel's documentation.
+        /// Name of the ioctl.
         call: &'static str,
-        /// The slot.
+        /// Number of the slot.
         slot: u32,
-        /// What KVM said.
+        /// Error that KVM returned.
         source: io::Error,
     },
-    /// The log was read or cleared while it was off.
+    /// The log was read or cleared while logging was off.
     #[error("the dirty log is off")]
     Off,
-    /// The kernel does not say what is populated.
+    /// The populated pages of guest memory could not be determined.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
-/// The dirty log of one machine.
+/// KVM's dirty log of one machine.
 pub struct DirtyLog {
     mode: DirtyLogMode,
     slots: Vec<SlotLog>,
 }
 
-/// What is known of one slot's log, as bitmaps: bit `n` of the whole is the slot's page `n`.
+/// Log of one slot as bitmaps: bit `n` is page `n` of the slot.
 #[derive(Default)]
 struct SlotLog {
-    /// The log as it was read last.
+    /// Dirty bitmap as KVM returned it last.
     dirty: Vec<u64>,
-    /// Pages that a log which began all dirty calls dirty only because nobody has cleared them yet. Most
-    /// of them hold nothing, and then there is nothing to send.
+    /// Pages that KVM reports dirty only because the log started with every page dirty and they were never cleared.
+    /// Most of them are not populated, so that there is nothing to send.
     never_cleared: Vec<u64>,
 }
 
 impl DirtyLog {
-    /// A log in `mode`, which KVM has been configured for.
+    /// Creates a log that is off. KVM must have been set up for `mode` by [`configure`].
     #[must_use]
     pub fn new(mode: DirtyLogMode) -> Self {
         Self {
@@ -62,16 +68,17 @@ impl DirtyLog {
         }
     }
 
-    /// The mode.
+    /// Returns the mode in which KVM logs.
     #[must_use]
     pub fn mode(&self) -> DirtyLogMode {
         self.mode
     }
 
-    /// Begins to log. The vCPUs are out of the guest meanwhile: every write is before the log, or in it.
+    /// Starts logging on every slot. A notifier range holds the vCPUs out of the guest meanwhile, so that a write
+    /// either completed before logging started or is logged.
     ///
     /// # Errors
-    /// KVM's, and a vCPU that does not stop.
+    /// Returns [`LogError::Notifier`] if a vCPU does not stop, and [`LogError::Slot`] if KVM rejects the change.
     pub fn start(&mut self, slots: &Slots, notifier: &Notifier) -> Result<(), LogError> {
         let at_first = if self.mode.starts_all_dirty() {
             u64::MAX
@@ -87,16 +94,16 @@ impl DirtyLog {
         Ok(slots.start_logging()?)
     }
 
-    /// Ends logging.
+    /// Stops logging. vCPUs may run, because what is still in the log is discarded.
     ///
     /// # Errors
-    /// KVM's. No vCPU needs to stop for it: what is still logged is of no use to anybody.
+    /// Returns [`LogError::Slot`] if KVM rejects the change.
     pub fn stop(&mut self, slots: &Slots) -> Result<(), LogError> {
         self.slots.clear();
         Ok(slots.stop_logging()?)
     }
 
-    /// What is read from a log that is off would be taken for "nothing is dirty".
+    /// Refuses to read a log that is off: its empty bitmap would be taken for "nothing is dirty".
     fn check_on(&self, slots: &Slots) -> Result<(), LogError> {
         if self.slots.len() == slots.slots().len() {
             Ok(())
@@ -105,14 +112,15 @@ impl DirtyLog {
         }
     }
 
-    /// Brings every slot's log into the tracker.
+    /// Reads the log of every slot and marks its dirty pages in the tracker.
     ///
     /// # Errors
-    /// KVM's.
+    /// Returns [`LogError::Off`] if logging is off, [`LogError::Kvm`] if KVM_GET_DIRTY_LOG fails, and
+    /// [`LogError::Memory`] if the populated pages cannot be determined.
     pub fn sync(&mut self, slots: &Slots) -> Result<(), LogError> {
         self.check_on(slots)?;
         for (slot, log) in slots.slots().iter().zip(&mut self.slots) {
-            dirty_log::get(slots.vm(), slot.id, slot.range.pages(), &mut log.dirty)
+            ioctls::get(slots.vm(), slot.id, slot.range.pages(), &mut log.dirty)
                 .map_err(|source| kvm_error("KVM_GET_DIRTY_LOG", slot, source))?;
             log.mark_populated(slot, slots.ram())?;
             log.mark_written(slot, slots.ram());
@@ -120,14 +128,14 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// What the guest writes to `range` from now on is logged again, for the pages whose bit is set in
-    /// `dirty` (bit `n`: page `n` of `range`).
+    /// Clears the dirty bits of those pages of `range` whose bit is set in `dirty` (bit `n` is page `n` of `range`), so
+    /// that the next write to them is logged again. Must be called before the pages are read.
     ///
-    /// `range` lies in one slot; it begins at a multiple of 64 pages from the slot's first, and so does
-    /// its end, unless the slot ends there.
+    /// `range` must lie in one slot, and begin at a multiple of 64 pages from the first page of the slot. Its end must
+    /// be such a multiple too, or the end of the slot.
     ///
     /// # Errors
-    /// KVM's.
+    /// Returns [`LogError::Off`] if logging is off, and [`LogError::Kvm`] if KVM_CLEAR_DIRTY_LOG fails.
     pub fn clear(&mut self, slots: &Slots, range: GpaRange, dirty: &[u64]) -> Result<(), LogError> {
         self.check_on(slots)?;
         if !self.mode.needs_clear() {
@@ -138,7 +146,7 @@ impl DirtyLog {
             let first = range.first_page() - slot.range.first_page();
             u32::try_from(range.pages())
                 .map_err(io::Error::other)
-                .and_then(|pages| dirty_log::clear(slots.vm(), slot.id, first, pages, dirty))
+                .and_then(|pages| ioctls::clear(slots.vm(), slot.id, first, pages, dirty))
                 .map_err(|source| kvm_error("KVM_CLEAR_DIRTY_LOG", slot, source))?;
             log.cleared(first, dirty);
         }
@@ -155,23 +163,22 @@ impl SlotLog {
         }
     }
 
-    /// Marks the pages that hold something among those that were never cleared, and takes all of those out
-    /// of `dirty`.
+    /// Removes the pages that were never cleared from `dirty`, and marks those of them that are populated.
     ///
-    /// The memory is looked at after the log was read: a page that is populated later stays dirty in the
-    /// log, because nobody clears it, and is found the next time.
+    /// Which pages are populated is asked after the log was read. A page that is populated later stays dirty in the
+    /// log, because it was not cleared, and is found by the next call.
     fn mark_populated(&mut self, slot: &Slot, ram: &GuestRam) -> Result<(), LogError> {
         let mut never_cleared = Vec::with_capacity(self.dirty.len());
         for (dirty, never) in self.dirty.iter_mut().zip(&self.never_cleared) {
             never_cleared.push(*dirty & never);
             *dirty &= !never;
         }
-        // Many small holes are looked at together.
+        // One query of the whole slot is faster than many queries of small runs.
         if runs(&never_cleared).nth(FEW_RUNS).is_some() {
             return self.mark_all_populated(slot, ram, &never_cleared);
         }
         for (first, pages) in runs(&never_cleared) {
-            // The bits beyond the slot's last page are zero in KVM's log.
+            // KVM leaves the bits beyond the last page of the slot zero.
             let run = GpaRange::from_pages(slot.range.first_page() + first, pages);
             let Some(run) = run.ok().and_then(|run| run.intersection(&slot.range)) else {
                 continue;
@@ -184,7 +191,7 @@ impl SlotLog {
         Ok(())
     }
 
-    /// As the loop above, by one look at all of the slot.
+    /// Does the same as [`Self::mark_populated`] by one query of the populated pages of the whole slot.
     fn mark_all_populated(
         &self,
         slot: &Slot,
@@ -217,50 +224,8 @@ impl SlotLog {
     }
 }
 
-/// Up to so many holes are looked at one by one.
+/// Maximum number of runs whose populated pages are queried one by one.
 const FEW_RUNS: usize = 64;
-
-/// Sets `count` bits from `first` on; those beyond the bitmap are not there.
-fn set_bits(words: &mut [u64], first: u64, count: u64) {
-    let end = first + count;
-    let mut at = first;
-    while at < end {
-        let next = (at / 64 + 1) * 64;
-        let mut mask = u64::MAX << (at % 64);
-        if end < next {
-            mask &= (1 << (end % 64)) - 1;
-        }
-        if let Some(word) = usize::try_from(at / 64)
-            .ok()
-            .and_then(|index| words.get_mut(index))
-        {
-            *word |= mask;
-        }
-        at = next;
-    }
-}
-
-/// The runs of ones in a bitmap: the first bit of each, and how many.
-fn runs(words: &[u64]) -> impl Iterator<Item = (u64, u64)> {
-    let total = words.len() as u64 * 64;
-    let mut at = 0;
-    iter::from_fn(move || {
-        let first = next_bit(words, at, 0)?;
-        at = next_bit(words, first, u64::MAX).unwrap_or(total);
-        Some((first, at - first))
-    })
-}
-
-/// The first bit from `at` on that differs from those of `skipped`: 0 finds a one, all ones a zero.
-fn next_bit(words: &[u64], at: u64, skipped: u64) -> Option<u64> {
-    let mut index = usize::try_from(at / 64).ok()?;
-    let mut word = (words.get(index)? ^ skipped) & (u64::MAX << (at % 64));
-    while word == 0 {
-        index += 1;
-        word = words.get(index)? ^ skipped;
-    }
-    Some(index as u64 * 64 + u64::from(word.trailing_zeros()))
-}
 
 fn kvm_error(call: &'static str, slot: &Slot, source: io::Error) -> LogError {
     LogError::Kvm {
@@ -270,7 +235,7 @@ fn kvm_error(call: &'static str, slot: &Slot, source: io::Error) -> LogError {
     }
 }
 
-/// The smallest range that has all slots.
+/// Returns the smallest range that covers all slots.
 fn span(slots: &Slots) -> GpaRange {
     slots
         .slots()
@@ -278,38 +243,4 @@ fn span(slots: &Slots) -> GpaRange {
         .map(|slot| slot.range)
         .reduce(|all, next| all.hull(&next))
         .unwrap_or(GpaRange::ALL)
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn set_bits_sets_just_those(first in 0..300_u64, count in 0..300_u64) {
-            let mut words = [0_u64; 10];
-            set_bits(&mut words, first, count);
-            let found: Vec<_> = runs(&words).collect();
-            let wanted: Vec<_> = (count > 0).then_some((first, count)).into_iter().collect();
-            prop_assert_eq!(found, wanted);
-        }
-
-        #[test]
-        fn runs_are_the_ones_of_the_bitmap(words in proptest::collection::vec(
-            prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 0..6)
-        ) {
-            let mut found = vec![0_u64; words.len()];
-            let mut last_end = None;
-            for (first, count) in runs(&words) {
-                prop_assert!(count > 0 && last_end < Some(first), "maximal, in order");
-                last_end = Some(first + count);
-                for bit in first..first + count {
-                    found[usize::try_from(bit / 64).unwrap()] |= 1 << (bit % 64);
-                }
-            }
-            prop_assert_eq!(found, words);
-        }
-    }
 }

@@ -1,4 +1,5 @@
-//! The devices that every machine has: serial port, clock, ACPI's registers, and the ways to end.
+//! The devices in I/O port space that every machine has: serial port, real-time clock, ACPI registers, and the reset
+//! and exit ports.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -8,42 +9,47 @@ use devices::acpi::{
     ResetRegister, SLEEP_CONTROL_PORT, SLEEP_PORTS, SleepControl, SleepSnapshot,
 };
 use devices::{
-    COM1_INTERRUPT, COM1_PORT, COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, I8042_PORT, I8042_PORTS,
-    PortBus, PortDevice, PortRange, RTC_PORT, RTC_PORTS, ResetController, Rtc, RtcMemory, Serial,
-    SerialOutput,
+    BusDevice, COM1_INTERRUPT, COM1_PORT, COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, I8042_PORT,
+    I8042_PORTS, PortBus, PortRange, PortSpace, RTC_PORT, RTC_PORTS, ResetController, Rtc,
+    RtcMemory, SavedState, Serial, SerialOutput, SharedBusDevice,
 };
 use kvm_ioctls::VmFd;
-use serde::{Deserialize, Serialize};
+use minicbor::{Decode, Encode};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::end::OnEnd;
 use super::{MachineError, Result, kvm_error, sections};
 use crate::memory::{GuestRam, HIGH_RAM_START, byte_len};
 use crate::vcpu::GuestEnd;
-use migration::guest::Section;
+use migration::Section;
 
-/// Told of the guest's end, from any thread.
-pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
+type SharedDevice = SharedBusDevice<PortSpace>;
+type PowerOff = Box<dyn Fn() + Send>;
 
-type Shared = Arc<Mutex<dyn PortDevice>>;
-type OnOff = Box<dyn Fn() + Send>;
-
-/// The devices that every machine has.
-pub(super) struct Platform {
+/// Devices in I/O port space of one machine.
+pub(super) struct PortDevices {
     pub(super) serial: Serial,
     pub(super) events: GenericEvents,
     rtc: Arc<Mutex<Rtc>>,
-    sleep: Arc<Mutex<SleepControl<OnOff>>>,
+    sleep: Arc<Mutex<SleepControl<PowerOff>>>,
 }
 
-/// The state of ACPI's registers. The reset register has none.
-#[derive(Serialize, Deserialize)]
-struct AcpiSnapshot {
+/// Saved state of the ACPI registers. The reset register has no state.
+#[derive(Encode, Decode)]
+#[cbor(map)]
+pub(super) struct AcpiSnapshot {
+    #[n(0)]
     sleep: SleepSnapshot,
+    #[n(1)]
     events: EventsSnapshot,
 }
 
-impl Platform {
-    /// The devices as they are at power-on.
+impl SavedState for AcpiSnapshot {
+    const VERSION: u16 = 1;
+}
+
+impl PortDevices {
+    /// Creates the devices in their state after power-on.
     pub(super) fn new(
         vm: &VmFd,
         ram: &GuestRam,
@@ -59,7 +65,7 @@ impl Platform {
         })
     }
 
-    /// The devices as they were saved.
+    /// Creates the devices in the state that [`Self::save`] wrote.
     pub(super) fn restore(
         saved: &[Section],
         vm: &VmFd,
@@ -80,26 +86,26 @@ impl Platform {
         })
     }
 
-    /// Their state, a section each.
-    pub(super) fn save(&self) -> Result<[Section; 3]> {
+    /// Saves the state of the devices, one section each.
+    pub(super) fn save(&self) -> [Section; 3] {
         let acpi = AcpiSnapshot {
             sleep: lock(&self.sleep).save(),
             events: self.events.save(),
         };
-        Ok([
-            sections::encode(sections::SERIAL, &self.serial.save())?,
-            sections::encode(sections::RTC, &lock(&self.rtc).save())?,
-            sections::encode(sections::ACPI, &acpi)?,
-        ])
+        [
+            sections::encode(sections::SERIAL, &self.serial.save()),
+            sections::encode(sections::RTC, &lock(&self.rtc).save()),
+            sections::encode(sections::ACPI, &acpi),
+        ]
     }
 
-    /// All of them where a guest looks for them.
-    pub(super) fn ports(&self, on_end: &OnEnd) -> Result<PortBus> {
+    /// Returns a port bus with all devices at the ports of a PC.
+    pub(super) fn bus(&self, on_end: &OnEnd) -> Result<PortBus> {
         let exit = Arc::clone(on_end);
         let debug_exit = DebugExit::new(move |status| exit(GuestEnd::DebugExit(status)));
         let keyboard = ResetController::new(reset(on_end));
         let reset = ResetRegister::new(reset(on_end));
-        let devices: [(u16, u16, Shared); 7] = [
+        let devices: [(u16, u16, SharedDevice); 7] = [
             (COM1_PORT, COM1_PORTS, shared(self.serial.clone())),
             (DEBUG_EXIT_PORT, 1, shared(debug_exit)),
             (I8042_PORT, I8042_PORTS, shared(keyboard)),
@@ -114,22 +120,28 @@ impl Platform {
         ];
         let mut ports = PortBus::new();
         for (first, count, device) in devices {
-            ports.insert(PortRange { first, count }, device)?;
+            ports.insert(
+                PortRange {
+                    base: first,
+                    len: count,
+                },
+                device,
+            )?;
         }
         Ok(ports)
     }
 }
 
-fn shared(device: impl PortDevice + 'static) -> Shared {
+fn shared(device: impl BusDevice<PortSpace> + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
 fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The registers of a device are plain values, each valid by itself.
+    // The registers of a device are plain values: each is valid even if a panic interrupted an access.
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn power_off(on_end: &OnEnd) -> OnOff {
+fn power_off(on_end: &OnEnd) -> PowerOff {
     let on_end = Arc::clone(on_end);
     Box::new(move || on_end(GuestEnd::PowerOff))
 }
@@ -139,7 +151,7 @@ fn reset(on_end: &OnEnd) -> impl Fn() + Send + use<> {
     move || on_end(GuestEnd::Reset)
 }
 
-/// An event that pulses the interrupt `line`.
+/// Creates an eventfd that raises an edge on interrupt line `line` when it is signalled.
 pub(super) fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(|source| MachineError::Kvm {
         call: "eventfd",

@@ -1,0 +1,83 @@
+//! Launching guests: how a machine is made from a configuration, the first time and after each time it was off.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use crate::boot::Payload;
+use crate::config::{ConfigError, DevicesConfig, SerialConfig, VmConfig};
+use crate::kvm::dirty_log::DirtyLogMode;
+use crate::kvm::host::Host;
+use crate::machine::{EmptyMachine, OnLoss, Paused, Shape, Wiring};
+use crate::serial::SerialBackend;
+use crate::vcpu::GuestEnd;
+
+/// What a monitor does when its guest resets itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReset {
+    /// The guest is booted again.
+    Reboot,
+    /// The guest is over.
+    End,
+}
+
+/// What all guests that a monitor launches have in common.
+pub struct Launcher {
+    /// KVM of this host.
+    pub host: Arc<Host>,
+    /// Mode of KVM's dirty log. `None` selects the best that the host has.
+    pub dirty_log: Option<DirtyLogMode>,
+    /// Host's side of the guests' serial ports.
+    pub serial: Arc<dyn SerialBackend>,
+    /// What follows when a guest resets itself.
+    pub on_reset: OnReset,
+}
+
+/// Callbacks of a monitor that each of its machines gets.
+#[derive(Clone)]
+pub(super) struct Callbacks {
+    pub(super) on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    pub(super) on_loss: OnLoss,
+}
+
+/// A checked configuration, from which any number of machines can be made one after the other.
+pub(super) struct LaunchPlan {
+    shape: Shape,
+    payload: Payload,
+    serial: SerialConfig,
+    devices: DevicesConfig,
+}
+
+impl LaunchPlan {
+    /// Checks `config`. Opens and allocates nothing.
+    pub(super) fn new(
+        config: &VmConfig,
+        dirty_log: Option<DirtyLogMode>,
+    ) -> Result<Self, ConfigError> {
+        Ok(Self {
+            shape: config.shape(dirty_log)?,
+            payload: config.boot_payload()?,
+            serial: config.serial.clone(),
+            devices: config.devices(),
+        })
+    }
+
+    /// Makes a machine with the guest at its beginning, and connects its serial port.
+    pub(super) fn launch(
+        &self,
+        launcher: &Launcher,
+        callbacks: &Callbacks,
+    ) -> Result<Paused, Box<dyn Error + Send + Sync>> {
+        let wiring = Wiring {
+            serial_output: launcher.serial.open_output(&self.serial)?,
+            on_end: Arc::clone(&callbacks.on_end),
+            on_loss: Arc::clone(&callbacks.on_loss),
+        };
+        let mut empty = EmptyMachine::new(&launcher.host, &self.shape)?;
+        empty.open_devices(&self.devices)?;
+        let machine = empty.boot(&self.payload, wiring)?;
+        launcher
+            .serial
+            .connect_input(&self.serial, machine.serial())?;
+        Ok(machine)
+    }
+}
