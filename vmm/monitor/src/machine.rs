@@ -17,6 +17,8 @@ mod gauges;
 mod kvm;
 mod live;
 mod port_devices;
+#[cfg(test)]
+mod recorded;
 mod sections;
 mod virtio;
 
