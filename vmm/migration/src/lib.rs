@@ -49,6 +49,11 @@ mod stream;
 mod watchdog;
 mod wire;
 
+/// Compiles the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub use attempt::{Attempt, NotUnconfirmed, Resolved, TooLate};
 pub use deadlines::Deadlines;
 pub use decide::{Limits, TimeoutStrategy};

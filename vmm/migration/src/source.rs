@@ -606,7 +606,12 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
                 }))
             }
             WireError::Io { .. } | WireError::NotTaken { .. } => {
-                match self.replies.reason_of_end(REASON_LIMIT) {
+                // A destination that took too long has said why by now, if it says so at all.
+                let limit = match wire {
+                    WireError::Io { .. } => REASON_LIMIT,
+                    _ => Duration::ZERO,
+                };
+                match self.replies.reason_of_end(limit) {
                     Some(reason) => SendError::Refused(reason),
                     None => SendError::Wire(wire),
                 }
