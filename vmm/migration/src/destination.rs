@@ -258,9 +258,12 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         self.check_for_cancel()?;
         Ok(self.reply(Tag::Accept, &[])?)
     }
+
     fn announce(&self, description: &Description) {
         let bytes = description.memory_bytes();
-        self.attempt.progress().update(|p| p.memory_bytes = bytes);
+        self.attempt
+            .progress()
+            .update(|report| report.memory_bytes = bytes);
     }
 
     /// Takes memory and state in the order in which they come, up to FINISH.
@@ -289,9 +292,9 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                 _ => return Err(head.unexpected("memory or state").into()),
             };
             let bytes = self.frames.offset();
-            self.attempt.progress().update(|p| {
-                p.round_pages_sent += pages;
-                p.bytes_sent = bytes;
+            self.attempt.progress().update(|report| {
+                report.round_pages_sent += pages;
+                report.bytes_sent = bytes;
             });
         }
     }
@@ -306,7 +309,7 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                 let digest = self.digest()?;
                 self.attempt
                     .progress()
-                    .update(|p| p.digest = Some(digest.to_string()));
+                    .update(|report| report.digest = Some(digest.to_string()));
                 digest.0.to_le_bytes().to_vec()
             }
         };

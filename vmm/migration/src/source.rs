@@ -16,7 +16,7 @@ use crate::header;
 use crate::pages::{MemoryAccess, PageSender, SendPagesError};
 use crate::panic::caught;
 use crate::rates::Rates;
-use crate::replies::{Replies, ReplyError};
+use crate::replies::{Replies, Reply, ReplyError};
 use crate::report::{Phase, Round};
 use crate::section;
 use crate::stream::{EndStream, Halves, Stream};
@@ -325,7 +325,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             .map_err(guest_error("describing the guest"))?;
         self.memory = description
             .ranges()
-            .map_err(|why| SendError::Wire(WireError::Header(why)))?;
+            .map_err(|why| guest_error("describing the guest")(why.into()))?;
         self.attempt
             .progress()
             .update(|report| report.memory_bytes = description.memory_bytes());
@@ -383,8 +383,8 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let Some(rate) = self.rates.harvested(harvest.pages() * ept::PAGE_SIZE) else {
             return;
         };
-        self.attempt.progress().update(|p| {
-            if let Some(round) = p.rounds.last_mut() {
+        self.attempt.progress().update(|report| {
+            if let Some(round) = report.rounds.last_mut() {
                 round.dirty_bytes_per_s = rate;
             }
         });
@@ -398,7 +398,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         );
         self.attempt
             .progress()
-            .update(|p| p.message = will_not_converge(&measured));
+            .update(|report| report.message = will_not_converge(&measured));
         let decision = decide(&measured, &self.options.limits);
         self.measured = Some(measured);
         decision
@@ -412,7 +412,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             self.rates.throttle = percent;
             self.attempt
                 .progress()
-                .update(|p| p.throttle_percent = percent);
+                .update(|report| report.throttle_percent = percent);
         }
         Ok(())
     }
@@ -438,7 +438,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let due = harvest.pages();
         self.attempt
             .progress()
-            .update(|p| (p.round_pages, p.round_pages_sent) = (due, 0));
+            .update(|report| (report.round_pages, report.round_pages_sent) = (due, 0));
         for chunk in chunks(&self.memory) {
             let dirty: Vec<u64> = harvest.words_in(chunk).collect();
             if dirty.iter().all(|word| *word == 0) {
@@ -459,7 +459,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             let (sent, bytes) = (self.pages.pages, self.frames.offset());
             self.attempt
                 .progress()
-                .update(|p| (p.round_pages_sent, p.bytes_sent) = (sent, bytes));
+                .update(|report| (report.round_pages_sent, report.bytes_sent) = (sent, bytes));
         }
         Ok(())
     }
@@ -477,7 +477,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             guest_error("pausing the guest")(error)
         })?;
         let pause = millis(self.paused_at.elapsed());
-        self.attempt.progress().update(|p| p.pause_ms = pause);
+        self.attempt
+            .progress()
+            .update(|report| report.pause_ms = pause);
         Ok(())
     }
 
@@ -517,7 +519,8 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             false => FINISH_PLAIN,
         };
         self.frames.frame(Tag::Finish, [&[finish], &[]])?;
-        let limit = self.options.deadlines.ready + self.digest_estimate * 4;
+        let digests = self.digest_estimate.saturating_mul(4);
+        let limit = self.options.deadlines.ready.saturating_add(digests);
         self.watchdog.begin_phase(Phase::Switchover, Some(limit));
         let here = if compare { Some(self.digest()?) } else { None };
         let there = self.replies.expect(Tag::Ready, &self.watchdog)?;
@@ -525,10 +528,11 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let Some(source_digest) = here else {
             return Ok(());
         };
-        let there: [u8; 16] = there.as_slice().try_into().map_err(|_| {
-            WireError::Header(format!("a digest of {} bytes, 16 are due", there.len()))
+        let Reply { head, payload } = there;
+        let digest = payload.as_slice().try_into().map_err(|_| {
+            head.malformed(format!("a digest of {} bytes, 16 are due", payload.len()))
         })?;
-        let destination_digest = Digest(u128::from_le_bytes(there));
+        let destination_digest = Digest(u128::from_le_bytes(digest));
         if source_digest != destination_digest {
             return Err(SendError::DigestsDiffer {
                 source_digest,
@@ -537,7 +541,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         }
         self.attempt
             .progress()
-            .update(|p| p.digest = Some(source_digest.to_string()));
+            .update(|report| report.digest = Some(source_digest.to_string()));
         Ok(())
     }
 
@@ -546,7 +550,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let populated = self.populated()?;
         let digest = digest::of_memory::<_, SendError>(self.guest.memory(), &populated, || Ok(()))?;
         let took = millis(began.elapsed());
-        self.attempt.progress().update(|p| p.digest_ms = took);
+        self.attempt
+            .progress()
+            .update(|report| report.digest_ms = took);
         Ok(digest)
     }
 
@@ -581,7 +587,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let bytes = self.frames.offset();
         self.attempt
             .progress()
-            .update(|p| (p.downtime_ms, p.bytes_sent) = (downtime, bytes));
+            .update(|report| (report.downtime_ms, report.bytes_sent) = (downtime, bytes));
         Ok(())
     }
 
@@ -689,9 +695,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             dirty_bytes_per_s: 0.0,
         };
         let total = self.frames.offset();
-        self.attempt.progress().update(|p| {
-            p.rounds.push(round);
-            p.bytes_sent = total;
+        self.attempt.progress().update(|report| {
+            report.rounds.push(round);
+            report.bytes_sent = total;
         });
     }
 }
