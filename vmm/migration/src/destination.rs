@@ -2,13 +2,13 @@
 //!
 //! No guest runs here before COMMIT. Whatever fails before it, everything that has arrived is discarded.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use ept::GpaRange;
 
+use crate::answers::Answers;
 use crate::attempt::Attempt;
 use crate::deadlines::Deadlines;
 use crate::description::{Arrival, Description};
@@ -28,8 +28,6 @@ use crate::wire::{
 /// Most sections of state, and most bytes of all of them together.
 const SECTIONS_LIMIT: usize = 4096;
 const STATE_BYTES_LIMIT: usize = 256 << 20;
-/// How often the source is told that a digest is being computed.
-const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
 /// How [`receive`] takes a guest.
 #[derive(Clone, Copy, Debug, Default)]
@@ -175,11 +173,14 @@ fn receive_over<G: DestinationGuest>(
     } = halves;
     let watchdog = Watchdog::start(Arc::clone(&end), options.deadlines.message)
         .map_err(ReceiveError::Stream)?;
+    let replies = FrameWriter::timed(writer, watchdog.writing());
+    let answers =
+        Answers::start(replies, options.deadlines.message).map_err(ReceiveError::Stream)?;
     attempt.arbiter().on_cancel(watchdog.interrupt());
     let mut receiver = Receiver {
         guest,
         frames: FrameReader::timed(reader, watchdog.reading()),
-        replies: FrameWriter::timed(writer, watchdog.writing()),
+        answers,
         watchdog,
         options,
         attempt,
@@ -210,7 +211,7 @@ fn receive_over<G: DestinationGuest>(
 struct Receiver<'a, G> {
     guest: &'a mut G,
     frames: FrameReader<Box<dyn Read + Send>>,
-    replies: FrameWriter<Box<dyn Write + Send>>,
+    answers: Answers,
     watchdog: Watchdog,
     options: &'a ReceiveOptions,
     attempt: &'a Attempt,
@@ -250,8 +251,9 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         description.check().map_err(ReceiveError::Refused)?;
         self.memory = description.ranges().map_err(ReceiveError::Refused)?;
         self.arrival = description.arrival;
-        self.guest
-            .prepare(&description)
+        let guest = &mut self.guest;
+        self.answers
+            .while_working(|| guest.prepare(&description))
             .map_err(|error| ReceiveError::Refused(error.to_string()))?;
         self.announce(&description);
         self.announced = description.sections;
@@ -313,8 +315,9 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                 digest.0.to_le_bytes().to_vec()
             }
         };
-        self.guest
-            .restore(&self.sections)
+        let (guest, sections) = (&mut self.guest, &self.sections);
+        self.answers
+            .while_working(|| guest.restore(sections))
             .map_err(|source| ReceiveError::Guest {
                 doing: "restoring state",
                 source,
@@ -331,25 +334,19 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    fn digest(&mut self) -> Result<digest::Digest> {
-        let populated = self
-            .guest
-            .populated()
-            .map_err(|source| ReceiveError::Guest {
-                doing: "finding populated memory",
-                source,
-            })?;
-        let Some(memory) = self.guest.memory() else {
-            return Err(ReceiveError::Refused("there is no guest memory".into()));
-        };
-        let replies = &mut self.replies;
-        let mut last = Instant::now();
-        digest::of_memory(memory, &populated, || {
-            if last.elapsed() >= ALIVE_EVERY {
-                replies.frame(Tag::Alive, [&[], &[]])?;
-                last = Instant::now();
-            }
-            Ok(())
+    fn digest(&self) -> Result<digest::Digest> {
+        self.answers.while_working(|| {
+            let populated = self
+                .guest
+                .populated()
+                .map_err(|source| ReceiveError::Guest {
+                    doing: "finding populated memory",
+                    source,
+                })?;
+            let Some(memory) = self.guest.memory() else {
+                return Err(ReceiveError::Refused("there is no guest memory".into()));
+            };
+            Ok(digest::of_memory(memory, &populated)?)
         })
     }
 
@@ -418,8 +415,8 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    fn reply(&mut self, tag: Tag, payload: &[u8]) -> std::result::Result<(), WireError> {
-        self.replies.frame(tag, [payload, &[]])
+    fn reply(&self, tag: Tag, payload: &[u8]) -> std::result::Result<(), WireError> {
+        self.answers.reply(tag, payload)
     }
 
     fn enter(&self, phase: Phase) {

@@ -548,7 +548,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
     fn digest(&mut self) -> Result<Digest> {
         let began = Instant::now();
         let populated = self.populated()?;
-        let digest = digest::of_memory::<_, SendError>(self.guest.memory(), &populated, || Ok(()))?;
+        let digest = digest::of_memory(self.guest.memory(), &populated)?;
         let took = millis(began.elapsed());
         self.attempt
             .progress()
