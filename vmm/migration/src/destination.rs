@@ -459,3 +459,32 @@ fn section(
         data: data.to_vec(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_is_taken_only_if_it_was_announced() {
+        let head = FrameHead {
+            tag: Tag::State,
+            sequence: 7,
+            offset: 99,
+        };
+        let announced = [SectionKind::optional("log", 2)];
+        let payload = section::encode_kind(&announced[0]).unwrap();
+        let taken = section(&head, &payload, &announced).unwrap();
+        assert_eq!(taken.kind, announced[0]);
+        for other in [
+            SectionKind::required("log", 1),
+            SectionKind::required("cpu", 2),
+        ] {
+            let payload = section::encode_kind(&other).unwrap();
+            let error = section(&head, &payload, &announced)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("was not announced"), "{error}");
+            assert!(error.contains("STATE frame 7 at offset 99"), "{error}");
+        }
+    }
+}
