@@ -116,8 +116,8 @@ pub struct Received {
     pub unconfirmed: Option<String>,
 }
 
-/// Receives a guest from `stream` into `guest`, and runs it unless it is to stay paused. Returns `Ok` when this side has
-/// the guest.
+/// Receives a guest from `stream` into `guest`, and runs it unless it is to stay paused. Returns `Ok` when this
+/// side has the guest.
 ///
 /// `attempt` must be new, from [`Attempt::arriving`]; it is ended before `receive` returns. This thread may be blocked
 /// for as long as the migration runs.
@@ -301,7 +301,8 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    /// Restores the guest and tells the source that it could run, with the digest of its memory if the source asked for it.
+    /// Restores the guest and tells the source that it could run, with the digest of its memory if the source asked
+    /// for it.
     fn ready(&mut self, finish: Finish) -> Result<()> {
         self.enter(Phase::Switchover);
         // Before state is restored: KVM writes to guest memory when the guest's clock is restored.
@@ -359,8 +360,8 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    /// Takes the guest over and runs it, unless the migration was cancelled here in the meantime: then the guest has not run
-    /// here, and the source is told so.
+    /// Takes the guest over and runs it, unless the migration was cancelled here in the meantime: then the guest has
+    /// not run here, and the source is told so.
     fn take_over(&mut self) -> Result<Received> {
         if !self.attempt.arbiter().commit() {
             return Err(ReceiveError::Cancelled);

@@ -165,8 +165,8 @@ pub trait DestinationGuest {
 
     /// Takes the guest or refuses it, and allocates its memory, all zero.
     ///
-    /// Called once. Whatever could fail later must be checked here, while the guest still runs undisturbed at the source:
-    /// compare the facts of the description with this host, and its sections with [`misfits`](crate::misfits).
+    /// Called once. Whatever could fail later must be checked here, while the guest still runs undisturbed at the
+    /// source: compare the facts of the description with this host, and its sections with [`misfits`](crate::misfits).
     /// May take as long as the source waits, [`Deadlines::agreeing`](crate::Deadlines::agreeing): the engine tells it
     /// meanwhile that this side is alive.
     ///
