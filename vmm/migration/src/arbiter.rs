@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::panic::caught;
+
 /// Arbitrates between the thread that cancels a migration and the thread that commits it.
 ///
 /// Both ask under one lock: the first wins and the other one is refused. A cancel also wakes the engine if it
@@ -45,7 +47,8 @@ impl CommitArbiter {
         let wake = state.wake.take();
         drop(state);
         if let Some(wake) = wake {
-            wake();
+            // A stream that panics here does not make the cancel fail: the engine sees it at the next opportunity.
+            let _panicked = caught(wake);
         }
         Ok(())
     }
@@ -70,7 +73,7 @@ impl CommitArbiter {
         let mut state = self.lock();
         if state.decision == Decided::Cancelled {
             drop(state);
-            wake();
+            let _panicked = caught(wake);
         } else {
             state.wake = Some(Box::new(wake));
         }

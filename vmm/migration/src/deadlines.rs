@@ -10,8 +10,11 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadlines {
     /// Time for one message: from the moment in which this side begins to wait for it, or to send it, until its
-    /// last byte. Also the longest silence that is taken for work, so it bounds what the embedder's methods may
-    /// take between two messages. Noticed up to a sixteenth later. 8 seconds.
+    /// last byte. Noticed up to a sixteenth, at most a quarter of a second, later. 8 seconds.
+    ///
+    /// A side that works longer without a word counts as dead. The destination says that it is alive while it prepares,
+    /// computes a digest or restores. The methods of a [`SourceGuest`](crate::SourceGuest), and
+    /// [`DestinationGuest::resume`](crate::DestinationGuest::resume), must return within the other side's limit.
     pub message: Duration,
     /// Time for the whole of [`Phase::Agreeing`](crate::Phase::Agreeing), however often the other side says
     /// that it is still at work. 60 seconds: enough to allocate and clear huge pages for a large guest.

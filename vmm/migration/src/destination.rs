@@ -2,13 +2,13 @@
 //!
 //! No guest runs here before COMMIT. Whatever fails before it, everything that has arrived is discarded.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use ept::GpaRange;
 
+use crate::answers::Answers;
 use crate::attempt::Attempt;
 use crate::deadlines::Deadlines;
 use crate::description::{Arrival, Description};
@@ -28,8 +28,6 @@ use crate::wire::{
 /// Most sections of state, and most bytes of all of them together.
 const SECTIONS_LIMIT: usize = 4096;
 const STATE_BYTES_LIMIT: usize = 256 << 20;
-/// How often the source is told that a digest is being computed.
-const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
 /// How [`receive`] takes a guest.
 #[derive(Clone, Copy, Debug, Default)]
@@ -118,8 +116,8 @@ pub struct Received {
     pub unconfirmed: Option<String>,
 }
 
-/// Receives a guest from `stream` into `guest`, and runs it unless it is to stay paused. Returns `Ok` when this side has
-/// the guest.
+/// Receives a guest from `stream` into `guest`, and runs it unless it is to stay paused. Returns `Ok` when this
+/// side has the guest.
 ///
 /// `attempt` must be new, from [`Attempt::arriving`]; it is ended before `receive` returns. This thread may be blocked
 /// for as long as the migration runs.
@@ -175,11 +173,14 @@ fn receive_over<G: DestinationGuest>(
     } = halves;
     let watchdog = Watchdog::start(Arc::clone(&end), options.deadlines.message)
         .map_err(ReceiveError::Stream)?;
+    let replies = FrameWriter::timed(writer, watchdog.writing());
+    let answers =
+        Answers::start(replies, options.deadlines.message).map_err(ReceiveError::Stream)?;
     attempt.arbiter().on_cancel(watchdog.interrupt());
     let mut receiver = Receiver {
         guest,
         frames: FrameReader::timed(reader, watchdog.reading()),
-        replies: FrameWriter::timed(writer, watchdog.writing()),
+        answers,
         watchdog,
         options,
         attempt,
@@ -210,7 +211,7 @@ fn receive_over<G: DestinationGuest>(
 struct Receiver<'a, G> {
     guest: &'a mut G,
     frames: FrameReader<Box<dyn Read + Send>>,
-    replies: FrameWriter<Box<dyn Write + Send>>,
+    answers: Answers,
     watchdog: Watchdog,
     options: &'a ReceiveOptions,
     attempt: &'a Attempt,
@@ -250,17 +251,21 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         description.check().map_err(ReceiveError::Refused)?;
         self.memory = description.ranges().map_err(ReceiveError::Refused)?;
         self.arrival = description.arrival;
-        self.guest
-            .prepare(&description)
+        let guest = &mut self.guest;
+        self.answers
+            .while_working(|| guest.prepare(&description))
             .map_err(|error| ReceiveError::Refused(error.to_string()))?;
         self.announce(&description);
         self.announced = description.sections;
         self.check_for_cancel()?;
         Ok(self.reply(Tag::Accept, &[])?)
     }
+
     fn announce(&self, description: &Description) {
         let bytes = description.memory_bytes();
-        self.attempt.progress().update(|p| p.memory_bytes = bytes);
+        self.attempt
+            .progress()
+            .update(|report| report.memory_bytes = bytes);
     }
 
     /// Takes memory and state in the order in which they come, up to FINISH.
@@ -289,14 +294,15 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                 _ => return Err(head.unexpected("memory or state").into()),
             };
             let bytes = self.frames.offset();
-            self.attempt.progress().update(|p| {
-                p.round_pages_sent += pages;
-                p.bytes_sent = bytes;
+            self.attempt.progress().update(|report| {
+                report.round_pages_sent += pages;
+                report.bytes_sent = bytes;
             });
         }
     }
 
-    /// Restores the guest and tells the source that it could run, with the digest of its memory if the source asked for it.
+    /// Restores the guest and tells the source that it could run, with the digest of its memory if the source asked
+    /// for it.
     fn ready(&mut self, finish: Finish) -> Result<()> {
         self.enter(Phase::Switchover);
         // Before state is restored: KVM writes to guest memory when the guest's clock is restored.
@@ -306,12 +312,13 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                 let digest = self.digest()?;
                 self.attempt
                     .progress()
-                    .update(|p| p.digest = Some(digest.to_string()));
+                    .update(|report| report.digest = Some(digest.to_string()));
                 digest.0.to_le_bytes().to_vec()
             }
         };
-        self.guest
-            .restore(&self.sections)
+        let (guest, sections) = (&mut self.guest, &self.sections);
+        self.answers
+            .while_working(|| guest.restore(sections))
             .map_err(|source| ReceiveError::Guest {
                 doing: "restoring state",
                 source,
@@ -328,25 +335,19 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    fn digest(&mut self) -> Result<digest::Digest> {
-        let populated = self
-            .guest
-            .populated()
-            .map_err(|source| ReceiveError::Guest {
-                doing: "finding populated memory",
-                source,
-            })?;
-        let Some(memory) = self.guest.memory() else {
-            return Err(ReceiveError::Refused("there is no guest memory".into()));
-        };
-        let replies = &mut self.replies;
-        let mut last = Instant::now();
-        digest::of_memory(memory, &populated, || {
-            if last.elapsed() >= ALIVE_EVERY {
-                replies.frame(Tag::Alive, [&[], &[]])?;
-                last = Instant::now();
-            }
-            Ok(())
+    fn digest(&self) -> Result<digest::Digest> {
+        self.answers.while_working(|| {
+            let populated = self
+                .guest
+                .populated()
+                .map_err(|source| ReceiveError::Guest {
+                    doing: "finding populated memory",
+                    source,
+                })?;
+            let Some(memory) = self.guest.memory() else {
+                return Err(ReceiveError::Refused("there is no guest memory".into()));
+            };
+            Ok(digest::of_memory(memory, &populated)?)
         })
     }
 
@@ -359,8 +360,8 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    /// Takes the guest over and runs it, unless the migration was cancelled here in the meantime: then the guest has not run
-    /// here, and the source is told so.
+    /// Takes the guest over and runs it, unless the migration was cancelled here in the meantime: then the guest has
+    /// not run here, and the source is told so.
     fn take_over(&mut self) -> Result<Received> {
         if !self.attempt.arbiter().commit() {
             return Err(ReceiveError::Cancelled);
@@ -415,8 +416,8 @@ impl<G: DestinationGuest> Receiver<'_, G> {
         }
     }
 
-    fn reply(&mut self, tag: Tag, payload: &[u8]) -> std::result::Result<(), WireError> {
-        self.replies.frame(tag, [payload, &[]])
+    fn reply(&self, tag: Tag, payload: &[u8]) -> std::result::Result<(), WireError> {
+        self.answers.reply(tag, payload)
     }
 
     fn enter(&self, phase: Phase) {
@@ -458,4 +459,33 @@ fn section(
         kind: kind.clone(),
         data: data.to_vec(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_is_taken_only_if_it_was_announced() {
+        let head = FrameHead {
+            tag: Tag::State,
+            sequence: 7,
+            offset: 99,
+        };
+        let announced = [SectionKind::optional("log", 2)];
+        let payload = section::encode_kind(&announced[0]).unwrap();
+        let taken = section(&head, &payload, &announced).unwrap();
+        assert_eq!(taken.kind, announced[0]);
+        for other in [
+            SectionKind::required("log", 1),
+            SectionKind::required("cpu", 2),
+        ] {
+            let payload = section::encode_kind(&other).unwrap();
+            let error = section(&head, &payload, &announced)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("was not announced"), "{error}");
+            assert!(error.contains("STATE frame 7 at offset 99"), "{error}");
+        }
+    }
 }

@@ -23,34 +23,23 @@ impl fmt::Display for Digest {
     }
 }
 
-/// Pages between two calls of `alive`.
-const STEP_PAGES: u64 = (64 << 20) / PAGE_SIZE;
-
 /// Computes the digest of `memory`, which must not change meanwhile and of which only `populated` may hold anything but
-/// zeros. Calls `alive` every 64 MiB, so that the caller can tell the other side that it is at work.
+/// zeros.
 ///
 /// # Errors
-/// Returns [`MemoryAccess`] if memory cannot be read, and the error of `alive`.
-pub(crate) fn of_memory<M, E>(
+/// Returns [`MemoryAccess`] if memory cannot be read.
+pub(crate) fn of_memory<M: GuestMemoryBackend>(
     memory: &M,
     populated: &[GpaRange],
-    mut alive: impl FnMut() -> Result<(), E>,
-) -> Result<Digest, E>
-where
-    M: GuestMemoryBackend,
-    E: From<MemoryAccess>,
-{
+) -> Result<Digest, MemoryAccess> {
     let mut sum = 0_u128;
     let mut buffer = PageBuffer::new(1);
-    for (number, address) in (1_u64..).zip(page_addresses(populated)) {
+    for address in page_addresses(populated) {
         memory
             .read_slice(&mut buffer, GuestAddress(address))
             .map_err(|source| MemoryAccess { address, source })?;
         if !buffer.first_chunk().is_some_and(is_zero) {
             sum = sum.wrapping_add(xxh3_128_with_seed(&buffer, address));
-        }
-        if number.is_multiple_of(STEP_PAGES) {
-            alive()?;
         }
     }
     Ok(Digest(sum))

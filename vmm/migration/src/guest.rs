@@ -165,9 +165,10 @@ pub trait DestinationGuest {
 
     /// Takes the guest or refuses it, and allocates its memory, all zero.
     ///
-    /// Called once. Whatever could fail later must be checked here, while the guest still runs undisturbed at the source:
-    /// compare the facts of the description with this host, and its sections with [`misfits`](crate::misfits).
-    /// Must return within the message deadline of the source (8 seconds by default).
+    /// Called once. Whatever could fail later must be checked here, while the guest still runs undisturbed at the
+    /// source: compare the facts of the description with this host, and its sections with [`misfits`](crate::misfits).
+    /// May take as long as the source waits, [`Deadlines::agreeing`](crate::Deadlines::agreeing): the engine tells it
+    /// meanwhile that this side is alive.
     ///
     /// # Errors
     /// Returns the reason to refuse the guest, for the source's user to read.
@@ -211,8 +212,9 @@ pub trait DestinationGuest {
 
     /// Restores vCPUs and devices from `sections`, in the order in which the source sent them, without running them.
     ///
-    /// Called once, after all pages have arrived. The values come from the other side and need the same checks as
-    /// values that a guest writes. Must return within the message deadline of the source.
+    /// Called once, after all pages have arrived, while the guest is paused at the source: the time counts as downtime,
+    /// and the source waits for [`Deadlines::ready`](crate::Deadlines::ready). The values come from the other side and
+    /// need the same checks as values that a guest writes.
     ///
     /// # Errors
     /// Returns which section cannot be restored and why. The guest then goes on at the source.

@@ -19,14 +19,18 @@
 //! never saw COMMIT discards everything. Before COMMIT every failure leaves the guest running at the source, its dirty
 //! bits rolled back and its logging off.
 //!
-//! A REFUSE may come instead of any reply, with the reason as text. After COMMIT it means that the destination does not run
-//! the guest and never will, so the source then does.
+//! The destination says ALIVE while it prepares, computes a digest or restores, so that the source can tell slow
+//! work from a dead peer.
+//!
+//! A REFUSE may come instead of any reply, with the reason as text. After COMMIT it means that the destination does
+//! not run the guest and never will, so the source then does.
 //!
 //! **What a monitor provides.** The engine knows no KVM and no device. A monitor implements [`SourceGuest`] and
-//! [`DestinationGuest`], keeps an [`ept::Tracker`] of dirty pages, and calls [`send`] on one side and [`receive`] on the
-//! other, each with a [`Stream`] and an [`Attempt`]. Both functions block until the migration has ended, set their own
+//! [`DestinationGuest`], keeps an [`ept::Tracker`] of dirty pages, and calls [`send`] on one side and [`receive`] on
+//! the other, each with a [`Stream`] and an [`Attempt`]. Both functions block until the migration has ended, set their own
 //! deadlines ([`Deadlines`]), and turn panics into errors.
 
+mod answers;
 mod arbiter;
 mod attempt;
 mod deadlines;
@@ -48,6 +52,11 @@ mod source;
 mod stream;
 mod watchdog;
 mod wire;
+
+/// Compiles the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 pub use attempt::{Attempt, NotUnconfirmed, Resolved, TooLate};
 pub use deadlines::Deadlines;

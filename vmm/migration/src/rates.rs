@@ -33,8 +33,8 @@ impl Rates {
         }
     }
 
-    /// Takes the bytes that a harvest found, dirtied since the harvest before it. Returns the bytes a second that the guest
-    /// dirtied; none for the first harvest, which has all memory.
+    /// Takes the bytes that a harvest found, dirtied since the harvest before it. Returns the bytes a second that
+    /// the guest dirtied; none for the first harvest, which has all memory.
     pub(super) fn harvested(&mut self, dirty_bytes: u64) -> Option<f64> {
         let interval = self.harvested_at.elapsed();
         self.harvested_at = Instant::now();

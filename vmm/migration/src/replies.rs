@@ -30,9 +30,10 @@ pub(crate) struct Replies {
     replies: Receiver<Result<Reply, WireError>>,
 }
 
-struct Reply {
-    head: FrameHead,
-    payload: Vec<u8>,
+/// One reply.
+pub(crate) struct Reply {
+    pub(crate) head: FrameHead,
+    pub(crate) payload: Vec<u8>,
 }
 
 impl Replies {
@@ -48,27 +49,27 @@ impl Replies {
         Ok(Self { replies })
     }
 
-    /// Waits for a frame of kind `due` and returns its payload. In a phase with a limit the destination may say
+    /// Waits for a frame of kind `due` and returns it. In a phase with a limit the destination may say
     /// ALIVE instead: then it gets the time for another message.
     ///
     /// # Errors
     /// Returns [`ReplyError::Refused`] if the destination refuses, and [`ReplyError::Wire`] if the deadline
     /// of the message or the phase passes, if the stream fails or if another frame comes.
-    pub(crate) fn expect(&self, due: Tag, watchdog: &Watchdog) -> Result<Vec<u8>, ReplyError> {
+    pub(crate) fn expect(&self, due: Tag, watchdog: &Watchdog) -> Result<Reply, ReplyError> {
         loop {
             let (left, limit) = watchdog.next_limit();
-            let Reply { head, payload } = match self.replies.recv_timeout(left) {
+            let reply = match self.replies.recv_timeout(left) {
                 Ok(reply) => reply?,
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(WireError::not_sent(due.to_string(), limit).into());
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(reader_gone().into()),
             };
-            match head.tag {
-                tag if tag == due => return Ok(payload),
+            match reply.head.tag {
+                tag if tag == due => return Ok(reply),
                 Tag::Alive if watchdog.limits_phase() => {}
-                Tag::Refuse => return Err(refused(&payload)),
-                _ => return Err(head.unexpected(due.to_string()).into()),
+                Tag::Refuse => return Err(refused(&reply.payload)),
+                _ => return Err(reply.head.unexpected(due.to_string()).into()),
             }
         }
     }

@@ -116,3 +116,55 @@ pub struct Report {
     /// Bytes of guest memory.
     pub memory_bytes: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phase_reads_the_same_in_json_and_in_messages() {
+        let phases = [
+            Phase::None,
+            Phase::Listening,
+            Phase::Connecting,
+            Phase::Agreeing,
+            Phase::Rounds,
+            Phase::Switchover,
+            Phase::Committed,
+            Phase::Completed,
+            Phase::Failed,
+            Phase::Cancelled,
+            Phase::HandedOverUnconfirmed,
+        ];
+        for phase in phases {
+            assert_eq!(serde_json::to_value(phase).unwrap(), phase.to_string());
+        }
+    }
+
+    #[test]
+    fn the_fields_of_a_report_keep_their_names() {
+        let report = Report {
+            url: Some("unix:/a".into()),
+            rounds: vec![Round::default()],
+            ..Report::default()
+        };
+        let expected = serde_json::json!({
+            "phase": "none",
+            "url": "unix:/a",
+            "rounds": [{
+                "pages": 0, "zero_pages": 0, "bytes": 0, "ms": 0.0, "dirty_bytes_per_s": 0.0
+            }],
+            "round_pages": 0,
+            "round_pages_sent": 0,
+            "throttle_percent": 0,
+            "bytes_sent": 0,
+            "total_ms": 0.0,
+            "downtime_ms": 0.0,
+            "pause_ms": 0.0,
+            "digest_ms": 0.0,
+            "memory_bytes": 0,
+        });
+        assert_eq!(serde_json::to_value(&report).unwrap(), expected);
+        assert_eq!(serde_json::from_value::<Report>(expected).unwrap(), report);
+    }
+}

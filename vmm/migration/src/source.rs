@@ -1,11 +1,14 @@
 //! The source's side of a migration: the phases in order, with one failure arm.
 
+mod error;
+
 use std::io::Write;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ept::{Epoch, GpaRange, Harvest, Start};
+pub use error::SendError;
 
 use crate::attempt::Attempt;
 use crate::deadlines::{self, Deadlines};
@@ -13,10 +16,10 @@ use crate::decide::{Decision, Limits, Measured, TimeoutStrategy, decide, will_no
 use crate::digest::{self, Digest};
 use crate::guest::{GuestError, SourceGuest};
 use crate::header;
-use crate::pages::{MemoryAccess, PageSender, SendPagesError};
+use crate::pages::PageSender;
 use crate::panic::caught;
 use crate::rates::Rates;
-use crate::replies::{Replies, ReplyError};
+use crate::replies::{Replies, Reply, ReplyError};
 use crate::report::{Phase, Round};
 use crate::section;
 use crate::stream::{EndStream, Halves, Stream};
@@ -42,107 +45,6 @@ pub enum DigestCheck {
     /// They do not compare it.
     #[default]
     Skip,
-}
-
-/// Why a guest was not handed over. It goes on at the source as before, except in the cases for which
-/// [`SendError::is_in_doubt`] returns true and in [`SendError::Twice`].
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SendError {
-    /// The destination refused the guest, for this reason.
-    #[error("the destination refused: {0}")]
-    Refused(String),
-    /// The stream failed, a deadline passed, or the destination sent something invalid.
-    #[error("the connection failed: {0}")]
-    Wire(#[from] WireError),
-    /// The stream could not be split, or a thread for it could not be started.
-    #[error("preparing the connection: {0}")]
-    Stream(#[source] std::io::Error),
-    /// A method of the guest returned an error.
-    #[error("{doing}: {source}")]
-    Guest {
-        /// What the method was to do.
-        doing: &'static str,
-        /// Error of the method.
-        source: GuestError,
-    },
-    /// Guest memory could not be read.
-    #[error(transparent)]
-    Memory(#[from] MemoryAccess),
-    /// The tracker has no room for one more consumer.
-    #[error("dirty tracking: {0}")]
-    Epoch(#[from] ept::EpochError),
-    /// The host has no memory to record which pages are dirty.
-    #[error("dirty tracking: {0}")]
-    Harvest(#[from] ept::HarvestError),
-    /// The migration was cancelled.
-    #[error("cancelled")]
-    Cancelled,
-    /// The rounds did not converge in time.
-    #[error("gave up: {0}")]
-    GaveUp(String),
-    /// Source and destination hold different memory.
-    #[error("the digests of memory differ: {source_digest} here, {destination_digest} there")]
-    DigestsDiffer {
-        /// Digest at the source.
-        source_digest: Digest,
-        /// Digest at the destination.
-        destination_digest: Digest,
-    },
-    /// The attempt was used before, or is one of a destination. The guest was not touched.
-    #[error("the attempt is in phase {0}: a new migration needs a new attempt")]
-    AttemptUsed(Phase),
-    /// The engine, a method of the guest, or the stream panicked before COMMIT.
-    #[error("a panic in phase {phase}: {message}")]
-    Panicked {
-        /// Phase of the migration.
-        phase: Phase,
-        /// Message of the panic.
-        message: String,
-    },
-    /// The migration failed, and then the guest could not be put back as it was.
-    #[error("{first}; and after that: {second}")]
-    Twice {
-        /// Why the migration failed.
-        first: Box<SendError>,
-        /// Why the guest was not put back.
-        second: Box<SendError>,
-    },
-    /// COMMIT was sent and its confirmation was lost: the destination may run the guest, so it stays paused at
-    /// the source.
-    #[error(
-        "COMMIT was sent and its confirmation was lost ({0}): the guest stays paused here; find out \
-         whether it runs at the destination before it is resumed here; a destination that does not answer may \
-         still run it: end its process first"
-    )]
-    Unconfirmed(String),
-}
-
-impl SendError {
-    /// Returns true if the destination may have the guest: it stays paused at the source until
-    /// [`Attempt::resolve`].
-    #[must_use]
-    pub fn is_in_doubt(&self) -> bool {
-        matches!(self, Self::Unconfirmed(_))
-    }
-}
-
-impl From<SendPagesError> for SendError {
-    fn from(error: SendPagesError) -> Self {
-        match error {
-            SendPagesError::Wire(error) => Self::Wire(error),
-            SendPagesError::Memory(error) => Self::Memory(error),
-        }
-    }
-}
-
-impl From<ReplyError> for SendError {
-    fn from(error: ReplyError) -> Self {
-        match error {
-            ReplyError::Refused(reason) => Self::Refused(reason),
-            ReplyError::Wire(error) => Self::Wire(error),
-        }
-    }
 }
 
 type Result<T> = std::result::Result<T, SendError>;
@@ -325,7 +227,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             .map_err(guest_error("describing the guest"))?;
         self.memory = description
             .ranges()
-            .map_err(|why| SendError::Wire(WireError::Header(why)))?;
+            .map_err(|why| guest_error("describing the guest")(why.into()))?;
         self.attempt
             .progress()
             .update(|report| report.memory_bytes = description.memory_bytes());
@@ -383,8 +285,8 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let Some(rate) = self.rates.harvested(harvest.pages() * ept::PAGE_SIZE) else {
             return;
         };
-        self.attempt.progress().update(|p| {
-            if let Some(round) = p.rounds.last_mut() {
+        self.attempt.progress().update(|report| {
+            if let Some(round) = report.rounds.last_mut() {
                 round.dirty_bytes_per_s = rate;
             }
         });
@@ -398,7 +300,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         );
         self.attempt
             .progress()
-            .update(|p| p.message = will_not_converge(&measured));
+            .update(|report| report.message = will_not_converge(&measured));
         let decision = decide(&measured, &self.options.limits);
         self.measured = Some(measured);
         decision
@@ -412,7 +314,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             self.rates.throttle = percent;
             self.attempt
                 .progress()
-                .update(|p| p.throttle_percent = percent);
+                .update(|report| report.throttle_percent = percent);
         }
         Ok(())
     }
@@ -438,7 +340,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let due = harvest.pages();
         self.attempt
             .progress()
-            .update(|p| (p.round_pages, p.round_pages_sent) = (due, 0));
+            .update(|report| (report.round_pages, report.round_pages_sent) = (due, 0));
         for chunk in chunks(&self.memory) {
             let dirty: Vec<u64> = harvest.words_in(chunk).collect();
             if dirty.iter().all(|word| *word == 0) {
@@ -459,7 +361,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             let (sent, bytes) = (self.pages.pages, self.frames.offset());
             self.attempt
                 .progress()
-                .update(|p| (p.round_pages_sent, p.bytes_sent) = (sent, bytes));
+                .update(|report| (report.round_pages_sent, report.bytes_sent) = (sent, bytes));
         }
         Ok(())
     }
@@ -477,7 +379,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             guest_error("pausing the guest")(error)
         })?;
         let pause = millis(self.paused_at.elapsed());
-        self.attempt.progress().update(|p| p.pause_ms = pause);
+        self.attempt
+            .progress()
+            .update(|report| report.pause_ms = pause);
         Ok(())
     }
 
@@ -517,7 +421,8 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             false => FINISH_PLAIN,
         };
         self.frames.frame(Tag::Finish, [&[finish], &[]])?;
-        let limit = self.options.deadlines.ready + self.digest_estimate * 4;
+        let digests = self.digest_estimate.saturating_mul(4);
+        let limit = self.options.deadlines.ready.saturating_add(digests);
         self.watchdog.begin_phase(Phase::Switchover, Some(limit));
         let here = if compare { Some(self.digest()?) } else { None };
         let there = self.replies.expect(Tag::Ready, &self.watchdog)?;
@@ -525,10 +430,11 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let Some(source_digest) = here else {
             return Ok(());
         };
-        let there: [u8; 16] = there.as_slice().try_into().map_err(|_| {
-            WireError::Header(format!("a digest of {} bytes, 16 are due", there.len()))
+        let Reply { head, payload } = there;
+        let digest = payload.as_slice().try_into().map_err(|_| {
+            head.malformed(format!("a digest of {} bytes, 16 are due", payload.len()))
         })?;
-        let destination_digest = Digest(u128::from_le_bytes(there));
+        let destination_digest = Digest(u128::from_le_bytes(digest));
         if source_digest != destination_digest {
             return Err(SendError::DigestsDiffer {
                 source_digest,
@@ -537,16 +443,18 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         }
         self.attempt
             .progress()
-            .update(|p| p.digest = Some(source_digest.to_string()));
+            .update(|report| report.digest = Some(source_digest.to_string()));
         Ok(())
     }
 
     fn digest(&mut self) -> Result<Digest> {
         let began = Instant::now();
         let populated = self.populated()?;
-        let digest = digest::of_memory::<_, SendError>(self.guest.memory(), &populated, || Ok(()))?;
+        let digest = digest::of_memory(self.guest.memory(), &populated)?;
         let took = millis(began.elapsed());
-        self.attempt.progress().update(|p| p.digest_ms = took);
+        self.attempt
+            .progress()
+            .update(|report| report.digest_ms = took);
         Ok(digest)
     }
 
@@ -581,7 +489,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let bytes = self.frames.offset();
         self.attempt
             .progress()
-            .update(|p| (p.downtime_ms, p.bytes_sent) = (downtime, bytes));
+            .update(|report| (report.downtime_ms, report.bytes_sent) = (downtime, bytes));
         Ok(())
     }
 
@@ -606,7 +514,12 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
                 }))
             }
             WireError::Io { .. } | WireError::NotTaken { .. } => {
-                match self.replies.reason_of_end(REASON_LIMIT) {
+                // A destination that took too long has said why by now, if it says so at all.
+                let limit = match wire {
+                    WireError::Io { .. } => REASON_LIMIT,
+                    _ => Duration::ZERO,
+                };
+                match self.replies.reason_of_end(limit) {
                     Some(reason) => SendError::Refused(reason),
                     None => SendError::Wire(wire),
                 }
@@ -684,9 +597,9 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             dirty_bytes_per_s: 0.0,
         };
         let total = self.frames.offset();
-        self.attempt.progress().update(|p| {
-            p.rounds.push(round);
-            p.bytes_sent = total;
+        self.attempt.progress().update(|report| {
+            report.rounds.push(round);
+            report.bytes_sent = total;
         });
     }
 }

@@ -64,10 +64,10 @@ impl Halves {
     /// Joins two directions and the function that ends them.
     ///
     /// The engine calls `end` from other threads than those that read and write, more than once, and after the
-    /// other side is gone. After `end(Shutdown::Read)` a blocked or later `read` must return 0 or an error, and
-    /// `write` must go on working: the reason of a failure is still sent. After `end(Shutdown::Write)` a
-    /// blocked or later `write` must fail, and the other side must see the end of the stream after the bytes that
-    /// were written before.
+    /// other side is gone. It must not block. After `end(Shutdown::Read)` a blocked or later `read` must return 0
+    /// or an error, and `write` must go on working: the reason of a failure is still sent. After
+    /// `end(Shutdown::Write)` a blocked or later `write` must fail, and the other side must see the end of the
+    /// stream after the bytes that were written before.
     ///
     /// The writer should implement [`Write::write_vectored`], because most writes have several parts: without it
     /// each part becomes a write of its own.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, io, thread};
 
+use crate::panic::caught;
 use crate::report::Phase;
 use crate::stream::EndStream;
 
@@ -175,7 +176,8 @@ impl Shared {
                 if let Some(expired) = observed.look(direction, now, self.message_limit, phase) {
                     // Only the first one counts.
                     let _already = direction.expired.set(expired);
-                    (self.end)(half);
+                    // A panic of the embedder's function must not end the supervision.
+                    let _panicked = caught(|| (self.end)(half));
                 }
             }
             state = self.lock();

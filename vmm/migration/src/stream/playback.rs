@@ -11,7 +11,8 @@ use super::{Halves, Stream};
 /// A stream that [`Recording`](super::Recording) has written, for [`receive`](crate::receive) to read. What the
 /// destination replies is discarded.
 ///
-/// A recording that is incomplete is refused before anything runs, because COMMIT is its last frame.
+/// A recording that is incomplete is refused before anything runs, because COMMIT is its last frame. A read that
+/// hangs in the file system cannot be interrupted: deadlines and cancels take effect after it.
 #[derive(Debug)]
 pub struct Playback {
     file: File,

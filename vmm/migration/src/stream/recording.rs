@@ -16,7 +16,8 @@ use crate::{header, wire};
 ///
 /// The file is complete only if `send` returned `Ok`: then COMMIT, its last frame, is on stable storage. In any
 /// other case remove the file. A recording has no memory of its own to compare with the guest's, so it refuses
-/// [`DigestCheck::Compare`](crate::DigestCheck::Compare).
+/// [`DigestCheck::Compare`](crate::DigestCheck::Compare). A write that hangs in the file system cannot be interrupted:
+/// deadlines and cancels take effect after it.
 #[derive(Debug)]
 pub struct Recording {
     file: File,

@@ -1,5 +1,6 @@
 //! Cancelling in each phase, at each side, and while a side waits for the other one.
 
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use ept::{Gpa, Source};
 use migration::{Attempt, Limits, Phase, ReceiveError, SendError, SendOptions, Tag, TooLate};
 
-use crate::calls::{Calls, Moment, When};
+use crate::calls::{Calls, Moment, Observed, When};
 use crate::guest::EmptyGuest;
 use crate::relay::{Fault, Harm};
 use crate::{Setup, assert_alive_and_whole, assert_stayed, running_guest};
@@ -122,6 +123,29 @@ fn the_destination_can_cancel_up_to_commit_and_the_source_is_told() {
         }
         assert_stayed(&world, source);
     }
+}
+
+#[test]
+fn the_reason_of_a_destination_that_cancels_arrives_over_tcp() {
+    let (world, mut source) = running_guest();
+    let receiving = Attempt::arriving("test");
+    let calls = cancel_at("write_pages", 1, &receiving);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    let Setup { send, receive, .. } = Setup::default();
+    let mut empty = EmptyGuest::new(&world);
+    let receiver = thread::spawn(move || {
+        let guest = &mut empty;
+        migration::receive(&mut Observed { guest, calls }, far, &receive, &receiving)
+    });
+    match migration::send(&mut source, near, &send, &Attempt::new("test")) {
+        Err(SendError::Refused(reason)) => assert_eq!(reason, "cancelled at the destination"),
+        other => panic!("{other:?}"),
+    }
+    let received = receiver.join().unwrap();
+    assert!(matches!(received, Err(ReceiveError::Cancelled)));
+    assert_stayed(&world, source);
 }
 
 #[test]

@@ -10,10 +10,14 @@ use migration::{
     SourceGuest, Tag, TimeoutStrategy, receive, send,
 };
 
+use crate::calls::{Calls, Moment, When};
 use crate::guest::EmptyGuest;
 use crate::peer::alive_instead_of;
 use crate::relay::{Fault, Harm};
-use crate::{PATIENT, Setup, assert_second_try_succeeds, assert_stayed, running_guest};
+use crate::{
+    PATIENT, Setup, assert_alive_and_whole, assert_second_try_succeeds, assert_stayed,
+    running_guest,
+};
 
 /// Long enough for an honest message on a loaded host, and shorter than any message that drips.
 const SHORT: Deadlines = Deadlines {
@@ -172,6 +176,33 @@ fn a_destination_that_is_alive_for_ever_exceeds_the_total_of_its_phase() {
         assert!(error.to_string().contains(&words), "{error}");
         peer.join().unwrap();
         assert_stayed(&world, source);
+    }
+}
+
+#[test]
+fn a_destination_that_works_longer_than_a_message_may_take_is_waited_for() {
+    for method in ["prepare", "populated", "restore"] {
+        let (world, mut source) = running_guest();
+        let setup = Setup::default();
+        let moment = Moment {
+            method,
+            nth: 1,
+            when: When::Before,
+        };
+        let setup = Setup {
+            send: SendOptions {
+                deadlines: SHORT,
+                ..setup.send
+            },
+            receive: ReceiveOptions { deadlines: SHORT },
+            destination_calls: Calls::at(moment, || thread::sleep(SHORT.message * 3)),
+            ..setup
+        };
+        // The destination waits for nothing meanwhile, so that its own limit does not matter.
+        let ending = setup.run(&mut source, EmptyGuest::new(&world));
+        ending.sent.unwrap();
+        assert_alive_and_whole(&mut ending.arrived.unwrap());
+        assert_eq!(world.most(), 1, "{method}");
     }
 }
 

@@ -5,18 +5,20 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use ept::{Gpa, GpaRange, PAGE_SIZE, Region, RegionKind, Source, Tracker, TrackerBitmap};
-use migration::{Description, DestinationGuest, GuestError, Section, SectionKind, SourceGuest};
+use migration::{
+    Arrival, Description, DestinationGuest, GuestError, Section, SectionKind, SourceGuest,
+};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-pub(crate) const PAGES: u64 = 512;
-/// Pages that the guest rewrites; those above stay zero, but for one in the middle.
+const PAGES: u64 = 512;
+/// Pages that the guest rewrites. Those above stay zero, except [`COLD_PAGE`].
 const HOT_PAGES: u64 = 64;
 const COLD_PAGE: u64 = 300;
 
 pub(crate) type Memory = GuestMemoryMmap<TrackerBitmap>;
 
-/// What all copies of one guest have in common: how many of them run.
+/// Counts how many copies of one guest run.
 #[derive(Default)]
 pub(crate) struct World {
     running: AtomicUsize,
@@ -28,7 +30,7 @@ impl World {
         self.running.load(Ordering::SeqCst)
     }
 
-    /// The most copies that ever ran at once.
+    /// Returns the most copies that ever ran at once.
     pub(crate) fn most(&self) -> usize {
         self.most.load(Ordering::SeqCst)
     }
@@ -43,15 +45,17 @@ impl World {
     }
 }
 
-/// Memory, its tracker, and the thread that writes to it.
+/// A guest whose vCPU is a thread that writes to its memory.
 pub(crate) struct Guest {
     pub(crate) memory: Memory,
     pub(crate) tracker: Arc<Tracker>,
     world: Arc<World>,
-    /// Pages stamped so far: page `n % HOT_PAGES` holds the last such `n`.
+    /// Number of the last stamp. Stamp `n` is in page `n % HOT_PAGES`.
     stamps: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     vcpu: Option<JoinHandle<()>>,
+    /// What [`SourceGuest::describe`] says about the guest.
+    pub(crate) arrival: Arrival,
     /// Called at each `sync_log` with the number of calls so far.
     pub(crate) on_sync: Option<Box<dyn FnMut(u32) + Send>>,
     syncs: u32,
@@ -95,6 +99,7 @@ impl Guest {
             stamps: Arc::new(AtomicU64::new(stamps)),
             stop: Arc::default(),
             vcpu: None,
+            arrival: Arrival::Runs,
             on_sync: None,
             syncs: 0,
         }
@@ -139,7 +144,7 @@ impl Guest {
         self.stamps.load(Ordering::SeqCst)
     }
 
-    /// Every page of a halted guest holds what the guest wrote last.
+    /// Checks that every page of a halted guest holds the stamp that the guest wrote last.
     pub(crate) fn audit(&self) {
         assert!(self.vcpu.is_none());
         let last = self.stamps();
@@ -182,6 +187,7 @@ impl SourceGuest for Guest {
         let memory = GpaRange::with_len(Gpa(0), PAGES * PAGE_SIZE)?;
         let mut description = Description::new("test", &[memory], 1);
         description.sections.push(section_kind());
+        description.arrival = self.arrival;
         Ok(description)
     }
 
@@ -193,7 +199,7 @@ impl SourceGuest for Guest {
         &self.tracker
     }
 
-    // The stamping thread marks the tracker itself: there is no log to bring in.
+    // The stamping thread marks the tracker by itself, so that there is no log to read.
     fn sync_log(&mut self) -> Result<(), GuestError> {
         self.syncs += 1;
         if let Some(on_sync) = &mut self.on_sync {
@@ -223,10 +229,10 @@ impl SourceGuest for Guest {
     }
 }
 
-/// A place for a [`Guest`] to arrive.
+/// A destination that a [`Guest`] arrives in.
 pub(crate) struct EmptyGuest {
     world: Arc<World>,
-    /// Refuse whatever comes, for this reason.
+    /// Reason to refuse every guest.
     pub(crate) refusal: Option<&'static str>,
     empty: Option<(Memory, Arc<Tracker>)>,
     guest: Arc<Mutex<Option<Guest>>>,
@@ -242,7 +248,7 @@ impl EmptyGuest {
         }
     }
 
-    /// The guest that runs here, if one does.
+    /// Returns the guest if it runs here.
     pub(crate) fn take(self) -> Option<Guest> {
         let guest = self.guest.lock().unwrap().take();
         guest.filter(Guest::is_running)

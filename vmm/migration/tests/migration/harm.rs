@@ -1,8 +1,11 @@
-//! Frames that are cut off, changed or lost.
+//! Migrations without a fault, and with frames that are cut off, changed or lost.
 
-use migration::{ReceiveError, SendError, SourceGuest, Tag};
+use std::sync::Arc;
 
-use crate::guest::{EmptyGuest, Guest};
+use migration::{Arrival, Attempt, Phase, ReceiveError, SendError, SourceGuest, Tag};
+
+use crate::calls::Calls;
+use crate::guest::{EmptyGuest, Guest, World};
 use crate::relay::{Fault, Harm};
 use crate::{
     Ending, Setup, assert_alive_and_whole, assert_second_try_succeeds, assert_stayed, running_guest,
@@ -24,6 +27,25 @@ fn a_guest_arrives_whole_while_it_writes() {
         assert_second_try_succeeds(&world, source);
         assert_eq!(world.running(), 0);
     }
+}
+
+#[test]
+fn a_paused_guest_stays_paused() {
+    let world = Arc::new(World::default());
+    let mut source = Guest::new(&world);
+    source.arrival = Arrival::StaysPaused;
+    let (receiving, calls) = (Attempt::arriving("test"), Calls::recorded());
+    let setup = Setup {
+        destination_calls: calls.clone(),
+        receiving: receiving.clone(),
+        ..Setup::default()
+    };
+    let ending = setup.run(&mut source, EmptyGuest::new(&world));
+    ending.sent.unwrap();
+    assert_eq!(receiving.report().phase, Phase::Completed);
+    let called = |method| calls.moments().iter().any(|m| m.method == method);
+    assert!(called("taken_over") && !called("resume"));
+    assert_eq!(world.most(), 0);
 }
 
 /// Before COMMIT every fault leaves the guest running at the source, as it was.

@@ -22,10 +22,12 @@ fn answer(kept_back: Tag, reader: &mut dyn Read, writer: &mut dyn Write) -> std:
     let (mut sequence, mut due) = (0, Some(Tag::Accept));
     loop {
         if let Some(reply) = due {
-            while reply == kept_back {
-                writer.write_all(&frame(Tag::Alive, sequence))?;
-                sequence += 1;
-                std::thread::sleep(std::time::Duration::from_millis(10));
+            if reply == kept_back {
+                loop {
+                    writer.write_all(&frame(Tag::Alive, sequence))?;
+                    sequence += 1;
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
             }
             writer.write_all(&frame(reply, sequence))?;
             sequence += 1;
