@@ -4,23 +4,19 @@
 //! silently lacks a disk is worse than one that does not start.
 
 mod devices;
+mod net;
+mod rate_limiter;
 
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::boot::Payload;
-use crate::kvm::dirty_log::DirtyLogMode;
-use crate::machine::Shape;
-use crate::memory::Backing;
-
-pub use devices::{
-    BalloonConfig, DevicesConfig, DiskConfig, ImageType, MacAddress, NetConfig, RateLimiterConfig,
-    RngConfig, TokenBucket, VsockConfig,
-};
+pub use devices::{BalloonConfig, DevicesConfig, DiskConfig, ImageType, RngConfig, VsockConfig};
+pub use net::{MacAddress, NetConfig};
+pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 
 /// A guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,6 +174,15 @@ pub struct ConfigError {
     pub why: String,
 }
 
+impl ConfigError {
+    fn new(path: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            why: why.into(),
+        }
+    }
+}
+
 fn prefix(path: &str) -> String {
     match path {
         "." => String::new(),
@@ -215,14 +220,14 @@ impl VmConfig {
         let without = |net: &&mut NetConfig| net.tap.is_none() && net.fds.is_none();
         let nets: Vec<_> = self.net.iter_mut().filter(without).collect();
         if !passed.is_empty() && nets.len() != passed.len() {
-            return Err(ConfigError {
-                path: "net".into(),
-                why: format!(
+            return Err(ConfigError::new(
+                "net",
+                format!(
                     "{} descriptors came with the call, for {} interfaces that name no tap",
                     passed.len(),
                     nets.len()
                 ),
-            });
+            ));
         }
         for (net, descriptor) in nets.into_iter().zip(passed) {
             net.fds = Some(vec![descriptor.as_raw_fd()]);
@@ -230,81 +235,63 @@ impl VmConfig {
         Ok(())
     }
 
-    /// What to boot.
+    /// Checks that the values of the configuration are valid and fit each other, without looking at the host.
     ///
     /// # Errors
-    /// There is no kernel.
-    pub fn boot_payload(&self) -> Result<Payload, ConfigError> {
-        let kernel = self.payload.kernel.clone().ok_or_else(|| ConfigError {
-            path: "payload.kernel".into(),
-            why: "a guest needs a kernel: an ELF image with a PVH note, a vmlinux or a bzImage"
-                .into(),
-        })?;
-        Ok(Payload {
-            kernel,
-            initramfs: self.payload.initramfs.clone(),
-            command_line: self.payload.cmdline.clone().unwrap_or_default(),
-        })
+    /// Returns the path and the reason of the first field that is invalid.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.cpus.max_vcpus != self.cpus.boot_vcpus {
+            return Err(ConfigError::new(
+                "cpus.max_vcpus",
+                format!(
+                    "{} is not {}, the number of boot_vcpus: there is no hotplug",
+                    self.cpus.max_vcpus, self.cpus.boot_vcpus
+                ),
+            ));
+        }
+        self.devices().check(self.memory.size)?;
+        self.check_shared()?;
+        self.check_serial()
+    }
+
+    /// Checks that guest memory is shared if something needs it: a vhost-user back end maps it in its own process, and
+    /// huge pages are always a shared memory file.
+    fn check_shared(&self) -> Result<(), ConfigError> {
+        let why = if self.memory.shared {
+            return Ok(());
+        } else if self.disks.iter().any(|disk| disk.vhost_user) {
+            "a vhost-user back end has to map guest memory: leave it on"
+        } else if self.memory.hugepages {
+            "huge pages are always a shared memory file: leave it on"
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::new("memory.shared", why))
     }
 
     fn check_serial(&self) -> Result<(), ConfigError> {
         match (self.serial.mode, &self.serial.file) {
-            (SerialMode::File, None) => Err(ConfigError {
-                path: "serial.file".into(),
-                why: "the mode File needs the file's path".into(),
-            }),
+            (SerialMode::File, None) => Err(ConfigError::new(
+                "serial.file",
+                "the mode File needs the file's path",
+            )),
             _ => Ok(()),
         }
     }
-
-    /// A back end in another process maps guest memory.
-    fn check_shared(&self) -> Result<(), ConfigError> {
-        match self.disks.iter().any(|disk| disk.vhost_user) && !self.memory.shared {
-            true => Err(ConfigError {
-                path: "memory.shared".into(),
-                why: "a vhost-user back end has to map guest memory: leave it on".into(),
-            }),
-            false => Ok(()),
-        }
-    }
-
-    /// The machine to make.
-    ///
-    /// # Errors
-    /// Values that contradict each other.
-    pub fn shape(&self, dirty_log: Option<DirtyLogMode>) -> Result<Shape, ConfigError> {
-        if self.cpus.max_vcpus != self.cpus.boot_vcpus {
-            return Err(ConfigError {
-                path: "cpus.max_vcpus".into(),
-                why: format!(
-                    "{} is not {}, the number of boot_vcpus: there is no hotplug",
-                    self.cpus.max_vcpus, self.cpus.boot_vcpus
-                ),
-            });
-        }
-        self.devices().check(self.memory.size)?;
-        self.check_shared()?;
-        self.check_serial()?;
-        Ok(Shape {
-            cpus: self.cpus.boot_vcpus,
-            memory_bytes: self.memory.size,
-            backing: self.memory.backing()?,
-            dirty_log,
-        })
-    }
 }
 
-impl MemoryConfig {
-    fn backing(self) -> Result<Backing, ConfigError> {
-        match (self.shared, self.hugepages) {
-            (true, false) => Ok(Backing::Memfd),
-            (false, false) => Ok(Backing::Anonymous),
-            (true, true) => Ok(Backing::Hugetlb),
-            (false, true) => Err(ConfigError {
-                path: "memory.shared".into(),
-                why: "huge pages are always a shared memory file: leave it on".into(),
-            }),
-        }
+impl PayloadConfig {
+    /// Returns the path of the kernel.
+    ///
+    /// # Errors
+    /// Returns a [`ConfigError`] for `payload.kernel` if no kernel is given.
+    pub fn kernel(&self) -> Result<&Path, ConfigError> {
+        self.kernel.as_deref().ok_or_else(|| {
+            ConfigError::new(
+                "payload.kernel",
+                "a guest needs a kernel: an ELF image with a PVH note, a vmlinux or a bzImage",
+            )
+        })
     }
 }
 
@@ -359,7 +346,7 @@ mod tests {
         let config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
         assert_eq!(config.cpus, CpusConfig::of(1));
         assert_eq!(config.memory.size, 512 << 20);
-        assert_eq!(config.boot_payload().unwrap().kernel, PathBuf::from("/k"));
+        assert_eq!(config.payload.kernel, Some(PathBuf::from("/k")));
     }
 
     #[test]
@@ -401,33 +388,5 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(said) && !text.starts_with('.'), "{text}");
         }
-    }
-
-    #[test]
-    fn contradictions_are_named() {
-        let mut config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
-        config.cpus.max_vcpus = 4;
-        assert_eq!(config.shape(None).unwrap_err().path, "cpus.max_vcpus");
-        config.cpus.max_vcpus = 1;
-        config.memory = MemoryConfig {
-            size: 1 << 30,
-            shared: false,
-            hugepages: true,
-        };
-        assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
-        config.memory.hugepages = false;
-        config.disks.push(DiskConfig {
-            vhost_user: true,
-            vhost_socket: Some("/s".into()),
-            ..DiskConfig::default()
-        });
-        assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
-        config.memory.shared = true;
-        config.serial.mode = SerialMode::File;
-        assert_eq!(config.shape(None).unwrap_err().path, "serial.file");
-        config.serial.file = Some("/s".into());
-        config.shape(None).unwrap();
-        config.payload.kernel = None;
-        assert_eq!(config.boot_payload().unwrap_err().path, "payload.kernel");
     }
 }

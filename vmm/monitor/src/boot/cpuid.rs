@@ -51,7 +51,7 @@ impl GuestCpuid {
     pub fn of_vcpu(&self, index: u32) -> Vec<kvm_cpuid_entry2> {
         let mut entries = self.common.clone();
         let count = self.count;
-        topology::Place { index, count }.write(&mut entries);
+        topology::CpuPosition { index, count }.write(&mut entries);
         entries
     }
 

@@ -8,7 +8,9 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::KernelLoaderResult;
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, Initramfs, acpi, memory_map};
+use super::image::Initramfs;
+use super::memory_map::memory_map;
+use super::{BootError, acpi};
 use crate::memory::GuestMemory;
 
 /// Where boot_params is; its address is what the kernel finds in rsi.

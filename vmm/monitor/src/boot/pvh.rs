@@ -9,7 +9,9 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, Initramfs, acpi, memory_map};
+use super::image::Initramfs;
+use super::memory_map::memory_map;
+use super::{BootError, acpi};
 use crate::memory::GuestMemory;
 
 /// Where the start info is; its address is what the guest finds in ebx.

@@ -1,15 +1,11 @@
 //! The virtio devices in a guest's configuration.
 
-use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use devices::{Rate, RateLimit};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, SerialConfig, SerialMode, bytes};
-use crate::migrate::check_socket_path;
+use super::{ConfigError, NetConfig, RateLimiterConfig, SerialConfig, SerialMode, bytes};
+use crate::socket_path::check_socket_path;
 
 /// The virtio devices of a guest. Their order is the order in which the guest finds them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,27 +57,6 @@ pub struct DiskConfig {
     /// The Unix socket on which that listens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vhost_socket: Option<PathBuf>,
-}
-
-/// A network interface: over a tap by name, or over a passed descriptor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-pub struct NetConfig {
-    /// The tap's name; it is there already.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub tap: Option<String>,
-    /// One descriptor of an open tap.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub fds: Option<Vec<i32>>,
-    /// The guest's address; a random one if none is given.
-    #[serde(default = "MacAddress::random")]
-    pub mac: MacAddress,
-    /// The largest packet that the guest should send, in bytes.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub mtu: Option<u16>,
-    /// How much may come and go, each.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub rate_limiter_config: Option<RateLimiterConfig>,
 }
 
 /// An entropy device.
@@ -147,130 +122,9 @@ impl BalloonConfig {
             let why = format!(
                 "{size} bytes cannot be: whole pages of 4096, and less than the guest's {memory_bytes}"
             );
-            return Err(error(path, why));
+            return Err(ConfigError::new(path, why));
         }
         Ok(())
-    }
-}
-
-/// Limits of a disk or an interface.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-pub struct RateLimiterConfig {
-    /// Of bytes.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub bandwidth: Option<TokenBucket>,
-    /// Of requests or packets.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub ops: Option<TokenBucket>,
-}
-
-/// A bucket that is full at the beginning, and again after it rested for as long as it takes to fill.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-pub struct TokenBucket {
-    /// How many tokens it holds, at least 1.
-    pub size: u64,
-    /// Milliseconds in which it fills, at least 1.
-    pub refill_time: u64,
-}
-
-impl TokenBucket {
-    fn rate(self) -> Rate {
-        let per_second = u128::from(self.size) * 1000 / u128::from(self.refill_time.max(1));
-        Rate {
-            per_second: u64::try_from(per_second).unwrap_or(u64::MAX),
-            burst: self.size,
-        }
-    }
-}
-
-impl RateLimiterConfig {
-    /// As devices take it.
-    #[must_use]
-    pub fn limit(self) -> RateLimit {
-        RateLimit {
-            bytes: self.bandwidth.map(TokenBucket::rate),
-            operations: self.ops.map(TokenBucket::rate),
-        }
-    }
-
-    fn check(self, path: &str) -> Result<(), ConfigError> {
-        for (name, bucket) in [("bandwidth", self.bandwidth), ("ops", self.ops)] {
-            let is_empty = |bucket: &TokenBucket| bucket.size == 0 || bucket.refill_time == 0;
-            if bucket.as_ref().is_some_and(is_empty) {
-                return Err(error(
-                    format!("{path}.{name}"),
-                    "size and refill_time are 1 or more: nothing would ever move",
-                ));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The address of a network interface, written as `52:54:00:12:34:56`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MacAddress(pub [u8; 6]);
-
-impl MacAddress {
-    /// One of those that anybody may give away: locally administered, of one station.
-    #[must_use]
-    pub fn random() -> Self {
-        // The standard library's keys are the kernel's random bytes, and another one each time.
-        let [first, rest @ .., _, _] = RandomState::new().hash_one(()).to_le_bytes();
-        let mut bytes = [first & 0xfc | 0x02; 6];
-        bytes[1..].copy_from_slice(&rest);
-        Self(bytes)
-    }
-}
-
-impl FromStr for MacAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no address such as 52:54:00:12:34:56");
-        let parts: Vec<&str> = text.split(':').collect();
-        let parts: [&str; 6] = parts.try_into().map_err(|_| wrong())?;
-        let mut bytes = [0; 6];
-        for (byte, part) in bytes.iter_mut().zip(parts) {
-            let digits = part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
-            *byte = u8::from_str_radix(part, 16)
-                .ok()
-                .filter(|_| digits)
-                .ok_or_else(wrong)?;
-        }
-        if bytes[0] & 1 != 0 || bytes == [0; 6] {
-            return Err(format!("{text} is no address of one station"));
-        }
-        Ok(Self(bytes))
-    }
-}
-
-impl fmt::Display for MacAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl Serialize for MacAddress {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for MacAddress {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
-fn error(path: impl Into<String>, why: impl Into<String>) -> ConfigError {
-    ConfigError {
-        path: path.into(),
-        why: why.into(),
     }
 }
 
@@ -294,7 +148,7 @@ impl DevicesConfig {
             let known = RngConfig::SOURCES.map(PathBuf::from);
             if !known.contains(&rng.src) {
                 let why = "entropy comes from the kernel: /dev/urandom or /dev/random";
-                return Err(error("rng.src", why));
+                return Err(ConfigError::new("rng.src", why));
             }
         }
         if let Some(balloon) = self.balloon {
@@ -305,13 +159,14 @@ impl DevicesConfig {
         };
         match (&console.mode, &console.file) {
             (SerialMode::Null, _) | (SerialMode::File, Some(_)) => Ok(()),
-            (SerialMode::Tty, _) => Err(error(
+            (SerialMode::Tty, _) => Err(ConfigError::new(
                 "console.mode",
                 "the terminal is the serial port's: a console leads to a file, or nowhere",
             )),
-            (SerialMode::File, None) => {
-                Err(error("console.file", "the mode File needs the file's path"))
-            }
+            (SerialMode::File, None) => Err(ConfigError::new(
+                "console.file",
+                "the mode File needs the file's path",
+            )),
         }
     }
 }
@@ -322,11 +177,11 @@ impl DiskConfig {
         limiter.check(&format!("{path}.rate_limiter_config"))?;
         match self.vhost_user {
             true => self.check_vhost_user(path),
-            false if self.vhost_socket.is_some() => Err(error(
+            false if self.vhost_socket.is_some() => Err(ConfigError::new(
                 format!("{path}.vhost_user"),
                 "vhost_socket is a back end's: it goes with vhost_user",
             )),
-            false if self.path.is_none() => Err(error(
+            false if self.path.is_none() => Err(ConfigError::new(
                 format!("{path}.path"),
                 "a disk needs its image: a file, or a block device",
             )),
@@ -343,15 +198,15 @@ impl DiskConfig {
             ("rate_limiter_config", self.rate_limiter_config.is_some()),
         ];
         if let Some((field, _)) = of_back_end.iter().find(|(_, given)| *given) {
-            return Err(error(
+            return Err(ConfigError::new(
                 format!("{path}.{field}"),
                 "the vhost-user back end has the image, and says what may be done with it",
             ));
         }
         match &self.vhost_socket {
             Some(socket) => check_socket_path(socket)
-                .map_err(|why| error(format!("{path}.vhost_socket"), why.to_string())),
-            None => Err(error(
+                .map_err(|why| ConfigError::new(format!("{path}.vhost_socket"), why.to_string())),
+            None => Err(ConfigError::new(
                 format!("{path}.vhost_socket"),
                 "a vhost-user disk needs the Unix socket of its back end",
             )),
@@ -359,40 +214,11 @@ impl DiskConfig {
     }
 }
 
-impl NetConfig {
-    fn check(&self, path: &str) -> Result<(), ConfigError> {
-        let descriptors = self.fds.as_deref().unwrap_or_default();
-        match (&self.tap, descriptors) {
-            (Some(_), []) | (None, [_]) => {}
-            (None, []) => {
-                return Err(error(
-                    format!("{path}.tap"),
-                    "an interface needs a tap: its name, or a descriptor",
-                ));
-            }
-            (Some(_), _) => {
-                let why = "a tap has a name or a descriptor, not both";
-                return Err(error(format!("{path}.fds"), why));
-            }
-            (None, _) => {
-                return Err(error(
-                    format!("{path}.fds"),
-                    "one descriptor: an interface has one pair of queues",
-                ));
-            }
-        }
-        // RFC 791: every host takes packets of 68 bytes.
-        if self.mtu.is_some_and(|mtu| mtu < 68) {
-            return Err(error(format!("{path}.mtu"), "68 bytes or more"));
-        }
-        let limiter = self.rate_limiter_config.unwrap_or_default();
-        limiter.check(&format!("{path}.rate_limiter_config"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::VmConfig;
+    use devices::Rate;
+
+    use super::super::{MacAddress, VmConfig};
     use super::*;
 
     fn read(devices: &str) -> Result<DevicesConfig, ConfigError> {
@@ -475,20 +301,6 @@ mod tests {
             (r#""pmem":[]"#, "pmem"),
         ] {
             assert_eq!(read(devices).unwrap_err().path, path, "{devices}");
-        }
-    }
-
-    #[test]
-    fn an_address_is_written_as_it_is_read() {
-        let text = "52:54:00:ab:cd:ef";
-        assert_eq!(text.parse::<MacAddress>().unwrap().to_string(), text);
-        for text in [
-            "",
-            "52:54:00:ab:cd",
-            "52:54:00:ab:cd:ef:01",
-            "52:54:00:ab:cd:+f",
-        ] {
-            text.parse::<MacAddress>().unwrap_err();
         }
     }
 }

@@ -13,7 +13,8 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mm::Advice;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::{GuestRam, Piece, byte_len};
+use super::backing::BackedRange;
+use super::{GuestRam, byte_len};
 
 impl GuestRam {
     /// Gives the pages of `range` back to the host and marks them for `source`: they read as zeros from now on, which
@@ -22,18 +23,18 @@ impl GuestRam {
     /// # Errors
     /// The kernel's. What could not be given back stays as it is; what could was marked.
     pub fn discard(&self, range: GpaRange, source: Source) -> io::Result<()> {
-        for piece in &self.pieces {
-            if let Some(part) = piece.range.intersection(&range) {
-                self.discard_part(piece, part)?;
+        for backed in &self.backed {
+            if let Some(part) = backed.range.intersection(&range) {
+                self.discard_part(backed, part)?;
                 self.tracker.mark(part.start(), byte_len(&part), source);
             }
         }
         Ok(())
     }
 
-    fn discard_part(&self, piece: &Piece, part: GpaRange) -> io::Result<()> {
-        if let Some(file) = &piece.file {
-            let offset = part.start().0 - piece.range.start().0;
+    fn discard_part(&self, backed: &BackedRange, part: GpaRange) -> io::Result<()> {
+        if let Some(file) = &backed.file {
+            let offset = part.start().0 - backed.range.start().0;
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             return Ok(fallocate(file, punch, offset, byte_len(&part))?);
         }

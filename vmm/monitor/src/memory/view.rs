@@ -13,7 +13,8 @@ use vm_memory::{
     Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use super::{GuestMemory, GuestRam, mmap_error};
+use super::backing::mmap_error;
+use super::{GuestMemory, GuestRam};
 
 /// Guest memory for device models: what they write through it counts as [`Source::Device`]. Clones are the same.
 #[derive(Clone, Debug)]

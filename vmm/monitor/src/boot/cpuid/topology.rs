@@ -18,13 +18,13 @@ const CORE: u32 = 2;
 
 /// One vCPU among `count`. Its local APIC's ID is `index`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct CpuPosition {
     pub(super) index: u32,
     /// From 1 on.
     pub(super) count: u32,
 }
 
-impl Place {
+impl CpuPosition {
     /// Bits of an APIC ID that tell the cores of the package apart.
     fn core_bits(self) -> u32 {
         self.count.next_power_of_two().trailing_zeros()
@@ -149,7 +149,7 @@ mod tests {
 
     fn seen(index: u32, count: u32) -> impl Fn(u32, u32) -> [u32; 4] {
         let mut entries = host();
-        Place { index, count }.write(&mut entries);
+        CpuPosition { index, count }.write(&mut entries);
         move |function, sub| {
             let mut found = entries
                 .iter()
@@ -209,7 +209,7 @@ mod tests {
     fn a_processor_without_the_extended_leaves_gets_none() {
         let mut entries = host();
         entries[0].eax = 0xd;
-        Place { index: 0, count: 2 }.write(&mut entries);
+        CpuPosition { index: 0, count: 2 }.write(&mut entries);
         assert!(entries.iter().all(|e| e.function != 0x1f));
         assert_eq!(entries.iter().filter(|e| e.function == 0xb).count(), 3);
     }
