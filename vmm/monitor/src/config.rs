@@ -1,7 +1,9 @@
-//! The configuration of a guest, in the JSON of the Cloud Hypervisor API v1.
+//! Configuration of a guest, in the JSON format of the Cloud Hypervisor API v1.
 //!
-//! Only what Ferry has is here. A field that is not is refused with its path, never ignored: a guest that
-//! silently lacks a disk is worse than one that does not start.
+//! A field that Ferry does not support is rejected with its path in the JSON and never ignored: a guest that silently
+//! lacks a disk is worse than a guest that does not start.
+//!
+//! The types hold values and check them. They open no file and know no other part of the monitor.
 
 mod devices;
 mod net;
@@ -18,53 +20,53 @@ pub use devices::{BalloonConfig, DevicesConfig, DiskConfig, ImageType, RngConfig
 pub use net::{MacAddress, NetConfig};
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 
-/// A guest.
+/// Configuration of one guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VmConfig {
-    /// Its processors.
+    /// vCPUs.
     #[serde(default)]
     pub cpus: CpusConfig,
-    /// Its memory.
+    /// RAM.
     #[serde(default)]
     pub memory: MemoryConfig,
-    /// What it boots.
+    /// Kernel, command line and initramfs.
     pub payload: PayloadConfig,
-    /// Its serial port.
+    /// Serial port COM1.
     #[serde(default)]
     pub serial: SerialConfig,
-    /// Its disks.
+    /// Virtio block devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub disks: Vec<DiskConfig>,
-    /// Its network interfaces.
+    /// Virtio network devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub net: Vec<NetConfig>,
-    /// Its entropy device.
+    /// Virtio entropy device.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rng: Option<RngConfig>,
-    /// Its socket device.
+    /// Virtio socket device (vsock).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vsock: Option<VsockConfig>,
-    /// Its memory balloon.
+    /// Virtio memory balloon.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub balloon: Option<BalloonConfig>,
-    /// Its virtio console.
+    /// Virtio console, in addition to the serial port.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub console: Option<SerialConfig>,
 }
 
-/// Processors of a guest.
+/// vCPUs of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct CpusConfig {
-    /// vCPUs that it starts with.
+    /// Number of vCPUs that are present at boot.
     pub boot_vcpus: u32,
-    /// vCPUs that it may have: the same, there is no hotplug.
+    /// Maximum number of vCPUs. Must equal `boot_vcpus`, because vCPUs cannot be hot-plugged.
     pub max_vcpus: u32,
 }
 
 impl CpusConfig {
-    /// `count` vCPUs.
+    /// Returns a configuration with `count` vCPUs at boot and at most.
     #[must_use]
     pub fn of(count: u32) -> Self {
         Self {
@@ -80,22 +82,22 @@ impl Default for CpusConfig {
     }
 }
 
-/// Memory of a guest.
+/// RAM of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct MemoryConfig {
-    /// Bytes.
+    /// Bytes of RAM.
     #[serde(deserialize_with = "bytes")]
     pub size: u64,
-    /// Backed by a memory file that another process could map.
-    #[serde(default = "yes")]
+    /// Whether the RAM is a memory file that another process can map, for example a vhost-user back end.
+    #[serde(default = "enabled")]
     pub shared: bool,
-    /// Backed by huge pages of 2 MiB.
+    /// Whether the RAM consists of huge pages of 2 MiB.
     #[serde(default)]
     pub hugepages: bool,
 }
 
-/// Reads a number of bytes: its errors say that one is expected.
+/// Deserializes a number of bytes. If the JSON value is something else, the error says "expected a number of bytes".
 pub(crate) fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     struct Bytes;
     impl Visitor<'_> for Bytes {
@@ -112,7 +114,7 @@ pub(crate) fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D
     deserializer.deserialize_u64(Bytes)
 }
 
-fn yes() -> bool {
+fn enabled() -> bool {
     true
 }
 
@@ -126,51 +128,51 @@ impl Default for MemoryConfig {
     }
 }
 
-/// What a guest boots.
+/// Files and parameters that a guest boots from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct PayloadConfig {
-    /// An ELF image with a PVH note, a vmlinux or a bzImage.
+    /// Path of the kernel: an ELF image with a PVH note, a vmlinux or a bzImage.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub kernel: Option<PathBuf>,
-    /// The kernel's command line.
+    /// Command line of the kernel.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cmdline: Option<String>,
-    /// The first root of the kernel.
+    /// Path of the initramfs.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub initramfs: Option<PathBuf>,
 }
 
-/// Where a serial port's output goes and its input comes from.
+/// Host side of the serial port or of the virtio console.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct SerialConfig {
-    /// The other end.
+    /// Kind of the host side.
     pub mode: SerialMode,
-    /// The file, for `File`.
+    /// Path of the output file. Required if `mode` is `File`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub file: Option<PathBuf>,
 }
 
-/// The other end of a serial port.
+/// Kind of the host side of a serial port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SerialMode {
-    /// Output is dropped, there is no input.
+    /// Output is dropped, and there is no input.
     #[default]
     Null,
-    /// Standard output and standard input.
+    /// Output goes to standard output, and input comes from standard input.
     Tty,
-    /// Output goes to a file, there is no input.
+    /// Output is appended to a file, and there is no input.
     File,
 }
 
-/// A configuration that cannot be.
+/// A configuration that is not valid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{why}", prefix(.path))]
 pub struct ConfigError {
-    /// The field's path in the JSON, such as `memory.size`; `.` for the whole.
+    /// Path of the invalid field in the JSON, such as `memory.size`, or `.` for the whole document.
     pub path: String,
-    /// What is wrong with it.
+    /// Why the value is invalid.
     pub why: String,
 }
 
@@ -183,6 +185,7 @@ impl ConfigError {
     }
 }
 
+/// Returns the path as the beginning of an error message. An error of the whole document has no such beginning.
 fn prefix(path: &str) -> String {
     match path {
         "." => String::new(),
@@ -191,15 +194,16 @@ fn prefix(path: &str) -> String {
 }
 
 impl VmConfig {
-    /// Reads a configuration.
+    /// Parses a configuration from JSON.
     ///
     /// # Errors
-    /// Not JSON, a field that Ferry does not have, a value that cannot be; with the field's path.
+    /// Returns the path of the field and the reason if `json` is not JSON, has a field that Ferry does not support, or
+    /// has a value of the wrong type. Values are not checked against each other: see [`Self::check`].
     pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
         from_json(json)
     }
 
-    /// Its virtio devices.
+    /// Returns the configuration of the virtio devices.
     #[must_use]
     pub fn devices(&self) -> DevicesConfig {
         DevicesConfig {
@@ -212,13 +216,13 @@ impl VmConfig {
         }
     }
 
-    /// Has each interface that names no tap use the next of `passed`, by its number.
+    /// Assigns the passed descriptors of taps to the interfaces that have neither `tap` nor `fds`, in order.
     ///
     /// # Errors
-    /// Not as many were passed as there are such interfaces.
-    pub(crate) fn give_taps(&mut self, passed: &[OwnedFd]) -> Result<(), ConfigError> {
-        let without = |net: &&mut NetConfig| net.tap.is_none() && net.fds.is_none();
-        let nets: Vec<_> = self.net.iter_mut().filter(without).collect();
+    /// Returns an error for `net` if descriptors were passed, but not as many as there are such interfaces.
+    pub(crate) fn assign_taps(&mut self, passed: &[OwnedFd]) -> Result<(), ConfigError> {
+        let has_no_tap = |net: &&mut NetConfig| net.tap.is_none() && net.fds.is_none();
+        let nets: Vec<_> = self.net.iter_mut().filter(has_no_tap).collect();
         if !passed.is_empty() && nets.len() != passed.len() {
             return Err(ConfigError::new(
                 "net",
@@ -295,16 +299,17 @@ impl PayloadConfig {
     }
 }
 
-/// Reads any of the API's JSON.
+/// Deserializes a value from the JSON of the API.
 ///
 /// # Errors
-/// Not JSON, an unknown field, a wrong value; with the field's path.
+/// Returns the path of the field and the reason if `json` is not JSON, has an unknown field, or has a value of the
+/// wrong type.
 pub fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, ConfigError> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let value =
         serde_path_to_error::deserialize(&mut deserializer).map_err(|error| ConfigError {
             path: match error.path().to_string().as_str() {
-                // It is no JSON at all.
+                // The input is not JSON, so that no field can be named.
                 "?" => ".".into(),
                 path => path.into(),
             },
@@ -328,16 +333,16 @@ mod tests {
         let open = || std::fs::File::open("/dev/null").unwrap().into();
         let passed: [OwnedFd; 2] = [open(), open()];
         let mut given = config.clone();
-        given.give_taps(&passed).unwrap();
+        given.assign_taps(&passed).unwrap();
         let numbers: Vec<_> = given.net.iter().map(|net| net.fds.clone()).collect();
         let number = |index: usize| Some(vec![passed[index].as_raw_fd()]);
         assert_eq!(numbers, [number(0), None, number(1)]);
         for passed in [vec![open()], vec![open(), open(), open()]] {
-            let error = config.clone().give_taps(&passed).unwrap_err();
+            let error = config.clone().assign_taps(&passed).unwrap_err();
             assert_eq!(error.path, "net", "{error}");
         }
         let mut untouched = config.clone();
-        untouched.give_taps(&[]).unwrap();
+        untouched.assign_taps(&[]).unwrap();
         assert_eq!(untouched, config);
     }
 

@@ -1,7 +1,7 @@
-//! Guest RAM: where it lies in guest-physical space, what backs it, and which of it holds anything.
+//! Guest RAM: its guest-physical layout, the host memory behind it, and which of its pages are populated.
 //!
-//! Every write that the monitor makes through [`GuestRam::memory`], and a device through [`DeviceMemory`], is seen
-//! by the tracker, because the tracker is the memory's bitmap.
+//! The dirty tracker is the bitmap of the memory (`vm_memory::bitmap::Bitmap`). It therefore sees every write that the
+//! monitor makes through [`GuestRam::memory`] and that a device makes through [`DeviceMemory`].
 
 mod backing;
 mod discard;
@@ -24,37 +24,37 @@ pub(crate) use discard::NotifiedDiscard;
 pub use layout::{HIGH_RAM_START, LOW_RAM_END, MEMORY_MAX, MEMORY_MIN, byte_len, layout};
 pub use view::DeviceMemory;
 
-/// Guest memory whose every write is tracked.
+/// Guest memory whose writes are marked in the dirty tracker.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<TrackerBitmap>;
 
-/// Why a guest's RAM could not be had.
+/// Reasons why guest RAM cannot be allocated, tracked or examined.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// Too little, too much, or not whole pages.
+    /// The size is out of range, or not a multiple of the page size.
     #[error(
-        "guest memory of {} cannot be: from {} to {}, in steps of {} (--memory, or memory.size)",
+        "guest memory of {} is not possible: choose from {} to {}, in steps of {} (--memory, or memory.size)",
         size_text(*bytes), size_text(MEMORY_MIN), size_text(MEMORY_MAX), size_text(*step)
     )]
     Size {
-        /// What was asked for.
+        /// Requested size in bytes.
         bytes: u64,
-        /// The page size of the backing.
+        /// Page size of the backing, in bytes.
         step: u64,
     },
-    /// The kernel would not give it.
-    #[error("{} of {backing:?} guest memory cannot be had: {source}{}", size_text(*bytes), hint(*backing))]
+    /// The kernel refused to allocate the memory.
+    #[error("{} of {backing:?} guest memory cannot be allocated: {source}{}", size_text(*bytes), hint(*backing))]
     Unavailable {
-        /// What was asked for.
+        /// Requested size in bytes.
         bytes: u64,
-        /// How it was to be backed.
+        /// Requested kind of host memory.
         backing: Backing,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// The memory map was refused by the tracker.
+    /// The tracker rejected the memory layout.
     #[error("guest memory cannot be tracked: {0}")]
     Tracker(#[from] TrackerError),
-    /// The kernel does not say which pages hold anything.
+    /// The kernel did not report which pages are populated.
     #[error("cannot tell which guest pages are populated: {0}")]
     Populated(#[source] io::Error),
 }
@@ -66,7 +66,7 @@ fn hint(backing: Backing) -> &'static str {
     }
 }
 
-/// A guest's RAM and the tracker of its writes.
+/// RAM of a guest, with the tracker of writes to it.
 #[derive(Debug)]
 pub struct GuestRam {
     memory: GuestMemory,
@@ -77,10 +77,11 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// `bytes` of zeroed RAM, none of it populated unless the backing is huge pages.
+    /// Allocates `bytes` of zeroed RAM. None of it is populated, unless the backing is huge pages.
     ///
     /// # Errors
-    /// A size that cannot be, and memory that cannot be had.
+    /// Returns [`MemoryError::Size`] if the size is not valid, [`MemoryError::Unavailable`] if the kernel refuses the
+    /// memory, and [`MemoryError::Tracker`] if the tracker rejects the layout.
     pub fn new(bytes: u64, backing: Backing) -> Result<Self, MemoryError> {
         let ranges = layout(bytes, backing)?;
         let regions: Vec<Region> = ranges
@@ -115,50 +116,50 @@ impl GuestRam {
         })
     }
 
-    /// The memory, for the monitor itself. Writes through it are marked dirty.
+    /// Returns the view of the memory for the monitor itself. Writes through it are marked dirty with
+    /// [`Source::Monitor`].
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
-    /// The one tracker of all writes to this memory.
+    /// Returns the dirty tracker of this memory.
     #[must_use]
     pub fn tracker(&self) -> &Arc<Tracker> {
         &self.tracker
     }
 
-    /// Its size in bytes.
+    /// Returns the size of the RAM in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// What it is made of.
+    /// Returns the kind of host memory behind the RAM.
     #[must_use]
     pub fn backing(&self) -> Backing {
         self.backing
     }
 
-    /// Where it lies, in ascending order.
+    /// Returns the guest-physical ranges of the RAM in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = GpaRange> + '_ {
         self.backed.iter().map(|backed| backed.range)
     }
 
-    /// Each range and the host virtual address at which this process has it mapped.
+    /// Returns each guest-physical range of the RAM with the host virtual address of its mapping.
     pub fn mappings(&self) -> impl Iterator<Item = (GpaRange, u64)> + '_ {
         self.backed
             .iter()
             .map(|backed| (backed.range, backed.host_address))
     }
 
-    /// Writes `bytes` at `start`, as through [`Self::memory`], marked dirty; made for pages that hold nothing
-    /// yet.
-    ///
-    /// A write to a new page of a memory file costs half as much through the file as through the mapping,
-    /// where it would fault first.
+    /// Writes `bytes` at `start` and marks the pages dirty. The result is the same as for a write through
+    /// [`Self::memory`], but this is faster for pages that are not populated yet: a write through the memory file
+    /// avoids the page fault and costs half as much.
     ///
     /// # Errors
-    /// Memory that is not there, and the kernel's.
+    /// Returns an error if `start..start + bytes.len()` is not RAM, and the error of the kernel if it has no memory for
+    /// the pages.
     pub fn write_pages(&self, start: Gpa, bytes: &[u8]) -> io::Result<()> {
         let backed = self
             .backed
@@ -171,7 +172,7 @@ impl GuestRam {
                     return Err(io::ErrorKind::InvalidInput.into());
                 }
                 file.write_all_at(bytes, offset)?;
-                self.map(start, bytes.len())?;
+                self.fault_in(start, bytes.len())?;
                 self.tracker
                     .mark(start, bytes.len() as u64, Source::Monitor);
                 Ok(())
@@ -183,10 +184,11 @@ impl GuestRam {
         }
     }
 
-    /// Has populated pages mapped here, by reading one byte of each window that the kernel maps at a fault.
-    /// Otherwise the first to read them all would wait for every fault: the digest, while the guest stands.
-    fn map(&self, start: Gpa, bytes: usize) -> io::Result<()> {
-        // fault_around_bytes, in mm/memory.c.
+    /// Maps the populated pages from `start` on into this process, by reading one byte of each window of the kernel's
+    /// fault around. Without this, the first reader would take all these faults, and the first reader is the digest
+    /// that is calculated while the guest is stopped.
+    fn fault_in(&self, start: Gpa, bytes: usize) -> io::Result<()> {
+        // Default of `fault_around_bytes` in mm/memory.c.
         const WINDOW: u64 = 64 * 1024;
         let end = start.0 + bytes as u64;
         let later = (start.0 / WINDOW + 1) * WINDOW..end;
@@ -287,7 +289,7 @@ mod tests {
             }
             let all = page(0, (64 << 20) / PAGE_SIZE);
             assert_populated(&ram, all, &[page(0x3000, 2), page(0x10_0000, 1)]);
-            // The pages of another 2 MiB are not.
+            // Pages in another block of 2 MiB are not populated.
             assert_eq!(ram.populated_in(page(0x80_0000, 1024)).unwrap(), []);
         }
     }

@@ -3,84 +3,84 @@
 use std::io;
 use std::path::PathBuf;
 
-/// Why a guest could not be booted.
+/// Reasons why a guest cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file that cannot be read.
+    /// A file cannot be read.
     #[error("{what} {}: {source}", path.display())]
     File {
-        /// "kernel" or "initramfs".
+        /// Role of the file: "kernel" or "initramfs".
         what: &'static str,
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// The kernel file is neither ELF nor bzImage.
+    /// The kernel file is neither an ELF image nor a bzImage.
     #[error(
         "kernel {}: neither an ELF image nor a bzImage (it begins with {begins:02x?})", path.display()
     )]
     Format {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its first bytes.
+        /// First four bytes of the file.
         begins: [u8; 4],
     },
-    /// The kernel file has no bytes.
+    /// The kernel file is empty.
     #[error("kernel {} is empty", .0.display())]
     Empty(PathBuf),
-    /// The kernel file is an ELF image of something else.
+    /// The kernel file is an ELF image, but not of a kernel.
     #[error(
-        "kernel {}: an ELF image, but no kernel: it is a program, or begins below 1 MiB; an ELF image with a \
-         PVH note, a vmlinux or a bzImage is wanted",
+        "kernel {}: an ELF image, but no kernel: it is a program, or begins below 1 MiB; give an ELF \
+         image with a PVH note, a vmlinux or a bzImage",
         .0.display()
     )]
     NoKernel(PathBuf),
-    /// The kernel file is broken or does not fit.
+    /// The kernel file is corrupt, or does not fit guest memory.
     #[error("kernel {}: {why}", path.display())]
     Kernel {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Error of the loader.
         why: String,
     },
-    /// The kernel needs more room than there is.
+    /// The kernel needs more memory to unpack itself than the guest has.
     #[error(
         "kernel {}: it unpacks itself up to {end:#x}, beyond the guest's memory; give the guest more", path.display()
     )]
     KernelSize {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where the memory that it needs first ends.
+        /// End of the memory that the kernel needs before it can use the memory map.
         end: u64,
     },
-    /// The initramfs does not fit behind the kernel.
+    /// The initramfs does not fit between the kernel and the end of low RAM.
     #[error(
         "initramfs {}: its {bytes} bytes do not fit the guest's memory behind the kernel, which ends \
          at {kernel_end:#x}; give the guest more memory", path.display()
     )]
     InitramfsSize {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its size.
+        /// Size of the initramfs in bytes.
         bytes: u64,
-        /// Where the kernel ends.
+        /// End of the kernel in guest memory.
         kernel_end: u64,
     },
-    /// The command line is too long or not ASCII.
+    /// The command line is too long, or is not ASCII.
     #[error("command line: {0}")]
     CommandLine(String),
-    /// Guest memory that should be there is not.
+    /// A boot structure could not be created or written to guest memory.
     #[error("boot structures: {0}")]
     Memory(String),
-    /// KVM refused the first registers.
+    /// KVM rejected the initial registers of a vCPU.
     #[error("vcpu{index}: {call}: {source}")]
     Registers {
-        /// Which vCPU.
+        /// Index of the vCPU.
         index: u32,
-        /// The call's name in the kernel's documentation.
+        /// Name of the ioctl.
         call: &'static str,
-        /// What KVM said.
+        /// Error that KVM returned.
         source: kvm_ioctls::Error,
     },
 }

@@ -11,15 +11,16 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 use super::{BootError, KERNEL_MIN, elf_note};
 use crate::memory::{GuestMemory, LOW_RAM_END};
 
-/// An initramfs in memory.
+/// Location of the initramfs in guest memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Initramfs {
     pub(super) start: GuestAddress,
     pub(super) bytes: u64,
 }
 
+/// Opens a kernel or initramfs file for reading. Anything but a regular file is rejected.
 pub(super) fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
-    // A pipe must not have the monitor wait for its writer before it is seen to be none.
+    // With O_NONBLOCK, opening a FIFO does not wait for a writer, and the check below rejects it.
     let file = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
@@ -46,6 +47,7 @@ pub(super) fn file_error(what: &'static str, path: &Path, source: io::Error) -> 
     }
 }
 
+/// Loads the kernel at or above [`KERNEL_MIN`] and checks that it fits low RAM.
 pub(super) fn load_kernel(
     memory: &GuestMemory,
     path: &Path,
@@ -90,8 +92,9 @@ pub(super) fn load_kernel(
     Ok(loaded)
 }
 
-/// Where a bzImage ends once it has unpacked itself: `init_size` bytes from where it runs on, which is no lower than
-/// `pref_address` (boot.rst; both are there from protocol version 2.10 on).
+/// Returns the end of the memory that a bzImage needs to unpack itself: `init_size` bytes from its run-time address,
+/// which is at least `pref_address` (boot.rst; both fields exist since protocol version 2.10). Returns 0 for other
+/// images.
 fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
     match loaded.setup_header {
         Some(header) if header.version >= 0x20a => loaded
@@ -103,13 +106,13 @@ fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
     }
 }
 
-/// Where RAM ends below the hole below 4 GiB.
+/// Returns the end of the RAM below the hole at 4 GiB.
 fn low_ram_end(memory: &GuestMemory) -> u64 {
     let end = memory.last_addr().raw_value().saturating_add(1);
     end.min(LOW_RAM_END)
 }
 
-/// The setup header's magic: Linux Documentation/arch/x86/boot.rst.
+/// Returns true if the file has the magic number of a setup header (Linux Documentation/arch/x86/boot.rst).
 fn is_bzimage(file: &mut File) -> io::Result<bool> {
     let mut magic = [0; 4];
     file.seek(SeekFrom::Start(0x202))?;
@@ -120,7 +123,7 @@ fn is_bzimage(file: &mut File) -> io::Result<bool> {
     }
 }
 
-/// Puts the initramfs at the end of low RAM, as far from the kernel as it goes.
+/// Loads the initramfs at the end of low RAM, as far from the kernel as possible.
 pub(super) fn load_initramfs(
     memory: &GuestMemory,
     path: &Path,
@@ -160,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_bzimage_needs_room_to_unpack_itself() {
-        // Debian's 6.1: loaded at 1 MiB, it runs at 16 MiB.
+        // The bzImage of Debian 6.1 is loaded at 1 MiB and runs at 16 MiB.
         let mut loaded = KernelLoaderResult {
             kernel_load: GuestAddress(KERNEL_MIN),
             setup_header: Some(linux_loader::bootparam::setup_header {

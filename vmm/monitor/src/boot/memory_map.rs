@@ -5,15 +5,18 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use super::{EBDA_START, FIRMWARE_START, KERNEL_MIN};
 use crate::memory::GuestMemory;
 
-/// A range of memory as the guest is told of it.
+/// Entry of the memory map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemoryMapEntry {
+    /// Guest-physical address of the first byte.
     pub(super) start: u64,
+    /// Length in bytes.
     pub(super) bytes: u64,
+    /// Type of the memory.
     pub(super) kind: MemoryKind,
 }
 
-/// The kinds of memory, by their numbers in both protocols' maps (ACPI 6.5, table 15.4).
+/// Type of memory, with its number in the maps of both boot protocols (ACPI 6.5, table 15.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum MemoryKind {
@@ -21,7 +24,7 @@ pub(super) enum MemoryKind {
     Reserved = 2,
 }
 
-/// The memory map: RAM without the hole below 1 MiB, in which the firmware area is reserved.
+/// Returns the memory map of a guest: its RAM, without the hole below 1 MiB, and the reserved firmware area.
 pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
     let entry = |start, end: u64, kind| MemoryMapEntry {
         start,

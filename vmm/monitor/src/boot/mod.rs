@@ -1,5 +1,7 @@
-//! Loading a kernel and starting it: PVH for ELF images that have its note, Linux's 64-bit protocol for
-//! bzImages and for ELF images that have not.
+//! Loads a kernel into guest memory and sets the initial registers of the vCPUs.
+//!
+//! ELF images with a PVH note are entered by the PVH protocol. bzImages, and ELF images without the note, are entered
+//! by Linux's 64-bit boot protocol. Guest memory is then laid out as follows:
 //!
 //! ```text
 //! 0x0_0500  GDT                          0x0_9000  page tables (64-bit protocol only)
@@ -35,51 +37,54 @@ pub use acpi::{AcpiHardware, VirtioMmioResources};
 pub use cpuid::{CpuidError, GuestCpuid, baseline, missing_features};
 pub use error::BootError;
 
+/// Guest-physical address of the command line.
 const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
-/// Room for the command line, its closing zero included: what x86 Linux takes at most (COMMAND_LINE_SIZE
+/// Capacity for the command line in bytes, including its terminating zero: the maximum of x86 Linux (COMMAND_LINE_SIZE
 /// in arch/x86/include/asm/setup.h).
 const COMMAND_LINE_CAPACITY: usize = 2048;
-/// Usable RAM ends here below 1 MiB: above are, on a PC, the EBDA, video memory and the BIOS.
+/// End of the usable RAM below 1 MiB. On a PC, the EBDA, video memory and the BIOS follow.
 const EBDA_START: u64 = 0x9_fc00;
-/// The firmware area begins here and ends at 1 MiB; the memory map says that it is reserved.
+/// Start of the firmware area, which ends at 1 MiB and is reserved in the memory map.
 const FIRMWARE_START: u64 = 0xe_0000;
-/// Kernels are loaded from here on.
+/// Lowest guest-physical address at which a kernel is loaded.
 const KERNEL_MIN: u64 = 0x10_0000;
 
-/// What to boot.
+/// Files and parameters to boot a guest from.
 #[derive(Clone, Debug)]
 pub struct Payload {
-    /// An ELF image or a bzImage.
+    /// Path of the kernel: an ELF image or a bzImage.
     pub kernel: PathBuf,
-    /// A file for the kernel to unpack as its first root.
+    /// Path of the initramfs.
     pub initramfs: Option<PathBuf>,
-    /// The kernel's command line.
+    /// Command line of the kernel.
     pub command_line: String,
 }
 
-/// How the loaded kernel wants to be entered.
+/// Entry point of a loaded kernel, with the boot protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelEntry {
-    /// By the PVH protocol at this address.
+    /// Entry address for the PVH protocol.
     Pvh(GuestAddress),
-    /// By Linux's 64-bit protocol at this address.
+    /// Entry address for the 64-bit boot protocol of Linux.
     Linux64(GuestAddress),
 }
 
-/// A kernel in memory with its boot structures: what the first registers depend on.
+/// Kernel in guest memory, with the boot structures that its protocol needs.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadedKernel {
-    /// Where and how vCPU 0 begins.
+    /// Entry point of vCPU 0.
     pub entry: KernelEntry,
-    /// Where the other vCPUs begin, if the kernel wants them started directly; otherwise they wait for
+    /// Entry point of the other vCPUs, if the kernel asks for a direct start (see `elf_note`). Otherwise they wait for
     /// INIT and SIPI.
     pub direct_start: Option<GuestAddress>,
 }
 
-/// Loads `payload` into `memory` and writes the boot structures, and the tables that describe `platform`.
+/// Loads the kernel and the initramfs of `payload` into `memory`, and writes the boot structures and the ACPI tables
+/// that describe `hardware`.
 ///
 /// # Errors
-/// A file that cannot be read, is no kernel or does not fit; the file is named.
+/// Returns a [`BootError`] with the path of the file if a file cannot be read, is not a kernel, or does not fit guest
+/// memory.
 pub fn load(
     memory: &GuestMemory,
     payload: &Payload,
@@ -113,10 +118,11 @@ pub fn load(
     })
 }
 
-/// Sets the registers with which vCPU `index` of a loaded kernel begins. CPUID is set already.
+/// Sets the initial registers of vCPU `index` for a loaded kernel. The CPUID of the vCPU must be set already.
 ///
 /// # Errors
-/// KVM's, by the name of the call.
+/// Returns [`BootError::Registers`] with the name of the ioctl if KVM rejects a register, and [`BootError::Memory`] if
+/// the page tables cannot be written.
 pub fn start_registers(
     memory: &GuestMemory,
     vcpu: &VcpuFd,
@@ -131,17 +137,18 @@ pub fn start_registers(
             registers.linux64(entry, linux::BOOT_PARAMS)
         }
         (_, KernelEntry::Pvh(_), Some(entry)) => registers.pvh(entry, pvh::START_INFO),
-        // It waits for INIT and SIPI, as KVM made it.
+        // The vCPU waits for INIT and SIPI, the initial state that KVM gives it.
         _ => Ok(()),
     }
 }
 
+/// Writes the command line with its terminating zero to [`COMMAND_LINE`].
 fn write_command_line(memory: &GuestMemory, text: &str) -> Result<(), BootError> {
     let error = |error: &dyn std::fmt::Display| BootError::CommandLine(error.to_string());
     let mut line = Cmdline::new(COMMAND_LINE_CAPACITY).map_err(|e| error(&e))?;
     line.insert_str(text).map_err(|_| {
         BootError::CommandLine(format!(
-            "its {} bytes are too many, or not all ASCII: at most {} are possible",
+            "its {} bytes are too many, or not all ASCII: at most {} bytes are possible",
             text.len(),
             COMMAND_LINE_CAPACITY - 1
         ))
@@ -149,17 +156,17 @@ fn write_command_line(memory: &GuestMemory, text: &str) -> Result<(), BootError>
     load_cmdline(memory, COMMAND_LINE, &line).map_err(|e| error(&e))
 }
 
-/// Gives the guest in `memory` a generation ID that no guest had before.
+/// Writes a new generation ID to guest memory. No guest had this ID before.
 ///
 /// # Errors
-/// No random bytes, or no such memory.
+/// Returns [`BootError::Memory`] if the kernel returns no random bytes, or `memory` does not contain the ID.
 pub fn change_generation_id(memory: &GuestMemory) -> Result<(), BootError> {
     memory
         .write_slice(&new_generation_id()?, acpi::GENERATION_ID)
         .map_err(|error| BootError::Memory(error.to_string()))
 }
 
-/// A generation ID that no guest had before: 16 random bytes.
+/// Returns 16 random bytes for a generation ID.
 fn new_generation_id() -> Result<[u8; 16], BootError> {
     let mut id = [0; 16];
     let filled = rustix::rand::getrandom(&mut id, GetRandomFlags::empty());

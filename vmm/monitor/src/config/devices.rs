@@ -1,4 +1,4 @@
-//! The virtio devices in a guest's configuration.
+//! Virtio devices in a guest's configuration.
 
 use std::path::PathBuf;
 
@@ -7,63 +7,65 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigError, NetConfig, RateLimiterConfig, SerialConfig, SerialMode, bytes};
 use crate::socket_path::check_socket_path;
 
-/// The virtio devices of a guest. Their order is the order in which the guest finds them.
+/// Configuration of the virtio devices of a guest, in the order in which the guest enumerates them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DevicesConfig {
-    /// Disks.
+    /// Block devices.
     pub disks: Vec<DiskConfig>,
-    /// Network interfaces.
+    /// Network devices.
     pub net: Vec<NetConfig>,
-    /// An entropy device.
+    /// Entropy device.
     pub rng: Option<RngConfig>,
-    /// A socket device.
+    /// Socket device (vsock).
     pub vsock: Option<VsockConfig>,
-    /// A memory balloon.
+    /// Memory balloon.
     pub balloon: Option<BalloonConfig>,
-    /// A console beside the serial port.
+    /// Console, in addition to the serial port.
     pub console: Option<SerialConfig>,
 }
 
-/// What an image is said to be.
+/// Format of a disk image, as declared by the user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImageType {
-    /// The disk itself, whatever it begins with: a guest may have written what looks like another image.
+    /// Raw: the bytes of the image are the bytes of the disk. The image is not probed, because a guest may have written
+    /// data that looks like the header of another format.
     Raw,
 }
 
-/// A disk: over a raw image, or over a vhost-user back end.
+/// Configuration of a disk, which is served from a raw image or by a vhost-user back end.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct DiskConfig {
-    /// The raw image: a file, or a block device. None for a vhost-user back end, which has its own.
+    /// Path of the raw image, a file or a block device. `None` for a vhost-user disk, whose back end opens the image.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub path: Option<PathBuf>,
-    /// What the image is; one that looks like another kind is refused where nothing is said.
+    /// Format of the image. If it is not given, an image with the header of a format other than raw is rejected.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub image_type: Option<ImageType>,
-    /// The guest may not write to it.
+    /// Whether the disk is read-only for the guest.
     #[serde(default)]
     pub readonly: bool,
-    /// Its serial number, of which the guest reads 20 bytes; its device's name if none is given. A vhost-user back end
-    /// tells the guest one of its own: there this is what both sides of a migration call the disk.
+    /// Serial number of the disk, of which the guest reads at most 20 bytes. The default is the name of the device. A
+    /// vhost-user back end reports a serial number of its own; there, `id` is the name by which both sides of a
+    /// migration recognize the disk.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub id: Option<String>,
-    /// How much it may move.
+    /// Limits of bandwidth and of requests.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rate_limiter_config: Option<RateLimiterConfig>,
-    /// A vhost-user back end serves it.
+    /// Whether a vhost-user back end serves the disk.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub vhost_user: bool,
-    /// The Unix socket on which that listens.
+    /// Path of the Unix socket on which the vhost-user back end listens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vhost_socket: Option<PathBuf>,
 }
 
-/// An entropy device.
+/// Configuration of the entropy device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct RngConfig {
-    /// Where the bytes come from: the kernel's generator.
+    /// Source of the random bytes. Only the kernel's generator is supported: `/dev/urandom` or `/dev/random`.
     #[serde(default = "RngConfig::kernel")]
     pub src: PathBuf,
 }
@@ -84,43 +86,44 @@ impl Default for RngConfig {
     }
 }
 
-/// A socket device.
+/// Configuration of the socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VsockConfig {
-    /// The guest's address: 3 or more.
+    /// Context ID (CID) of the guest, 3 or higher.
     pub cid: u64,
-    /// The Unix socket on which the host asks for connections to the guest.
+    /// Path of the Unix socket to which processes on the host connect to reach the guest. The monitor creates it.
     pub socket: PathBuf,
 }
 
-/// A memory balloon.
+/// Configuration of the memory balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct BalloonConfig {
-    /// Bytes that the guest is asked to give at once.
+    /// Bytes of memory that the guest is asked to give up when it boots.
     #[serde(deserialize_with = "bytes")]
     pub size: u64,
-    /// The guest may take pages back before it kills a process for want of memory.
+    /// Whether the guest may deflate the balloon before its OOM killer ends a process.
     #[serde(default)]
     pub deflate_on_oom: bool,
-    /// The guest says which of its pages hold nothing.
+    /// Whether the guest reports free pages, so that the host can reclaim them.
     #[serde(default)]
     pub free_page_reporting: bool,
 }
 
 impl BalloonConfig {
-    /// [`Self::size`] in pages of 4 KiB.
+    /// Returns [`Self::size`] in pages of 4 KiB.
     pub(crate) fn pages(self) -> u32 {
         u32::try_from(self.size / ept::PAGE_SIZE).unwrap_or(u32::MAX)
     }
 
-    /// Finds a size that cannot be, in a guest with so much memory.
+    /// Checks the size of the balloon against `memory_bytes`, the bytes of guest memory. `path` is the path of the
+    /// field in error messages.
     pub(crate) fn check(self, path: &str, memory_bytes: u64) -> Result<(), ConfigError> {
         let size = self.size;
         if !size.is_multiple_of(ept::PAGE_SIZE) || size >= memory_bytes {
             let why = format!(
-                "{size} bytes cannot be: whole pages of 4096, and less than the guest's {memory_bytes}"
+                "{size} bytes is not a valid size: it must be a multiple of 4096 and less than the guest's {memory_bytes} bytes"
             );
             return Err(ConfigError::new(path, why));
         }
@@ -129,10 +132,10 @@ impl BalloonConfig {
 }
 
 impl DevicesConfig {
-    /// Finds what cannot be, whatever the host has.
+    /// Checks that the values are valid, without looking at the host. `memory_bytes` is the size of guest memory.
     ///
     /// # Errors
-    /// The first such field, by its path.
+    /// Returns the path and the reason of the first field that is invalid.
     pub fn check(&self, memory_bytes: u64) -> Result<(), ConfigError> {
         for (index, disk) in self.disks.iter().enumerate() {
             disk.check(&format!("disks[{index}]"))?;
@@ -147,7 +150,8 @@ impl DevicesConfig {
         if let Some(rng) = &self.rng {
             let known = RngConfig::SOURCES.map(PathBuf::from);
             if !known.contains(&rng.src) {
-                let why = "entropy comes from the kernel: /dev/urandom or /dev/random";
+                let why =
+                    "the only source of entropy is the kernel: use /dev/urandom or /dev/random";
                 return Err(ConfigError::new("rng.src", why));
             }
         }
@@ -161,7 +165,7 @@ impl DevicesConfig {
             (SerialMode::Null, _) | (SerialMode::File, Some(_)) => Ok(()),
             (SerialMode::Tty, _) => Err(ConfigError::new(
                 "console.mode",
-                "the terminal is the serial port's: a console leads to a file, or nowhere",
+                "only the serial port can use the terminal: the mode of a console is File or Null",
             )),
             (SerialMode::File, None) => Err(ConfigError::new(
                 "console.file",
@@ -179,28 +183,29 @@ impl DiskConfig {
             true => self.check_vhost_user(path),
             false if self.vhost_socket.is_some() => Err(ConfigError::new(
                 format!("{path}.vhost_user"),
-                "vhost_socket is a back end's: it goes with vhost_user",
+                "vhost_socket is the socket of a vhost-user back end: it needs vhost_user",
             )),
             false if self.path.is_none() => Err(ConfigError::new(
                 format!("{path}.path"),
-                "a disk needs its image: a file, or a block device",
+                "a disk needs an image: the path of a file or of a block device",
             )),
             false => Ok(()),
         }
     }
 
-    /// What a back end has itself is not said here.
+    /// Checks a disk that a vhost-user back end serves. The back end opens the image and decides how it may be used, so
+    /// that fields about the image are rejected.
     fn check_vhost_user(&self, path: &str) -> Result<(), ConfigError> {
-        let of_back_end = [
+        let image_fields = [
             ("path", self.path.is_some()),
             ("image_type", self.image_type.is_some()),
             ("readonly", self.readonly),
             ("rate_limiter_config", self.rate_limiter_config.is_some()),
         ];
-        if let Some((field, _)) = of_back_end.iter().find(|(_, given)| *given) {
+        if let Some((field, _)) = image_fields.iter().find(|(_, given)| *given) {
             return Err(ConfigError::new(
                 format!("{path}.{field}"),
-                "the vhost-user back end has the image, and says what may be done with it",
+                "this is decided by the vhost-user back end, which opens the image: leave the field out",
             ));
         }
         match &self.vhost_socket {

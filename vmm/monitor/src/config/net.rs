@@ -8,23 +8,23 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{ConfigError, RateLimiterConfig};
 
-/// A network interface: over a tap by name, or over a passed descriptor.
+/// Configuration of a network interface, which is connected to a tap by name or by a passed descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct NetConfig {
-    /// The tap's name; it is there already.
+    /// Name of the tap, which must exist.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub tap: Option<String>,
-    /// One descriptor of an open tap.
+    /// Number of the descriptor of an open tap. The list has exactly one element.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub fds: Option<Vec<i32>>,
-    /// The guest's address; a random one if none is given.
+    /// MAC address of the guest. The default is a random address.
     #[serde(default = "MacAddress::random")]
     pub mac: MacAddress,
-    /// The largest packet that the guest should send, in bytes.
+    /// MTU that the device reports to the guest, in bytes.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub mtu: Option<u16>,
-    /// How much may come and go, each.
+    /// Limits that apply to reception and to transmission separately.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rate_limiter_config: Option<RateLimiterConfig>,
 }
@@ -37,38 +37,41 @@ impl NetConfig {
             (None, []) => {
                 return Err(ConfigError::new(
                     format!("{path}.tap"),
-                    "an interface needs a tap: its name, or a descriptor",
+                    "an interface needs a tap: its name or a descriptor",
                 ));
             }
             (Some(_), _) => {
-                let why = "a tap has a name or a descriptor, not both";
+                let why = "give either the name of the tap or its descriptor, not both";
                 return Err(ConfigError::new(format!("{path}.fds"), why));
             }
             (None, _) => {
                 return Err(ConfigError::new(
                     format!("{path}.fds"),
-                    "one descriptor: an interface has one pair of queues",
+                    "exactly one descriptor is needed: an interface has one pair of queues",
                 ));
             }
         }
-        // RFC 791: every host takes packets of 68 bytes.
+        // RFC 791: every host must accept packets of 68 bytes.
         if self.mtu.is_some_and(|mtu| mtu < 68) {
-            return Err(ConfigError::new(format!("{path}.mtu"), "68 bytes or more"));
+            return Err(ConfigError::new(
+                format!("{path}.mtu"),
+                "an MTU is 68 bytes or more",
+            ));
         }
         let limiter = self.rate_limiter_config.unwrap_or_default();
         limiter.check(&format!("{path}.rate_limiter_config"))
     }
 }
 
-/// The address of a network interface, written as `52:54:00:12:34:56`.
+/// MAC address of a network interface, written as `52:54:00:12:34:56`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
-    /// One of those that anybody may give away: locally administered, of one station.
+    /// Returns a random MAC address that is unicast and locally administered.
     #[must_use]
     pub fn random() -> Self {
-        // The standard library's keys are the kernel's random bytes, and another one each time.
+        // The keys of the standard library's hasher are random bytes of the kernel, and differ for each instance.
         let [first, rest @ .., _, _] = RandomState::new().hash_one(()).to_le_bytes();
         let mut bytes = [first & 0xfc | 0x02; 6];
         bytes[1..].copy_from_slice(&rest);
@@ -80,7 +83,7 @@ impl FromStr for MacAddress {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no address such as 52:54:00:12:34:56");
+        let wrong = || format!("{text:?} is not a MAC address such as 52:54:00:12:34:56");
         let parts: Vec<&str> = text.split(':').collect();
         let parts: [&str; 6] = parts.try_into().map_err(|_| wrong())?;
         let mut bytes = [0; 6];
@@ -92,7 +95,7 @@ impl FromStr for MacAddress {
                 .ok_or_else(wrong)?;
         }
         if bytes[0] & 1 != 0 || bytes == [0; 6] {
-            return Err(format!("{text} is no address of one station"));
+            return Err(format!("{text} is not a unicast address"));
         }
         Ok(Self(bytes))
     }

@@ -5,25 +5,25 @@ use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
-/// Limits of a disk or an interface.
+/// Rate limits of a disk or of a network interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct RateLimiterConfig {
-    /// Of bytes.
+    /// Limit of bytes.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub bandwidth: Option<TokenBucket>,
-    /// Of requests or packets.
+    /// Limit of requests or packets.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub ops: Option<TokenBucket>,
 }
 
-/// A bucket that is full at the beginning, and again after it rested for as long as it takes to fill.
+/// Token bucket: a rate with a burst. It is full at the start, and full again after it was unused for `refill_time`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct TokenBucket {
-    /// How many tokens it holds, at least 1.
+    /// Capacity of the bucket in tokens, 1 or more.
     pub size: u64,
-    /// Milliseconds in which it fills, at least 1.
+    /// Time in which an empty bucket fills, in milliseconds, 1 or more.
     pub refill_time: u64,
 }
 
@@ -38,7 +38,7 @@ impl TokenBucket {
 }
 
 impl RateLimiterConfig {
-    /// As devices take it.
+    /// Returns the limits in the form that the device models take.
     #[must_use]
     pub fn limit(self) -> RateLimit {
         RateLimit {
@@ -53,7 +53,7 @@ impl RateLimiterConfig {
             if bucket.as_ref().is_some_and(is_empty) {
                 return Err(ConfigError::new(
                     format!("{path}.{name}"),
-                    "size and refill_time are 1 or more: nothing would ever move",
+                    "size and refill_time must be 1 or more: with 0, no request would ever pass",
                 ));
             }
         }

@@ -1,6 +1,6 @@
 //! Host memory behind guest RAM: memory files and anonymous mappings.
 //!
-//! This file has `unsafe` for one call: madvise(2) works on addresses.
+//! This file has `unsafe` code because madvise(2) takes addresses.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -17,23 +17,24 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::byte_len;
 
-/// What guest RAM is made of.
+/// Kind of host memory behind guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backing {
-    /// A memory file of 4 KiB pages, which another process could map too.
+    /// Memory file (memfd) of 4 KiB pages, which another process can map.
     #[default]
     Memfd,
-    /// Private anonymous memory, in transparent huge pages where the kernel has them: a page that was never
-    /// written may then count as populated, because its neighbours were.
+    /// Private anonymous memory, with transparent huge pages if the kernel offers them. A page that was never written
+    /// may then count as populated, because a fault on a neighbour populates the whole huge page.
     Anonymous,
-    /// A memory file of huge pages of 2 MiB, reserved when the guest is made. Only whole ones can be given back, and
-    /// what was is reserved no longer: a guest that wants one again stands until the host has one.
+    /// Memory file of 2 MiB huge pages, which are reserved when the guest is created. Only whole huge pages can be
+    /// released. A released page loses its reservation, so a vCPU that touches it again blocks until the host has a
+    /// free huge page.
     Hugetlb,
 }
 
 impl Backing {
-    /// The page size, in bytes.
+    /// Returns the page size in bytes.
     #[must_use]
     pub fn page_size(self) -> u64 {
         match self {
@@ -43,14 +44,18 @@ impl Backing {
     }
 }
 
-/// One contiguous piece of RAM: one KVM memory slot.
+/// Contiguous range of RAM with one host mapping. It becomes one KVM memory slot.
 #[derive(Debug)]
 pub(super) struct BackedRange {
+    /// Guest-physical range.
     pub(super) range: GpaRange,
+    /// Host virtual address of the mapping.
     pub(super) host_address: u64,
+    /// Memory file that is mapped. `None` for anonymous memory.
     pub(super) file: Option<Arc<File>>,
 }
 
+/// Allocates and maps host memory for the RAM in `range`.
 pub(super) fn map_range(
     range: GpaRange,
     backing: Backing,
@@ -61,7 +66,8 @@ pub(super) fn map_range(
     let bitmap = TrackerBitmap::new(Arc::clone(tracker), range.start(), Source::Monitor);
     let sharing = match (&file, backing) {
         (None, _) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        // Huge pages are reserved at once: later there is no way to say that they ran out.
+        // mmap reserves the huge pages now. Without a reservation, a shortage would only show as SIGBUS in a later
+        // access.
         (Some(_), Backing::Hugetlb) => libc::MAP_SHARED,
         (Some(_), _) => libc::MAP_SHARED | libc::MAP_NORESERVE,
     };
@@ -88,13 +94,13 @@ pub(super) fn map_range(
     ))
 }
 
-/// Asks for transparent huge pages: a fault then brings 2 MiB, and the guest's own translations are short.
+/// Advises transparent huge pages: one fault then populates 2 MiB, and KVM can map huge pages in its stage-2 tables.
 fn advise_huge_pages(mapping: &MmapRegion<TrackerBitmap>) {
     let (start, bytes) = (mapping.as_ptr().cast(), mapping.size());
-    // SAFETY: the range is this mapping, and the advice changes nothing that can be read from it.
+    // SAFETY: the range is exactly this mapping, and MADV_HUGEPAGE does not change its contents.
     let advised = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxHugepage) };
-    // A kernel without them gives small pages, as without the advice.
-    let _without = advised;
+    // Without kernel support the advice fails, and the memory consists of small pages.
+    let _unsupported = advised;
 }
 
 pub(super) fn mmap_error(error: vm_memory::mmap::MmapRegionError) -> io::Error {
@@ -104,6 +110,7 @@ pub(super) fn mmap_error(error: vm_memory::mmap::MmapRegionError) -> io::Error {
     }
 }
 
+/// Creates the memory file for a mapping. Returns `None` for anonymous memory.
 fn memory_file(bytes: u64, backing: Backing) -> io::Result<Option<File>> {
     let flags = match backing {
         Backing::Anonymous => return Ok(None),
@@ -114,7 +121,8 @@ fn memory_file(bytes: u64, backing: Backing) -> io::Result<Option<File>> {
     let fd: OwnedFd = rustix::fs::memfd_create("guest-ram", flags)?;
     let file = File::from(fd);
     file.set_len(bytes)?;
-    // Another process that has it could make it shorter otherwise, and the next access would end this one.
+    // The seals keep another process that maps the file from shrinking it, after which an access here would raise
+    // SIGBUS.
     rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(Some(file))
 }

@@ -1,4 +1,7 @@
-//! Which guest pages are populated: those that the host has memory for.
+//! Finds the populated pages of guest RAM: those for which the host has allocated memory.
+//!
+//! Unpopulated pages are zero. Reading them would allocate memory for them, so that pre-copy rounds and digests skip
+//! them.
 
 use std::fs::File;
 use std::io;
@@ -12,20 +15,20 @@ use super::backing::BackedRange;
 use super::{Backing, GuestRam, MemoryError, byte_len};
 
 impl GuestRam {
-    /// The parts of RAM that hold anything: all else is zero, and reading it would only populate it.
+    /// Returns the populated ranges of RAM in ascending order. All other pages are zero.
     ///
-    /// Writers may go on meanwhile; a page that becomes populated during the call may be missing.
+    /// Guest and devices may write during the call. A page that becomes populated meanwhile may be missing.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns [`MemoryError::Populated`] if the kernel does not report the populated pages.
     pub fn populated(&self) -> Result<Vec<GpaRange>, MemoryError> {
         self.populated_in(GpaRange::ALL)
     }
 
-    /// As [`Self::populated`], for the part of RAM that lies in `range`.
+    /// Returns the populated ranges within `range`, like [`Self::populated`].
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns [`MemoryError::Populated`] if the kernel does not report the populated pages.
     pub fn populated_in(&self, range: GpaRange) -> Result<Vec<GpaRange>, MemoryError> {
         let mut found = Vec::new();
         for backed in &self.backed {
@@ -42,8 +45,8 @@ impl GuestRam {
     }
 }
 
-/// The extents of a memory file that hold data, by lseek(2) SEEK_DATA and SEEK_HOLE: swapped-out pages
-/// are among them. The file holds `piece`; only `part` of it is looked at.
+/// Appends the extents of `file` within `part` that contain data, found by lseek(2) with SEEK_DATA and SEEK_HOLE.
+/// Swapped-out pages count as data. The file holds the RAM of the range `whole`.
 fn data_extents(
     file: &File,
     whole: GpaRange,
@@ -68,12 +71,12 @@ fn data_extents(
     Ok(())
 }
 
-/// An entry of /proc/self/pagemap, one a page: Linux Documentation/admin-guide/mm/pagemap.rst.
+/// Bits of a page's entry in /proc/self/pagemap (Linux Documentation/admin-guide/mm/pagemap.rst).
 const PAGEMAP_PRESENT: u64 = 1 << 63;
 const PAGEMAP_SWAPPED: u64 = 1 << 62;
 
-/// Pages of `part` that this process has mapped, from its page tables: right for private memory, and for
-/// huge pages as long as no other process maps them.
+/// Appends the pages of `part` that are present or swapped out in this process's page tables. This is exact for private
+/// memory, and for huge pages as long as no other process maps them.
 fn present_pages(
     backed: &BackedRange,
     part: GpaRange,
@@ -98,7 +101,8 @@ fn present_pages(
     Ok(())
 }
 
-/// Adds `bytes` at `offset` in `piece`, as one range with the last where they touch.
+/// Appends the range of `bytes` at `offset` from the start of `whole`. If the range touches the last one in `found`,
+/// the two are merged.
 fn push_merged(
     found: &mut Vec<GpaRange>,
     whole: GpaRange,
