@@ -1,10 +1,10 @@
-//! Words for whoever looks after the monitor.
+//! Error and warning messages on standard error.
 
 use std::fmt::Display;
 use std::io::{Write, stderr};
 
-/// Says something on standard error.
-pub fn complain(words: impl Display) {
-    // One that is closed or full has nobody behind it who could be told.
-    let _unheard = writeln!(stderr(), "ferry: {words}");
+/// Prints a message on standard error, after the name of the program.
+pub fn complain(message: impl Display) {
+    // If standard error is closed or full, there is nowhere to report that.
+    let _lost = writeln!(stderr(), "ferry: {message}");
 }

@@ -1,74 +1,72 @@
-//! The configuration of a guest, in the JSON of the Cloud Hypervisor API v1.
+//! Configuration of a guest, in the JSON format of the Cloud Hypervisor API v1.
 //!
-//! Only what Ferry has is here. A field that is not is refused with its path, never ignored: a guest that
-//! silently lacks a disk is worse than one that does not start.
+//! A field that Ferry does not support is rejected with its path in the JSON and never ignored: a guest that silently
+//! lacks a disk is worse than a guest that does not start.
+//!
+//! The types hold values and check them. They open no file and know no other part of the monitor.
 
 mod devices;
+mod net;
+mod rate_limiter;
 
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::boot::Payload;
-use crate::kvm::dirty_log::DirtyLogMode;
-use crate::machine::Shape;
-use crate::memory::Backing;
+pub use devices::{BalloonConfig, DevicesConfig, DiskConfig, ImageType, RngConfig, VsockConfig};
+pub use net::{MacAddress, NetConfig};
+pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 
-pub use devices::{
-    BalloonConfig, DevicesConfig, DiskConfig, ImageType, MacAddress, NetConfig, RateLimiterConfig,
-    RngConfig, TokenBucket, VsockConfig,
-};
-
-/// A guest.
+/// Configuration of one guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VmConfig {
-    /// Its processors.
+    /// vCPUs.
     #[serde(default)]
     pub cpus: CpusConfig,
-    /// Its memory.
+    /// RAM.
     #[serde(default)]
     pub memory: MemoryConfig,
-    /// What it boots.
+    /// Kernel, command line and initramfs.
     pub payload: PayloadConfig,
-    /// Its serial port.
+    /// Serial port COM1.
     #[serde(default)]
     pub serial: SerialConfig,
-    /// Its disks.
+    /// Virtio block devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub disks: Vec<DiskConfig>,
-    /// Its network interfaces.
+    /// Virtio network devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub net: Vec<NetConfig>,
-    /// Its entropy device.
+    /// Virtio entropy device.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rng: Option<RngConfig>,
-    /// Its socket device.
+    /// Virtio socket device (vsock).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vsock: Option<VsockConfig>,
-    /// Its memory balloon.
+    /// Virtio memory balloon.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub balloon: Option<BalloonConfig>,
-    /// Its virtio console.
+    /// Virtio console, in addition to the serial port.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub console: Option<SerialConfig>,
 }
 
-/// Processors of a guest.
+/// vCPUs of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct CpusConfig {
-    /// vCPUs that it starts with.
+    /// Number of vCPUs that are present at boot.
     pub boot_vcpus: u32,
-    /// vCPUs that it may have: the same, there is no hotplug.
+    /// Maximum number of vCPUs. Must equal `boot_vcpus`, because vCPUs cannot be hot-plugged.
     pub max_vcpus: u32,
 }
 
 impl CpusConfig {
-    /// `count` vCPUs.
+    /// Returns a configuration with `count` vCPUs at boot and at most.
     #[must_use]
     pub fn of(count: u32) -> Self {
         Self {
@@ -84,22 +82,22 @@ impl Default for CpusConfig {
     }
 }
 
-/// Memory of a guest.
+/// RAM of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct MemoryConfig {
-    /// Bytes.
+    /// Bytes of RAM.
     #[serde(deserialize_with = "bytes")]
     pub size: u64,
-    /// Backed by a memory file that another process could map.
-    #[serde(default = "yes")]
+    /// Whether the RAM is a memory file that another process can map, for example a vhost-user back end.
+    #[serde(default = "enabled")]
     pub shared: bool,
-    /// Backed by huge pages of 2 MiB.
+    /// Whether the RAM consists of huge pages of 2 MiB.
     #[serde(default)]
     pub hugepages: bool,
 }
 
-/// Reads a number of bytes: its errors say that one is expected.
+/// Deserializes a number of bytes. If the JSON value is something else, the error says "expected a number of bytes".
 pub(crate) fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     struct Bytes;
     impl Visitor<'_> for Bytes {
@@ -116,7 +114,7 @@ pub(crate) fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D
     deserializer.deserialize_u64(Bytes)
 }
 
-fn yes() -> bool {
+fn enabled() -> bool {
     true
 }
 
@@ -130,54 +128,64 @@ impl Default for MemoryConfig {
     }
 }
 
-/// What a guest boots.
+/// Files and parameters that a guest boots from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct PayloadConfig {
-    /// An ELF image with a PVH note, a vmlinux or a bzImage.
+    /// Path of the kernel: an ELF image with a PVH note, a vmlinux or a bzImage.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub kernel: Option<PathBuf>,
-    /// The kernel's command line.
+    /// Command line of the kernel.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cmdline: Option<String>,
-    /// The first root of the kernel.
+    /// Path of the initramfs.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub initramfs: Option<PathBuf>,
 }
 
-/// Where a serial port's output goes and its input comes from.
+/// Host side of the serial port or of the virtio console.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct SerialConfig {
-    /// The other end.
+    /// Kind of the host side.
     pub mode: SerialMode,
-    /// The file, for `File`.
+    /// Path of the output file. Required if `mode` is `File`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub file: Option<PathBuf>,
 }
 
-/// The other end of a serial port.
+/// Kind of the host side of a serial port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SerialMode {
-    /// Output is dropped, there is no input.
+    /// Output is dropped, and there is no input.
     #[default]
     Null,
-    /// Standard output and standard input.
+    /// Output goes to standard output, and input comes from standard input.
     Tty,
-    /// Output goes to a file, there is no input.
+    /// Output is appended to a file, and there is no input.
     File,
 }
 
-/// A configuration that cannot be.
+/// A configuration that is not valid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{why}", prefix(.path))]
 pub struct ConfigError {
-    /// The field's path in the JSON, such as `memory.size`; `.` for the whole.
+    /// Path of the invalid field in the JSON, such as `memory.size`, or `.` for the whole document.
     pub path: String,
-    /// What is wrong with it.
+    /// Why the value is invalid.
     pub why: String,
 }
 
+impl ConfigError {
+    fn new(path: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            why: why.into(),
+        }
+    }
+}
+
+/// Returns the path as the beginning of an error message. An error of the whole document has no such beginning.
 fn prefix(path: &str) -> String {
     match path {
         "." => String::new(),
@@ -186,15 +194,16 @@ fn prefix(path: &str) -> String {
 }
 
 impl VmConfig {
-    /// Reads a configuration.
+    /// Parses a configuration from JSON.
     ///
     /// # Errors
-    /// Not JSON, a field that Ferry does not have, a value that cannot be; with the field's path.
+    /// Returns the path of the field and the reason if `json` is not JSON, has a field that Ferry does not support, or
+    /// has a value of the wrong type. Values are not checked against each other: see [`Self::check`].
     pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
         from_json(json)
     }
 
-    /// Its virtio devices.
+    /// Returns the configuration of the virtio devices.
     #[must_use]
     pub fn devices(&self) -> DevicesConfig {
         DevicesConfig {
@@ -207,22 +216,22 @@ impl VmConfig {
         }
     }
 
-    /// Has each interface that names no tap use the next of `passed`, by its number.
+    /// Assigns the passed descriptors of taps to the interfaces that have neither `tap` nor `fds`, in order.
     ///
     /// # Errors
-    /// Not as many were passed as there are such interfaces.
-    pub(crate) fn give_taps(&mut self, passed: &[OwnedFd]) -> Result<(), ConfigError> {
-        let without = |net: &&mut NetConfig| net.tap.is_none() && net.fds.is_none();
-        let nets: Vec<_> = self.net.iter_mut().filter(without).collect();
+    /// Returns an error for `net` if descriptors were passed, but not as many as there are such interfaces.
+    pub(crate) fn assign_taps(&mut self, passed: &[OwnedFd]) -> Result<(), ConfigError> {
+        let has_no_tap = |net: &&mut NetConfig| net.tap.is_none() && net.fds.is_none();
+        let nets: Vec<_> = self.net.iter_mut().filter(has_no_tap).collect();
         if !passed.is_empty() && nets.len() != passed.len() {
-            return Err(ConfigError {
-                path: "net".into(),
-                why: format!(
+            return Err(ConfigError::new(
+                "net",
+                format!(
                     "{} descriptors came with the call, for {} interfaces that name no tap",
                     passed.len(),
                     nets.len()
                 ),
-            });
+            ));
         }
         for (net, descriptor) in nets.into_iter().zip(passed) {
             net.fds = Some(vec![descriptor.as_raw_fd()]);
@@ -230,94 +239,77 @@ impl VmConfig {
         Ok(())
     }
 
-    /// What to boot.
+    /// Checks that the values of the configuration are valid and fit each other, without looking at the host.
     ///
     /// # Errors
-    /// There is no kernel.
-    pub fn boot_payload(&self) -> Result<Payload, ConfigError> {
-        let kernel = self.payload.kernel.clone().ok_or_else(|| ConfigError {
-            path: "payload.kernel".into(),
-            why: "a guest needs a kernel: an ELF image with a PVH note, a vmlinux or a bzImage"
-                .into(),
-        })?;
-        Ok(Payload {
-            kernel,
-            initramfs: self.payload.initramfs.clone(),
-            command_line: self.payload.cmdline.clone().unwrap_or_default(),
-        })
+    /// Returns the path and the reason of the first field that is invalid.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.cpus.max_vcpus != self.cpus.boot_vcpus {
+            return Err(ConfigError::new(
+                "cpus.max_vcpus",
+                format!(
+                    "{} is not {}, the number of boot_vcpus: there is no hotplug",
+                    self.cpus.max_vcpus, self.cpus.boot_vcpus
+                ),
+            ));
+        }
+        self.devices().check(self.memory.size)?;
+        self.check_shared()?;
+        self.check_serial()
+    }
+
+    /// Checks that guest memory is shared if something needs it: a vhost-user back end maps it in its own process, and
+    /// huge pages are always a shared memory file.
+    fn check_shared(&self) -> Result<(), ConfigError> {
+        let why = if self.memory.shared {
+            return Ok(());
+        } else if self.disks.iter().any(|disk| disk.vhost_user) {
+            "a vhost-user back end has to map guest memory: leave it on"
+        } else if self.memory.hugepages {
+            "huge pages are always a shared memory file: leave it on"
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::new("memory.shared", why))
     }
 
     fn check_serial(&self) -> Result<(), ConfigError> {
         match (self.serial.mode, &self.serial.file) {
-            (SerialMode::File, None) => Err(ConfigError {
-                path: "serial.file".into(),
-                why: "the mode File needs the file's path".into(),
-            }),
+            (SerialMode::File, None) => Err(ConfigError::new(
+                "serial.file",
+                "the mode File needs the file's path",
+            )),
             _ => Ok(()),
         }
     }
+}
 
-    /// A back end in another process maps guest memory.
-    fn check_shared(&self) -> Result<(), ConfigError> {
-        match self.disks.iter().any(|disk| disk.vhost_user) && !self.memory.shared {
-            true => Err(ConfigError {
-                path: "memory.shared".into(),
-                why: "a vhost-user back end has to map guest memory: leave it on".into(),
-            }),
-            false => Ok(()),
-        }
-    }
-
-    /// The machine to make.
+impl PayloadConfig {
+    /// Returns the path of the kernel.
     ///
     /// # Errors
-    /// Values that contradict each other.
-    pub fn shape(&self, dirty_log: Option<DirtyLogMode>) -> Result<Shape, ConfigError> {
-        if self.cpus.max_vcpus != self.cpus.boot_vcpus {
-            return Err(ConfigError {
-                path: "cpus.max_vcpus".into(),
-                why: format!(
-                    "{} is not {}, the number of boot_vcpus: there is no hotplug",
-                    self.cpus.max_vcpus, self.cpus.boot_vcpus
-                ),
-            });
-        }
-        self.devices().check(self.memory.size)?;
-        self.check_shared()?;
-        self.check_serial()?;
-        Ok(Shape {
-            cpus: self.cpus.boot_vcpus,
-            memory_bytes: self.memory.size,
-            backing: self.memory.backing()?,
-            dirty_log,
+    /// Returns a [`ConfigError`] for `payload.kernel` if no kernel is given.
+    pub fn kernel(&self) -> Result<&Path, ConfigError> {
+        self.kernel.as_deref().ok_or_else(|| {
+            ConfigError::new(
+                "payload.kernel",
+                "a guest needs a kernel: an ELF image with a PVH note, a vmlinux or a bzImage",
+            )
         })
     }
 }
 
-impl MemoryConfig {
-    fn backing(self) -> Result<Backing, ConfigError> {
-        match (self.shared, self.hugepages) {
-            (true, false) => Ok(Backing::Memfd),
-            (false, false) => Ok(Backing::Anonymous),
-            (true, true) => Ok(Backing::Hugetlb),
-            (false, true) => Err(ConfigError {
-                path: "memory.shared".into(),
-                why: "huge pages are always a shared memory file: leave it on".into(),
-            }),
-        }
-    }
-}
-
-/// Reads any of the API's JSON.
+/// Deserializes a value from the JSON of the API.
 ///
 /// # Errors
-/// Not JSON, an unknown field, a wrong value; with the field's path.
+/// Returns the path of the field and the reason if `json` is not JSON, has an unknown field, or has a value of the
+/// wrong type.
 pub fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, ConfigError> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let value =
         serde_path_to_error::deserialize(&mut deserializer).map_err(|error| ConfigError {
             path: match error.path().to_string().as_str() {
-                // It is no JSON at all.
+                // The input is not JSON, so that no field can be named.
                 "?" => ".".into(),
                 path => path.into(),
             },
@@ -341,16 +333,16 @@ mod tests {
         let open = || std::fs::File::open("/dev/null").unwrap().into();
         let passed: [OwnedFd; 2] = [open(), open()];
         let mut given = config.clone();
-        given.give_taps(&passed).unwrap();
+        given.assign_taps(&passed).unwrap();
         let numbers: Vec<_> = given.net.iter().map(|net| net.fds.clone()).collect();
         let number = |index: usize| Some(vec![passed[index].as_raw_fd()]);
         assert_eq!(numbers, [number(0), None, number(1)]);
         for passed in [vec![open()], vec![open(), open(), open()]] {
-            let error = config.clone().give_taps(&passed).unwrap_err();
+            let error = config.clone().assign_taps(&passed).unwrap_err();
             assert_eq!(error.path, "net", "{error}");
         }
         let mut untouched = config.clone();
-        untouched.give_taps(&[]).unwrap();
+        untouched.assign_taps(&[]).unwrap();
         assert_eq!(untouched, config);
     }
 
@@ -359,7 +351,7 @@ mod tests {
         let config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
         assert_eq!(config.cpus, CpusConfig::of(1));
         assert_eq!(config.memory.size, 512 << 20);
-        assert_eq!(config.boot_payload().unwrap().kernel, PathBuf::from("/k"));
+        assert_eq!(config.payload.kernel, Some(PathBuf::from("/k")));
     }
 
     #[test]
@@ -401,33 +393,5 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(said) && !text.starts_with('.'), "{text}");
         }
-    }
-
-    #[test]
-    fn contradictions_are_named() {
-        let mut config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
-        config.cpus.max_vcpus = 4;
-        assert_eq!(config.shape(None).unwrap_err().path, "cpus.max_vcpus");
-        config.cpus.max_vcpus = 1;
-        config.memory = MemoryConfig {
-            size: 1 << 30,
-            shared: false,
-            hugepages: true,
-        };
-        assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
-        config.memory.hugepages = false;
-        config.disks.push(DiskConfig {
-            vhost_user: true,
-            vhost_socket: Some("/s".into()),
-            ..DiskConfig::default()
-        });
-        assert_eq!(config.shape(None).unwrap_err().path, "memory.shared");
-        config.memory.shared = true;
-        config.serial.mode = SerialMode::File;
-        assert_eq!(config.shape(None).unwrap_err().path, "serial.file");
-        config.serial.file = Some("/s".into());
-        config.shape(None).unwrap();
-        config.payload.kernel = None;
-        assert_eq!(config.boot_payload().unwrap_err().path, "payload.kernel");
     }
 }

@@ -43,12 +43,12 @@ pub struct Events(Option<Arc<Queue>>);
 struct Queue {
     began: Instant,
     lines: SyncSender<String>,
-    fate: Arc<Fate>,
+    counters: Arc<QueueCounters>,
 }
 
 /// What becomes of lines.
 #[derive(Default)]
-struct Fate {
+struct QueueCounters {
     waiting: AtomicUsize,
     lost: AtomicU64,
 }
@@ -67,12 +67,16 @@ impl Events {
     pub fn to(file: File) -> io::Result<Self> {
         let (lines, queue) = sync_channel(QUEUE_LINES);
         let began = Instant::now();
-        let fate = Arc::new(Fate::default());
-        let written = Arc::clone(&fate);
+        let counters = Arc::new(QueueCounters::default());
+        let written = Arc::clone(&counters);
         thread::Builder::new()
             .name("_event-monitor".into())
             .spawn(move || write_out(file, &queue, began, &written))?;
-        Ok(Self(Some(Arc::new(Queue { began, lines, fate }))))
+        Ok(Self(Some(Arc::new(Queue {
+            began,
+            lines,
+            counters,
+        }))))
     }
 
     /// Events are appended to what is at `path`: a file, made if it is not there, or a named pipe that somebody reads.
@@ -97,9 +101,9 @@ impl Events {
             return;
         };
         let line = line(queue.began, source, event, properties);
-        queue.fate.waiting.fetch_add(1, Ordering::SeqCst);
+        queue.counters.waiting.fetch_add(1, Ordering::SeqCst);
         if queue.lines.try_send(line).is_err() {
-            queue.fate.lost();
+            queue.counters.line_lost();
         }
     }
 
@@ -118,7 +122,7 @@ impl Events {
     pub fn lost(&self) -> u64 {
         self.0
             .as_ref()
-            .map_or(0, |queue| queue.fate.lost.load(Ordering::Relaxed))
+            .map_or(0, |queue| queue.counters.lost.load(Ordering::Relaxed))
     }
 
     /// Waits until all events are written, unless their reader has stalled.
@@ -127,14 +131,14 @@ impl Events {
             return;
         };
         let began = Instant::now();
-        while queue.fate.waiting.load(Ordering::SeqCst) > 0 && began.elapsed() < FLUSH_LIMIT {
+        while queue.counters.waiting.load(Ordering::SeqCst) > 0 && began.elapsed() < FLUSH_LIMIT {
             thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
-impl Fate {
-    fn lost(&self) {
+impl QueueCounters {
+    fn line_lost(&self) {
         self.lost.fetch_add(1, Ordering::Relaxed);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
@@ -153,11 +157,11 @@ fn line(began: Instant, source: EventSource, event: &str, properties: Value) -> 
 }
 
 /// Each line in one write: lines of several writers to one file do not mix.
-fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, fate: &Fate) {
+fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, counters: &QueueCounters) {
     let mut told = 0;
     while let Ok(next) = queue.recv() {
         let mut text = next;
-        let lost = fate.lost.load(Ordering::Relaxed);
+        let lost = counters.lost.load(Ordering::Relaxed);
         if lost > told {
             let count = json!({ "count": lost - told });
             text = format!(
@@ -169,9 +173,9 @@ fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, fate: &Fa
         match file.write_all(text.as_bytes()) {
             Ok(()) => {
                 told = lost;
-                fate.waiting.fetch_sub(1, Ordering::SeqCst);
+                counters.waiting.fetch_sub(1, Ordering::SeqCst);
             }
-            Err(_) => fate.lost(),
+            Err(_) => counters.line_lost(),
         }
     }
 }

@@ -18,4 +18,5 @@ pub mod monitor;
 mod panics;
 pub mod serial;
 pub mod size;
+mod socket_path;
 pub mod vcpu;

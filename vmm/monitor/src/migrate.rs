@@ -8,11 +8,9 @@ mod source;
 use crate::config::DevicesConfig;
 use crate::memory::Backing;
 
+pub use crate::socket_path::{SOCKET_PATH_MAX, SocketPathTooLong, check_socket_path};
 pub use destination::{MachineDestination, OnArrival};
-pub use endpoint::{
-    Connection, EndpointError, Listener, SOCKET_PATH_MAX, SocketFile, Url, check_socket_path,
-    listen_unix,
-};
+pub use endpoint::{Connection, EndpointError, Listener, SocketFile, Url, listen_unix};
 pub use source::MachineSource;
 
 /// Limits and host resources for a guest that arrives.

@@ -1,9 +1,9 @@
-//! Sizes as people read and write them.
+//! Parses and prints sizes in bytes, as users write them.
 
-/// Reads a size: bytes, or with one of the suffixes K, M, G, T (powers of 1024).
+/// Parses a number of bytes with an optional suffix K, M, G or T (powers of 1024).
 ///
 /// # Errors
-/// In words.
+/// Returns a message for the user if `text` is not such a number, or does not fit 64 bits.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.bytes().last() {
         Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
@@ -12,15 +12,15 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         Some(b'T' | b't') => (&text[..text.len() - 1], 40),
         _ => (text, 0),
     };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is no size: write a number, with K, M, G or T behind it"))?;
+    let number: u64 = digits.parse().map_err(|_| {
+        format!("{text:?} is not a size: write a number, followed by K, M, G or T if needed")
+    })?;
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| format!("{text:?} is too large"))
 }
 
-/// Writes a size as [`parse_size`] reads it, with the largest suffix that leaves a whole number.
+/// Formats a size with the largest suffix of [`parse_size`] that leaves a whole number, or as `N bytes` if none does.
 #[must_use]
 pub fn size_text(bytes: u64) -> String {
     let suffixes = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];

@@ -1,19 +1,20 @@
-//! What a client of the API sends: requests as raw bytes, and the JSON of the calls that take one.
+//! Fuzz target for the input that the API reads from clients: HTTP requests as raw bytes, and the JSON bodies of the
+//! calls that take one.
 //!
-//! The first byte chooses. Whatever comes, the answers are whole HTTP responses with a known status, an error says why
-//! in an array of messages, and nothing is created.
+//! The first byte of the input selects between the two. For any input, the output must be complete HTTP responses with
+//! a known status, an error must carry its reason in an array of messages, and no guest may be created.
 #![no_main]
 
-use std::sync::{Arc, LazyLock, mpsc::channel};
+use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vmm::api::answer_bytes;
 use vmm::events::Events;
-use vmm::monitor::{Monitor, MonitorError};
+use vmm::monitor::{Monitor, MonitorError, Refusal};
 
-/// A monitor that has no guest and launches none, so that no request can change it.
+/// Monitor without a guest and without a launcher, so that no request can change its state.
 static MONITOR: LazyLock<Arc<Monitor>> =
-    LazyLock::new(|| Monitor::new(channel().0, Events::nowhere()));
+    LazyLock::new(|| Monitor::new(None, Events::nowhere()));
 
 const CALLS: [&str; 4] = [
     "vm.create",
@@ -33,18 +34,24 @@ fuzz_target!(|bytes: &[u8]| {
                 "PUT /api/v1/{call} HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
                 rest.len()
             );
-            let answers = look_through(&answer_bytes(&MONITOR, &[head.as_bytes(), rest].concat()));
+            let answers = parse_answers(&answer_bytes(&MONITOR, &[head.as_bytes(), rest].concat()));
             assert!(matches!(answers[..], [400 | 404 | 409]), "{answers:?}");
         }
         None => {
-            look_through(&answer_bytes(&MONITOR, rest));
+            parse_answers(&answer_bytes(&MONITOR, rest));
         }
     }
-    assert!(matches!(MONITOR.info(), Err(MonitorError::NoGuest)));
+    assert!(matches!(
+        MONITOR.info(),
+        Err(MonitorError::Refused {
+            refusal: Refusal::NoGuest,
+            ..
+        })
+    ));
 });
 
-/// The statuses of these answers, each of which is whole.
-fn look_through(mut answers: &[u8]) -> Vec<u16> {
+/// Parses `answers` as complete HTTP responses and returns their statuses.
+fn parse_answers(mut answers: &[u8]) -> Vec<u16> {
     let mut statuses = Vec::new();
     while !answers.is_empty() {
         let mut headers = [httparse::EMPTY_HEADER; 16];

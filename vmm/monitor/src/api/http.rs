@@ -149,11 +149,11 @@ pub(super) enum RequestError {
     /// The client is done, or gone.
     Closed,
     /// What it sent is answered with this, and the connection closed.
-    Bad(Response),
+    Invalid(Response),
 }
 
 /// What a connection reads from.
-pub(super) trait Source {
+pub(super) trait RequestSource {
     /// As [`Read::read`], for a request of which `begun` says whether its first byte has come.
     ///
     /// # Errors
@@ -166,16 +166,16 @@ pub(super) trait Source {
     }
 }
 
-/// What a client sent ahead of the request that is looked at.
+/// What a client sent received of the request that is looked at.
 #[derive(Debug, Default)]
-pub(super) struct Ahead {
+pub(super) struct ReceiveBuffer {
     bytes: Vec<u8>,
     /// Each with the place in `bytes` behind those that it came with. A socket never joins the bytes that descriptors
     /// come with and those behind them (unix(7)).
     descriptors: Vec<(usize, OwnedFd)>,
 }
 
-impl Ahead {
+impl ReceiveBuffer {
     #[cfg(test)]
     pub(super) fn append(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
@@ -197,7 +197,7 @@ impl Ahead {
             .collect();
         if with.len() > DESCRIPTORS_LIMIT {
             let why = format!("at most {DESCRIPTORS_LIMIT} descriptors come with a request");
-            return Err(bad(400, why));
+            return Err(refusal(400, why));
         }
         Ok((
             bytes,
@@ -213,56 +213,56 @@ pub(super) enum Begun {
     Yes,
 }
 
-impl Source for &[u8] {
+impl RequestSource for &[u8] {
     fn read(&mut self, bytes: &mut [u8], _: Begun) -> io::Result<usize> {
         Read::read(self, bytes)
     }
 }
 
-/// Reads the next request. `ahead` keeps what a client sends ahead.
+/// Reads the next request. `received` keeps what a client sends received.
 pub(super) fn read_request(
-    stream: &mut impl Source,
-    ahead: &mut Ahead,
+    stream: &mut impl RequestSource,
+    received: &mut ReceiveBuffer,
 ) -> Result<Request, RequestError> {
     loop {
-        if let Some((mut request, head, length)) = parse(&ahead.bytes)? {
-            while ahead.bytes.len() < head + length {
-                fill(stream, ahead)?;
+        if let Some((mut request, head, length)) = parse(&received.bytes)? {
+            while received.bytes.len() < head + length {
+                fill(stream, received)?;
             }
-            let (mut bytes, descriptors) = ahead.take(head + length)?;
+            let (mut bytes, descriptors) = received.take(head + length)?;
             request.body = bytes.split_off(head);
             request.descriptors = descriptors;
             return Ok(request);
         }
-        if ahead.bytes.len() > HEAD_LIMIT {
-            return Err(bad(
+        if received.bytes.len() > HEAD_LIMIT {
+            return Err(refusal(
                 413,
                 format!("the request's head has more than {HEAD_LIMIT} bytes"),
             ));
         }
-        fill(stream, ahead)?;
+        fill(stream, received)?;
     }
 }
 
-fn fill(stream: &mut impl Source, ahead: &mut Ahead) -> Result<(), RequestError> {
+fn fill(stream: &mut impl RequestSource, received: &mut ReceiveBuffer) -> Result<(), RequestError> {
     let mut bytes = [0; 4096];
-    let begun = if ahead.bytes.is_empty() {
+    let begun = if received.bytes.is_empty() {
         Begun::No
     } else {
         Begun::Yes
     };
     match stream.read(&mut bytes, begun) {
         Err(error) if error.kind() == io::ErrorKind::TimedOut && begun == Begun::Yes => {
-            Err(bad(408, "the rest of the request did not come in time"))
+            Err(refusal(408, "the rest of the request did not come in time"))
         }
         Ok(0) | Err(_) => Err(RequestError::Closed),
         Ok(count) => {
-            ahead.bytes.extend(&bytes[..count]);
-            let end = ahead.bytes.len();
+            received.bytes.extend(&bytes[..count]);
+            let end = received.bytes.len();
             // One more than a request may have says that there were too many.
-            let room = (DESCRIPTORS_LIMIT + 1).saturating_sub(ahead.descriptors.len());
+            let room = (DESCRIPTORS_LIMIT + 1).saturating_sub(received.descriptors.len());
             let came = stream.take_descriptors().into_iter().take(room);
-            ahead
+            received
                 .descriptors
                 .extend(came.map(|descriptor| (end, descriptor)));
             Ok(())
@@ -270,8 +270,8 @@ fn fill(stream: &mut impl Source, ahead: &mut Ahead) -> Result<(), RequestError>
     }
 }
 
-fn bad(status: u16, message: impl ToString) -> RequestError {
-    RequestError::Bad(Response::error(status, message))
+fn refusal(status: u16, message: impl ToString) -> RequestError {
+    RequestError::Invalid(Response::error(status, message))
 }
 
 /// A request without its body, the length of its head, and the length of its body; none while the head is
@@ -282,7 +282,7 @@ fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError>
     let head = match parsed.parse(buffer) {
         Ok(httparse::Status::Complete(head)) => head,
         Ok(httparse::Status::Partial) => return Ok(None),
-        Err(error) => return Err(bad(400, format!("no HTTP request: {error}"))),
+        Err(error) => return Err(refusal(400, format!("no HTTP request: {error}"))),
     };
     let header = |name: &str| {
         parsed
@@ -292,16 +292,16 @@ fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError>
             .map(|header| String::from_utf8_lossy(header.value).trim().to_owned())
     };
     if header("Transfer-Encoding").is_some() {
-        return Err(bad(501, "Transfer-Encoding: send a Content-Length"));
+        return Err(refusal(501, "Transfer-Encoding: send a Content-Length"));
     }
     let length = match header("Content-Length") {
         None => 0,
         Some(text) => text
             .parse()
-            .map_err(|_| bad(400, format!("Content-Length: {text:?}")))?,
+            .map_err(|_| refusal(400, format!("Content-Length: {text:?}")))?,
     };
     if length > BODY_LIMIT {
-        return Err(bad(
+        return Err(refusal(
             413,
             format!("a body of {length} bytes, at most {BODY_LIMIT} are allowed"),
         ));
@@ -330,7 +330,7 @@ mod tests {
     /// Gives its bytes out in pieces of `step`.
     struct Drip<'a>(&'a [u8], usize);
 
-    impl Source for Drip<'_> {
+    impl RequestSource for Drip<'_> {
         fn read(&mut self, bytes: &mut [u8], _: Begun) -> io::Result<usize> {
             let count = self.1.min(self.0.len()).min(bytes.len());
             bytes[..count].copy_from_slice(&self.0[..count]);
@@ -343,7 +343,7 @@ mod tests {
     fn requests_follow_each_other_on_one_connection() {
         let text = b"PUT /a HTTP/1.1\r\ncontent-length: 3\r\n\r\nxyzGET /b HTTP/1.1\r\nConnection: close\r\n\r\n";
         for step in [1, 7, 4096] {
-            let (mut stream, mut buffer) = (Drip(text, step), Ahead::default());
+            let (mut stream, mut buffer) = (Drip(text, step), ReceiveBuffer::default());
             let first = read_request(&mut stream, &mut buffer).unwrap();
             assert_eq!((first.method.as_str(), first.path.as_str()), ("PUT", "/a"));
             assert_eq!(
@@ -370,8 +370,11 @@ mod tests {
             ("PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
             ("\u{1}\u{2}\r\n\r\n", 400),
         ] {
-            match read_request(&mut Drip(text.as_bytes(), 4096), &mut Ahead::default()) {
-                Err(RequestError::Bad(response)) => assert_eq!(response.status, status),
+            match read_request(
+                &mut Drip(text.as_bytes(), 4096),
+                &mut ReceiveBuffer::default(),
+            ) {
+                Err(RequestError::Invalid(response)) => assert_eq!(response.status, status),
                 other => panic!("{text:.40}: {other:?}"),
             }
         }
@@ -380,7 +383,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _answer = read_request(&mut Drip(&bytes, 16), &mut Ahead::default());
+            let _answer = read_request(&mut Drip(&bytes, 16), &mut ReceiveBuffer::default());
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The API: HTTP on a Unix socket, in the paths and JSON of the Cloud Hypervisor API v1.
 
 mod client;
+mod connections;
 mod http;
+mod request_stream;
 mod routes;
 mod server;
 

@@ -1,5 +1,5 @@
-//! The CPU features that a guest sees: the host's as KVM offers them, restricted to a named [`baseline`], made each
-//! vCPU's own.
+//! CPUID of the guest: the features of the host as KVM offers them, restricted to a named [`baseline`], with the
+//! topology of each vCPU.
 //!
 //! Source: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
 
@@ -9,32 +9,35 @@ mod topology;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-/// CPUID could not be asked for or built.
+/// KVM did not report the supported CPUID, or the CPUID of the guest is too large.
 #[derive(Debug, thiserror::Error)]
 #[error("CPUID: {0}")]
 pub struct CpuidError(String);
 
+/// Leaf 1, feature information.
 const FEATURES: u32 = 1;
-/// Leaf 1, ecx, and leaf 7, ecx: what the guest itself has switched on, not features.
+/// Leaf 1, ecx, and leaf 7, ecx: bits that show what the guest enabled in CR4. They are not features.
 const OSXSAVE: u32 = 1 << 27;
 const OSPKE: u32 = 1 << 4;
+/// Leaf 1, ecx: the guest runs under a hypervisor.
 const HYPERVISOR_PRESENT: u32 = 1 << 31;
-/// Leaf 1, ecx: the TSC-deadline timer, which KVM's local APIC has though it does not say so here.
+/// Leaf 1, ecx: the TSC-deadline timer. The in-kernel local APIC has it, but KVM_GET_SUPPORTED_CPUID does not report
+/// it.
 const TSC_DEADLINE: u32 = 1 << 24;
 
-/// What the vCPUs of a guest see on one host.
+/// CPUID of all vCPUs of a guest.
 ///
-/// KVM is asked once for all of them: on some hosts its answer takes a millisecond.
+/// KVM_GET_SUPPORTED_CPUID is called once for all vCPUs, because it takes a millisecond on some hosts.
 pub struct GuestCpuid {
     common: Vec<kvm_cpuid_entry2>,
     count: u32,
 }
 
 impl GuestCpuid {
-    /// Of a guest with `count` vCPUs.
+    /// Builds the CPUID of a guest with `count` vCPUs.
     ///
     /// # Errors
-    /// KVM's.
+    /// Returns [`CpuidError`] if KVM_GET_SUPPORTED_CPUID fails.
     pub fn new(kvm: &Kvm, count: u32) -> Result<Self, CpuidError> {
         let mut common = supported(kvm)?.as_slice().to_vec();
         for entry in &mut common {
@@ -46,19 +49,19 @@ impl GuestCpuid {
         Ok(Self { common, count })
     }
 
-    /// What vCPU `index` sees.
+    /// Returns the CPUID of vCPU `index`.
     #[must_use]
     pub fn of_vcpu(&self, index: u32) -> Vec<kvm_cpuid_entry2> {
         let mut entries = self.common.clone();
         let count = self.count;
-        topology::Place { index, count }.write(&mut entries);
+        topology::CpuPosition { index, count }.write(&mut entries);
         entries
     }
 
-    /// The same, for `KVM_SET_CPUID2`.
+    /// Returns the CPUID of vCPU `index` as the argument of KVM_SET_CPUID2.
     ///
     /// # Errors
-    /// More entries than KVM takes.
+    /// Returns [`CpuidError`] if there are more entries than KVM accepts.
     pub fn for_kvm(&self, index: u32) -> Result<CpuId, CpuidError> {
         let entries = self.of_vcpu(index);
         CpuId::from_entries(&entries)
@@ -71,14 +74,15 @@ fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {
         .map_err(|error| CpuidError(format!("KVM_GET_SUPPORTED_CPUID: {error}")))
 }
 
-/// Leaf 1, edx, and leaf 0x80000001, ecx: topology, which is the guest's own.
+/// Leaf 1, edx, and leaf 0x80000001, ecx: bits that describe the topology of the guest. They are not features of the
+/// host.
 const HTT: u32 = 1 << 28;
 const CMP_LEGACY: u32 = 1 << 1;
 
-/// A register of a leaf.
+/// Reads the feature bits of one register of a leaf.
 type Register = fn(&kvm_cpuid_entry2) -> u32;
 
-/// Leaves, sub-leaves and registers that are nothing but feature bits.
+/// Leaf, sub-leaf, register and name of every register that contains feature bits.
 const FEATURE_REGISTERS: [(u32, u32, Register, &str); 14] = [
     (
         1,
@@ -106,11 +110,11 @@ const FEATURE_REGISTERS: [(u32, u32, Register, &str); 14] = [
     (0x8000_0021, 0, |e| e.eax, "leaf 0x80000021 eax"),
 ];
 
-/// The features in `wanted` that this host cannot give, each as register and bits: empty if a guest that
-/// saw `wanted` can go on here.
+/// Returns the feature bits of `wanted` that this host does not offer, each as the name of a register and a mask. The
+/// list is empty if a guest that started with the CPUID `wanted` can run here.
 ///
 /// # Errors
-/// KVM's.
+/// Returns [`CpuidError`] if KVM_GET_SUPPORTED_CPUID fails.
 pub fn missing_features(kvm: &Kvm, wanted: &[kvm_cpuid_entry2]) -> Result<Vec<String>, CpuidError> {
     let offered = supported(kvm)?;
     Ok(missing(offered.as_slice(), wanted))

@@ -1,8 +1,8 @@
-//! The "direct start" note of a kernel image.
+//! The "direct start" note of a kernel image, and the check for ELF images that are programs.
 //!
-//! An ELF note with owner `Ferry`, type 1, whose descriptor is a 32-bit physical address, asks that every
-//! vCPU but the first be started there directly, in the PVH start state, with its index in eax. It exists
-//! for guests on hosts where INIT and SIPI do not work: where ring 0 is emulated.
+//! The note is an ELF note with owner `Ferry` and type 1, whose descriptor is a 32-bit physical address. It asks the
+//! monitor to start every vCPU except vCPU 0 at this address, in the PVH start state, with the index of the vCPU in
+//! eax. It exists for hosts on which INIT and SIPI do not work because KVM emulates ring 0.
 //!
 //! Sources: ELF-64 Object File Format, "Program header" and "Note section".
 
@@ -17,10 +17,11 @@ const DIRECT_START: u32 = 1;
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const PROGRAM_HEADER_BYTES: u64 = 56;
-/// No sensible image has more bytes of notes than this.
+/// Maximum bytes of notes that are searched in one program header.
 const NOTES_LIMIT: u64 = 64 * 1024;
 
-/// The address in the image's direct-start note, if it is an ELF image and has one.
+/// Returns the address in the direct-start note of the image. Returns `None` if the file is not an ELF image or has no
+/// such note.
 pub(super) fn direct_start(file: &mut File) -> io::Result<Option<GuestAddress>> {
     for program in program_headers(file)? {
         if u32::from_le_bytes(field(&program, 0)) == PT_NOTE
@@ -32,13 +33,13 @@ pub(super) fn direct_start(file: &mut File) -> io::Result<Option<GuestAddress>> 
     Ok(None)
 }
 
-/// Whether the image is a program that wants to be loaded by another one, as those for an operating system do.
+/// Returns true if the ELF image names an interpreter (PT_INTERP), as programs for an operating system do.
 pub(super) fn is_program(file: &File) -> io::Result<bool> {
     let kind = |program: &[u8; 56]| u32::from_le_bytes(field(program, 0));
     Ok(program_headers(file)?.iter().any(|p| kind(p) == PT_INTERP))
 }
 
-/// The program headers that are in the file; none if it is no ELF image.
+/// Returns the program headers in the file. The list is empty if the file is not an ELF image.
 fn program_headers(file: &File) -> io::Result<Vec<[u8; 56]>> {
     let mut found = Vec::new();
     let mut header = [0; 64];
@@ -60,7 +61,7 @@ fn program_headers(file: &File) -> io::Result<Vec<[u8; 56]>> {
     Ok(found)
 }
 
-/// Looks through the notes of one program header.
+/// Searches the notes of one program header for the direct-start note.
 fn search(file: &File, program: &[u8; 56]) -> io::Result<Option<GuestAddress>> {
     let offset = u64::from_le_bytes(field(program, 8));
     let size = u64::from_le_bytes(field(program, 32)).min(NOTES_LIMIT);
@@ -71,7 +72,8 @@ fn search(file: &File, program: &[u8; 56]) -> io::Result<Option<GuestAddress>> {
     Ok(in_notes(&notes))
 }
 
-/// Notes follow each other: name size, descriptor size, type, name, descriptor; both padded to 4.
+/// Searches a sequence of notes for the direct-start note. Each note is name size, descriptor size, type, name and
+/// descriptor; name and descriptor are padded to 4 bytes.
 fn in_notes(mut notes: &[u8]) -> Option<GuestAddress> {
     loop {
         let (head, rest) = notes.split_at_checked(12)?;
@@ -89,7 +91,7 @@ fn in_notes(mut notes: &[u8]) -> Option<GuestAddress> {
     }
 }
 
-/// False where the file ends before `bytes` are full, or has no such offset.
+/// Fills `bytes` from the file. Returns false if the file ends earlier, or cannot have such an offset.
 fn read_fully(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
     match file.read_exact_at(bytes, offset) {
         Ok(()) => Ok(true),

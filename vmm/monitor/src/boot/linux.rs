@@ -8,21 +8,23 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::KernelLoaderResult;
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, Initramfs, acpi, memory_map};
+use super::image::Initramfs;
+use super::memory_map::memory_map;
+use super::{BootError, acpi};
 use crate::memory::GuestMemory;
 
-/// Where boot_params is; its address is what the kernel finds in rsi.
+/// Guest-physical address of boot_params. vCPU 0 starts with it in rsi.
 pub(super) const BOOT_PARAMS: GuestAddress = GuestAddress(0x7000);
 
-/// In a bzImage the 64-bit entry is this far behind the start of the protected-mode code (boot.rst).
+/// Offset of the 64-bit entry point from the start of the protected-mode code in a bzImage (boot.rst).
 const BZIMAGE_ENTRY_64: u64 = 0x200;
-/// `type_of_loader`: no assigned loader (boot.rst).
+/// Value of `type_of_loader` for a loader without an assigned number (boot.rst).
 const LOADER_UNDEFINED: u8 = 0xff;
-/// What boot.rst demands of a loader that makes up the setup header itself, as for a vmlinux.
+/// Values that a setup header must have if the loader creates it, as for a vmlinux (boot.rst).
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 
-/// Where vCPU 0 begins.
+/// Returns the 64-bit entry point of the kernel.
 pub(super) fn entry(kernel: &KernelLoaderResult) -> GuestAddress {
     match kernel.setup_header {
         Some(_) => GuestAddress(kernel.kernel_load.raw_value() + BZIMAGE_ENTRY_64),
@@ -30,7 +32,7 @@ pub(super) fn entry(kernel: &KernelLoaderResult) -> GuestAddress {
     }
 }
 
-/// Writes boot_params. `header` is the bzImage's own.
+/// Writes boot_params. `header` is the setup header of a bzImage, and `None` for a vmlinux.
 pub(super) fn write_boot_params(
     memory: &GuestMemory,
     header: Option<setup_header>,
@@ -63,6 +65,7 @@ pub(super) fn write_boot_params(
         .map_err(|error| BootError::Memory(error.to_string()))
 }
 
+/// Converts an address or a size to a 32-bit field of the setup header.
 fn low(value: u64) -> Result<u32, BootError> {
     u32::try_from(value).map_err(|_| BootError::Memory(format!("{value:#x} is beyond 4 GiB")))
 }

@@ -1,4 +1,4 @@
-//! The PVH boot protocol's structures.
+//! Structures of the PVH boot protocol.
 //!
 //! Source: Xen public/arch-x86/hvm/start_info.h.
 
@@ -9,15 +9,17 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, Initramfs, acpi, memory_map};
+use super::image::Initramfs;
+use super::memory_map::memory_map;
+use super::{BootError, acpi};
 use crate::memory::GuestMemory;
 
-/// Where the start info is; its address is what the guest finds in ebx.
+/// Guest-physical address of hvm_start_info. Every vCPU that is started directly has it in ebx.
 pub(super) const START_INFO: GuestAddress = GuestAddress(0x6000);
 const MODULES: GuestAddress = GuestAddress(0x6040);
 const MEMORY_MAP: GuestAddress = GuestAddress(0x6080);
 
-/// Writes start info, memory map and, with an initramfs, the module list.
+/// Writes hvm_start_info, the memory map and, if there is an initramfs, the module list.
 pub(super) fn write_start_info(
     memory: &GuestMemory,
     command_line: GuestAddress,

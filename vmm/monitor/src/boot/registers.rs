@@ -1,8 +1,8 @@
-//! The registers with which a vCPU begins.
+//! Initial registers of a vCPU.
 //!
 //! Sources: Xen docs/misc/pvh.pandoc (PVH: 32-bit protected mode, paging off, ebx = start info), Linux
-//! Documentation/arch/x86/boot.rst (64-bit: long mode, identity mapping, rsi = boot_params), Intel SDM
-//! volume 3, chapters 2.5 (control registers), 3.4.5 (segment descriptors) and 4.5 (paging).
+//! Documentation/arch/x86/boot.rst (64-bit: long mode, identity mapping, rsi = boot_params), Intel SDM volume 3,
+//! chapters 2.5 (control registers), 3.4.5 (segment descriptors) and 4.5 (paging).
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -17,22 +17,23 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// Bit 1 of RFLAGS reads always one.
+/// Bit 1 of RFLAGS, which is always set.
 const RFLAGS_RESERVED: u64 = 2;
 
 const GDT: GuestAddress = GuestAddress(0x500);
 const PML4: GuestAddress = GuestAddress(0x9000);
 const PDPT: GuestAddress = GuestAddress(0xa000);
 const PAGE_DIRECTORIES: GuestAddress = GuestAddress(0xb000);
-/// GiB that the identity mapping of the 64-bit protocol covers: all that a kernel is loaded into.
+/// GiB of the identity mapping of the 64-bit protocol. It covers all memory that a kernel or an initramfs is loaded
+/// into.
 const IDENTITY_GIB: u64 = 4;
 const PAGE_PRESENT_WRITABLE: u64 = 3;
 const PAGE_HUGE: u64 = 1 << 7;
 
-/// The GDT of the 64-bit protocol: null, unused, `__BOOT_CS` (0x10) and `__BOOT_DS` (0x18).
+/// GDT of the 64-bit protocol: null, unused, `__BOOT_CS` (0x10) and `__BOOT_DS` (0x18).
 const BOOT_GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
-/// Maps the first GiBs of memory to themselves, with 2 MiB pages, and writes the GDT beside.
+/// Writes page tables that map the first [`IDENTITY_GIB`] GiB to themselves with 2 MiB pages, and the GDT.
 pub(super) fn write_page_tables(memory: &GuestMemory) -> Result<(), BootError> {
     let write = |value: u64, address: GuestAddress| {
         memory
@@ -57,7 +58,7 @@ pub(super) fn write_page_tables(memory: &GuestMemory) -> Result<(), BootError> {
     Ok(())
 }
 
-/// Sets the first registers of one vCPU.
+/// Sets the initial registers of one vCPU.
 pub(super) struct FirstRegisters<'a> {
     vcpu: &'a VcpuFd,
     index: u32,
@@ -68,8 +69,10 @@ impl<'a> FirstRegisters<'a> {
         Self { vcpu, index }
     }
 
-    /// 32-bit protected mode without paging, flat segments, ebx = start info; eax = the vCPU's index,
-    /// which PVH leaves open and kernels that are started directly ask for.
+    /// Sets the start state of PVH: 32-bit protected mode without paging, flat segments, ebx = start info.
+    ///
+    /// eax is the index of the vCPU. PVH leaves eax undefined; kernels that ask for a direct start of their vCPUs read
+    /// it.
     pub(super) fn pvh(
         &self,
         entry: GuestAddress,
@@ -93,7 +96,8 @@ impl<'a> FirstRegisters<'a> {
         )
     }
 
-    /// Long mode on the identity mapping of [`write_page_tables`], rsi = boot_params.
+    /// Sets the start state of the 64-bit protocol: long mode on the identity mapping of [`write_page_tables`], rsi =
+    /// boot_params.
     pub(super) fn linux64(
         &self,
         entry: GuestAddress,
@@ -151,12 +155,13 @@ impl<'a> FirstRegisters<'a> {
     }
 }
 
+/// Default operand size of a code segment.
 enum Width {
     Bits32,
     Bits64,
 }
 
-/// A flat segment of 4 GiB. `kind` is the descriptor's type field: 0xb code, 0x3 data.
+/// Returns a flat segment of 4 GiB. `kind` is the type field of the descriptor: 0xb for code, 0x3 for data.
 fn segment(selector: u16, kind: u8, width: Width) -> kvm_segment {
     let (db, l) = match width {
         Width::Bits32 => (1, 0),
@@ -188,7 +193,7 @@ fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment, data: kvm_segment) {
     ] {
         *register = data;
     }
-    // A task register must be a busy TSS (type 0xb) even where nothing uses it.
+    // VM entry requires that TR is a busy TSS (type 0xb), even if the guest never switches tasks.
     sregs.tr = kvm_segment {
         limit: 0x67,
         type_: 0xb,

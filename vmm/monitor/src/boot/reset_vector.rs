@@ -1,8 +1,8 @@
-//! The only code of a firmware that there is: whoever jumps to the reset vector resets the machine.
+//! Code at the reset vector, which resets the machine. There is no other firmware code.
 //!
-//! Linux does so in real mode when it has no better way. On hardware-reduced platforms it believes that it has none:
-//! there it prefers EFI to the reset register, and goes on to the BIOS's vector when there is no EFI either
-//! (`reboot_init` and `machine_real_restart` in arch/x86/kernel/reboot.c).
+//! Linux jumps there in real mode as its last way to reboot. On hardware-reduced platforms it gets that far: it prefers
+//! EFI to the reset register, and without EFI it continues with the reset vector of the BIOS (`reboot_init` and
+//! `machine_real_restart` in arch/x86/kernel/reboot.c).
 
 use devices::acpi::{RESET_PORT, RESET_VALUE};
 use vm_memory::{Bytes, GuestAddress};
@@ -10,7 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::BootError;
 use crate::memory::GuestMemory;
 
-/// F000:FFF0, or FFFF:0000: where an 8086 begins, and where code in real mode jumps to for a reset.
+/// Guest-physical address of F000:FFF0, which is also FFFF:0000: the reset vector of the 8086, to which real-mode code
+/// jumps to reset the machine.
 const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 
 /// `mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; 1: hlt; jmp 1b`, as 16-bit code.
@@ -19,6 +20,7 @@ const CODE: [u8; 9] = {
     [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
 };
 
+/// Writes the code to guest memory.
 pub(super) fn write(memory: &GuestMemory) -> Result<(), BootError> {
     memory
         .write_slice(&CODE, RESET_VECTOR)

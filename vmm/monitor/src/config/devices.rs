@@ -1,94 +1,71 @@
-//! The virtio devices in a guest's configuration.
+//! Virtio devices in a guest's configuration.
 
-use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use devices::{Rate, RateLimit};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, SerialConfig, SerialMode, bytes};
-use crate::migrate::check_socket_path;
+use super::{ConfigError, NetConfig, RateLimiterConfig, SerialConfig, SerialMode, bytes};
+use crate::socket_path::check_socket_path;
 
-/// The virtio devices of a guest. Their order is the order in which the guest finds them.
+/// Configuration of the virtio devices of a guest, in the order in which the guest enumerates them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DevicesConfig {
-    /// Disks.
+    /// Block devices.
     pub disks: Vec<DiskConfig>,
-    /// Network interfaces.
+    /// Network devices.
     pub net: Vec<NetConfig>,
-    /// An entropy device.
+    /// Entropy device.
     pub rng: Option<RngConfig>,
-    /// A socket device.
+    /// Socket device (vsock).
     pub vsock: Option<VsockConfig>,
-    /// A memory balloon.
+    /// Memory balloon.
     pub balloon: Option<BalloonConfig>,
-    /// A console beside the serial port.
+    /// Console, in addition to the serial port.
     pub console: Option<SerialConfig>,
 }
 
-/// What an image is said to be.
+/// Format of a disk image, as declared by the user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImageType {
-    /// The disk itself, whatever it begins with: a guest may have written what looks like another image.
+    /// Raw: the bytes of the image are the bytes of the disk. The image is not probed, because a guest may have written
+    /// data that looks like the header of another format.
     Raw,
 }
 
-/// A disk: over a raw image, or over a vhost-user back end.
+/// Configuration of a disk, which is served from a raw image or by a vhost-user back end.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct DiskConfig {
-    /// The raw image: a file, or a block device. None for a vhost-user back end, which has its own.
+    /// Path of the raw image, a file or a block device. `None` for a vhost-user disk, whose back end opens the image.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub path: Option<PathBuf>,
-    /// What the image is; one that looks like another kind is refused where nothing is said.
+    /// Format of the image. If it is not given, an image with the header of a format other than raw is rejected.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub image_type: Option<ImageType>,
-    /// The guest may not write to it.
+    /// Whether the disk is read-only for the guest.
     #[serde(default)]
     pub readonly: bool,
-    /// Its serial number, of which the guest reads 20 bytes; its device's name if none is given. A vhost-user back end
-    /// tells the guest one of its own: there this is what both sides of a migration call the disk.
+    /// Serial number of the disk, of which the guest reads at most 20 bytes. The default is the name of the device. A
+    /// vhost-user back end reports a serial number of its own; there, `id` is the name by which both sides of a
+    /// migration recognize the disk.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub id: Option<String>,
-    /// How much it may move.
+    /// Limits of bandwidth and of requests.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rate_limiter_config: Option<RateLimiterConfig>,
-    /// A vhost-user back end serves it.
+    /// Whether a vhost-user back end serves the disk.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub vhost_user: bool,
-    /// The Unix socket on which that listens.
+    /// Path of the Unix socket on which the vhost-user back end listens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vhost_socket: Option<PathBuf>,
 }
 
-/// A network interface: over a tap by name, or over a passed descriptor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-pub struct NetConfig {
-    /// The tap's name; it is there already.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub tap: Option<String>,
-    /// One descriptor of an open tap.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub fds: Option<Vec<i32>>,
-    /// The guest's address; a random one if none is given.
-    #[serde(default = "MacAddress::random")]
-    pub mac: MacAddress,
-    /// The largest packet that the guest should send, in bytes.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub mtu: Option<u16>,
-    /// How much may come and go, each.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub rate_limiter_config: Option<RateLimiterConfig>,
-}
-
-/// An entropy device.
+/// Configuration of the entropy device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct RngConfig {
-    /// Where the bytes come from: the kernel's generator.
+    /// Source of the random bytes. Only the kernel's generator is supported: `/dev/urandom` or `/dev/random`.
     #[serde(default = "RngConfig::kernel")]
     pub src: PathBuf,
 }
@@ -109,176 +86,56 @@ impl Default for RngConfig {
     }
 }
 
-/// A socket device.
+/// Configuration of the socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VsockConfig {
-    /// The guest's address: 3 or more.
+    /// Context ID (CID) of the guest, 3 or higher.
     pub cid: u64,
-    /// The Unix socket on which the host asks for connections to the guest.
+    /// Path of the Unix socket to which processes on the host connect to reach the guest. The monitor creates it.
     pub socket: PathBuf,
 }
 
-/// A memory balloon.
+/// Configuration of the memory balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct BalloonConfig {
-    /// Bytes that the guest is asked to give at once.
+    /// Bytes of memory that the guest is asked to give up when it boots.
     #[serde(deserialize_with = "bytes")]
     pub size: u64,
-    /// The guest may take pages back before it kills a process for want of memory.
+    /// Whether the guest may deflate the balloon before its OOM killer ends a process.
     #[serde(default)]
     pub deflate_on_oom: bool,
-    /// The guest says which of its pages hold nothing.
+    /// Whether the guest reports free pages, so that the host can reclaim them.
     #[serde(default)]
     pub free_page_reporting: bool,
 }
 
 impl BalloonConfig {
-    /// [`Self::size`] in pages of 4 KiB.
+    /// Returns [`Self::size`] in pages of 4 KiB.
     pub(crate) fn pages(self) -> u32 {
         u32::try_from(self.size / ept::PAGE_SIZE).unwrap_or(u32::MAX)
     }
 
-    /// Finds a size that cannot be, in a guest with so much memory.
+    /// Checks the size of the balloon against `memory_bytes`, the bytes of guest memory. `path` is the path of the
+    /// field in error messages.
     pub(crate) fn check(self, path: &str, memory_bytes: u64) -> Result<(), ConfigError> {
         let size = self.size;
         if !size.is_multiple_of(ept::PAGE_SIZE) || size >= memory_bytes {
             let why = format!(
-                "{size} bytes cannot be: whole pages of 4096, and less than the guest's {memory_bytes}"
+                "{size} bytes is not a valid size: it must be a multiple of 4096 and less than the guest's {memory_bytes} bytes"
             );
-            return Err(error(path, why));
+            return Err(ConfigError::new(path, why));
         }
         Ok(())
-    }
-}
-
-/// Limits of a disk or an interface.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-pub struct RateLimiterConfig {
-    /// Of bytes.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub bandwidth: Option<TokenBucket>,
-    /// Of requests or packets.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub ops: Option<TokenBucket>,
-}
-
-/// A bucket that is full at the beginning, and again after it rested for as long as it takes to fill.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-pub struct TokenBucket {
-    /// How many tokens it holds, at least 1.
-    pub size: u64,
-    /// Milliseconds in which it fills, at least 1.
-    pub refill_time: u64,
-}
-
-impl TokenBucket {
-    fn rate(self) -> Rate {
-        let per_second = u128::from(self.size) * 1000 / u128::from(self.refill_time.max(1));
-        Rate {
-            per_second: u64::try_from(per_second).unwrap_or(u64::MAX),
-            burst: self.size,
-        }
-    }
-}
-
-impl RateLimiterConfig {
-    /// As devices take it.
-    #[must_use]
-    pub fn limit(self) -> RateLimit {
-        RateLimit {
-            bytes: self.bandwidth.map(TokenBucket::rate),
-            operations: self.ops.map(TokenBucket::rate),
-        }
-    }
-
-    fn check(self, path: &str) -> Result<(), ConfigError> {
-        for (name, bucket) in [("bandwidth", self.bandwidth), ("ops", self.ops)] {
-            let is_empty = |bucket: &TokenBucket| bucket.size == 0 || bucket.refill_time == 0;
-            if bucket.as_ref().is_some_and(is_empty) {
-                return Err(error(
-                    format!("{path}.{name}"),
-                    "size and refill_time are 1 or more: nothing would ever move",
-                ));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The address of a network interface, written as `52:54:00:12:34:56`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MacAddress(pub [u8; 6]);
-
-impl MacAddress {
-    /// One of those that anybody may give away: locally administered, of one station.
-    #[must_use]
-    pub fn random() -> Self {
-        // The standard library's keys are the kernel's random bytes, and another one each time.
-        let [first, rest @ .., _, _] = RandomState::new().hash_one(()).to_le_bytes();
-        let mut bytes = [first & 0xfc | 0x02; 6];
-        bytes[1..].copy_from_slice(&rest);
-        Self(bytes)
-    }
-}
-
-impl FromStr for MacAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no address such as 52:54:00:12:34:56");
-        let parts: Vec<&str> = text.split(':').collect();
-        let parts: [&str; 6] = parts.try_into().map_err(|_| wrong())?;
-        let mut bytes = [0; 6];
-        for (byte, part) in bytes.iter_mut().zip(parts) {
-            let digits = part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
-            *byte = u8::from_str_radix(part, 16)
-                .ok()
-                .filter(|_| digits)
-                .ok_or_else(wrong)?;
-        }
-        if bytes[0] & 1 != 0 || bytes == [0; 6] {
-            return Err(format!("{text} is no address of one station"));
-        }
-        Ok(Self(bytes))
-    }
-}
-
-impl fmt::Display for MacAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl Serialize for MacAddress {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for MacAddress {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
-fn error(path: impl Into<String>, why: impl Into<String>) -> ConfigError {
-    ConfigError {
-        path: path.into(),
-        why: why.into(),
     }
 }
 
 impl DevicesConfig {
-    /// Finds what cannot be, whatever the host has.
+    /// Checks that the values are valid, without looking at the host. `memory_bytes` is the size of guest memory.
     ///
     /// # Errors
-    /// The first such field, by its path.
+    /// Returns the path and the reason of the first field that is invalid.
     pub fn check(&self, memory_bytes: u64) -> Result<(), ConfigError> {
         for (index, disk) in self.disks.iter().enumerate() {
             disk.check(&format!("disks[{index}]"))?;
@@ -293,8 +150,9 @@ impl DevicesConfig {
         if let Some(rng) = &self.rng {
             let known = RngConfig::SOURCES.map(PathBuf::from);
             if !known.contains(&rng.src) {
-                let why = "entropy comes from the kernel: /dev/urandom or /dev/random";
-                return Err(error("rng.src", why));
+                let why =
+                    "the only source of entropy is the kernel: use /dev/urandom or /dev/random";
+                return Err(ConfigError::new("rng.src", why));
             }
         }
         if let Some(balloon) = self.balloon {
@@ -305,13 +163,14 @@ impl DevicesConfig {
         };
         match (&console.mode, &console.file) {
             (SerialMode::Null, _) | (SerialMode::File, Some(_)) => Ok(()),
-            (SerialMode::Tty, _) => Err(error(
+            (SerialMode::Tty, _) => Err(ConfigError::new(
                 "console.mode",
-                "the terminal is the serial port's: a console leads to a file, or nowhere",
+                "only the serial port can use the terminal: the mode of a console is File or Null",
             )),
-            (SerialMode::File, None) => {
-                Err(error("console.file", "the mode File needs the file's path"))
-            }
+            (SerialMode::File, None) => Err(ConfigError::new(
+                "console.file",
+                "the mode File needs the file's path",
+            )),
         }
     }
 }
@@ -322,36 +181,37 @@ impl DiskConfig {
         limiter.check(&format!("{path}.rate_limiter_config"))?;
         match self.vhost_user {
             true => self.check_vhost_user(path),
-            false if self.vhost_socket.is_some() => Err(error(
+            false if self.vhost_socket.is_some() => Err(ConfigError::new(
                 format!("{path}.vhost_user"),
-                "vhost_socket is a back end's: it goes with vhost_user",
+                "vhost_socket is the socket of a vhost-user back end: it needs vhost_user",
             )),
-            false if self.path.is_none() => Err(error(
+            false if self.path.is_none() => Err(ConfigError::new(
                 format!("{path}.path"),
-                "a disk needs its image: a file, or a block device",
+                "a disk needs an image: the path of a file or of a block device",
             )),
             false => Ok(()),
         }
     }
 
-    /// What a back end has itself is not said here.
+    /// Checks a disk that a vhost-user back end serves. The back end opens the image and decides how it may be used, so
+    /// that fields about the image are rejected.
     fn check_vhost_user(&self, path: &str) -> Result<(), ConfigError> {
-        let of_back_end = [
+        let image_fields = [
             ("path", self.path.is_some()),
             ("image_type", self.image_type.is_some()),
             ("readonly", self.readonly),
             ("rate_limiter_config", self.rate_limiter_config.is_some()),
         ];
-        if let Some((field, _)) = of_back_end.iter().find(|(_, given)| *given) {
-            return Err(error(
+        if let Some((field, _)) = image_fields.iter().find(|(_, given)| *given) {
+            return Err(ConfigError::new(
                 format!("{path}.{field}"),
-                "the vhost-user back end has the image, and says what may be done with it",
+                "this is decided by the vhost-user back end, which opens the image: leave the field out",
             ));
         }
         match &self.vhost_socket {
             Some(socket) => check_socket_path(socket)
-                .map_err(|why| error(format!("{path}.vhost_socket"), why.to_string())),
-            None => Err(error(
+                .map_err(|why| ConfigError::new(format!("{path}.vhost_socket"), why.to_string())),
+            None => Err(ConfigError::new(
                 format!("{path}.vhost_socket"),
                 "a vhost-user disk needs the Unix socket of its back end",
             )),
@@ -359,40 +219,11 @@ impl DiskConfig {
     }
 }
 
-impl NetConfig {
-    fn check(&self, path: &str) -> Result<(), ConfigError> {
-        let descriptors = self.fds.as_deref().unwrap_or_default();
-        match (&self.tap, descriptors) {
-            (Some(_), []) | (None, [_]) => {}
-            (None, []) => {
-                return Err(error(
-                    format!("{path}.tap"),
-                    "an interface needs a tap: its name, or a descriptor",
-                ));
-            }
-            (Some(_), _) => {
-                let why = "a tap has a name or a descriptor, not both";
-                return Err(error(format!("{path}.fds"), why));
-            }
-            (None, _) => {
-                return Err(error(
-                    format!("{path}.fds"),
-                    "one descriptor: an interface has one pair of queues",
-                ));
-            }
-        }
-        // RFC 791: every host takes packets of 68 bytes.
-        if self.mtu.is_some_and(|mtu| mtu < 68) {
-            return Err(error(format!("{path}.mtu"), "68 bytes or more"));
-        }
-        let limiter = self.rate_limiter_config.unwrap_or_default();
-        limiter.check(&format!("{path}.rate_limiter_config"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::VmConfig;
+    use devices::Rate;
+
+    use super::super::{MacAddress, VmConfig};
     use super::*;
 
     fn read(devices: &str) -> Result<DevicesConfig, ConfigError> {
@@ -475,20 +306,6 @@ mod tests {
             (r#""pmem":[]"#, "pmem"),
         ] {
             assert_eq!(read(devices).unwrap_err().path, path, "{devices}");
-        }
-    }
-
-    #[test]
-    fn an_address_is_written_as_it_is_read() {
-        let text = "52:54:00:ab:cd:ef";
-        assert_eq!(text.parse::<MacAddress>().unwrap().to_string(), text);
-        for text in [
-            "",
-            "52:54:00:ab:cd",
-            "52:54:00:ab:cd:ef:01",
-            "52:54:00:ab:cd:+f",
-        ] {
-            text.parse::<MacAddress>().unwrap_err();
         }
     }
 }

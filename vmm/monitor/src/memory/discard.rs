@@ -1,6 +1,6 @@
-//! Giving guest memory back to the host.
+//! Releases guest memory to the host, for the balloon and for free page reporting.
 //!
-//! This file has `unsafe` for one call: madvise(2) works on addresses.
+//! This file has `unsafe` code because madvise(2) takes addresses.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -13,27 +13,28 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mm::Advice;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::{GuestRam, Piece, byte_len};
+use super::backing::BackedRange;
+use super::{GuestRam, byte_len};
 
 impl GuestRam {
-    /// Gives the pages of `range` back to the host and marks them for `source`: they read as zeros from now on, which
-    /// is a change of memory like any other. The parts of `range` that are no RAM are left out.
+    /// Releases the pages of `range` to the host and marks them dirty for `source`. Afterwards they read as zeros,
+    /// which is a change of memory like a write. Parts of `range` that are not RAM are ignored.
     ///
     /// # Errors
-    /// The kernel's. What could not be given back stays as it is; what could was marked.
+    /// Returns the error of the kernel. Pages that were released before the error are marked; the rest is unchanged.
     pub fn discard(&self, range: GpaRange, source: Source) -> io::Result<()> {
-        for piece in &self.pieces {
-            if let Some(part) = piece.range.intersection(&range) {
-                self.discard_part(piece, part)?;
+        for backed in &self.backed {
+            if let Some(part) = backed.range.intersection(&range) {
+                self.discard_part(backed, part)?;
                 self.tracker.mark(part.start(), byte_len(&part), source);
             }
         }
         Ok(())
     }
 
-    fn discard_part(&self, piece: &Piece, part: GpaRange) -> io::Result<()> {
-        if let Some(file) = &piece.file {
-            let offset = part.start().0 - piece.range.start().0;
+    fn discard_part(&self, backed: &BackedRange, part: GpaRange) -> io::Result<()> {
+        if let Some(file) = &backed.file {
+            let offset = part.start().0 - backed.range.start().0;
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             return Ok(fallocate(file, punch, offset, byte_len(&part))?);
         }
@@ -45,21 +46,21 @@ impl GuestRam {
             )
             .map_err(io::Error::other)?;
         let (address, bytes) = (slice.ptr_guard_mut(), slice.len());
-        // SAFETY: the range is a part of this RAM's private mapping, which nobody in this process refers to but by
-        // volatile copies; its pages become zeros, as if they had been written.
+        // SAFETY: the range lies in this RAM's private mapping, and this process accesses the mapping only by volatile
+        // copies. The advice zeroes the pages, which is the same as a write by the guest.
         unsafe { rustix::mm::madvise(address.as_ptr().cast(), bytes, Advice::LinuxDontNeed)? };
         Ok(())
     }
 }
 
-/// Takes ballooned pages away from a guest while its vCPUs stand.
+/// Releases the pages of a balloon inside a notifier range, so that no vCPU runs meanwhile.
 pub(crate) struct NotifiedDiscard {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) notifier: Notifier,
 }
 
 impl Discard for NotifiedDiscard {
-    /// One range is opened round all of them: vCPUs are stopped once.
+    /// Opens one notifier range around all `ranges`, so that the vCPUs are stopped only once.
     fn discard(&mut self, ranges: &[Range<u64>], taken_back: &dyn Fn() -> bool) -> io::Result<()> {
         let ranges = ranges
             .iter()

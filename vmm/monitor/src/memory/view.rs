@@ -1,6 +1,6 @@
-//! Guest memory as devices see it: the same mappings as the monitor's, with another name on every mark.
+//! View of guest memory for devices: the mappings of the monitor, but writes are marked with [`Source::Device`].
 //!
-//! This file has `unsafe` for one call: a second region over a mapping is made of its address.
+//! This file has `unsafe` code because a second vm-memory region over an existing mapping is built from its address.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -13,9 +13,11 @@ use vm_memory::{
     Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use super::{GuestMemory, GuestRam, mmap_error};
+use super::backing::mmap_error;
+use super::{GuestMemory, GuestRam};
 
-/// Guest memory for device models: what they write through it counts as [`Source::Device`]. Clones are the same.
+/// Guest memory for device models. Writes through it are marked dirty with [`Source::Device`]. Clones share the same
+/// view.
 #[derive(Clone, Debug)]
 pub struct DeviceMemory {
     view: Arc<View>,
@@ -24,15 +26,15 @@ pub struct DeviceMemory {
 #[derive(Debug)]
 struct View {
     regions: GuestMemory,
-    /// Whose mappings the regions lie over.
+    /// Owner of the mappings that `regions` point to.
     _ram: Arc<GuestRam>,
 }
 
 impl DeviceMemory {
-    /// All of `ram`, which lives as long as this does.
+    /// Creates a view of all of `ram`, which it keeps alive.
     ///
     /// # Errors
-    /// A region that vm-memory refuses; none that it has accepted once.
+    /// Returns an error if vm-memory rejects a region, which does not happen for regions that it accepted before.
     pub fn new(ram: &Arc<GuestRam>) -> io::Result<Self> {
         let regions = ram
             .memory()
@@ -49,6 +51,7 @@ impl DeviceMemory {
     }
 }
 
+/// Builds a region over the mapping of `region` that marks writes as those of a device.
 fn second_region(
     ram: &GuestRam,
     region: &GuestRegionMmap<TrackerBitmap>,
@@ -62,12 +65,12 @@ fn second_region(
     let mut builder = MmapRegionBuilder::new_with_bitmap(region.size(), bitmap)
         .with_mmap_prot(region.prot())
         .with_mmap_flags(region.flags());
-    // By which another process can map it, too.
+    // A vhost-user back end needs the file to map the memory.
     if let Some(file) = region.file_offset() {
         builder = builder.with_file_offset(file.clone());
     }
-    // SAFETY: the mapping is `region`'s, of that size, and belongs to a `GuestRam` that `View` keeps. Regions of a
-    // raw pointer do not unmap it.
+    // SAFETY: pointer and size are those of the mapping of `region`, which belongs to a `GuestRam` that `View` keeps
+    // alive. A region that is built from a raw pointer does not unmap it.
     let builder = unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) };
     let mapping = builder.build().map_err(mmap_error)?;
     GuestRegionMmap::new(mapping, start).ok_or_else(|| io::ErrorKind::InvalidInput.into())

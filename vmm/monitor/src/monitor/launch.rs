@@ -4,10 +4,13 @@ use std::error::Error;
 use std::sync::Arc;
 
 use crate::boot::Payload;
-use crate::config::{ConfigError, DevicesConfig, SerialConfig, VmConfig};
+use crate::config::{
+    ConfigError, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
+};
 use crate::kvm::dirty_log::DirtyLogMode;
 use crate::kvm::host::Host;
 use crate::machine::{EmptyMachine, OnLoss, Paused, Shape, Wiring};
+use crate::memory::Backing;
 use crate::serial::SerialBackend;
 use crate::vcpu::GuestEnd;
 
@@ -54,8 +57,8 @@ impl LaunchPlan {
         dirty_log: Option<DirtyLogMode>,
     ) -> Result<Self, ConfigError> {
         Ok(Self {
-            shape: config.shape(dirty_log)?,
-            payload: config.boot_payload()?,
+            shape: shape(config, dirty_log)?,
+            payload: payload(&config.payload)?,
             serial: config.serial.clone(),
             devices: config.devices(),
         })
@@ -79,5 +82,67 @@ impl LaunchPlan {
             .serial
             .connect_input(&self.serial, machine.serial())?;
         Ok(machine)
+    }
+}
+
+/// Checks `config` and returns the shape of the machine that it describes.
+fn shape(config: &VmConfig, dirty_log: Option<DirtyLogMode>) -> Result<Shape, ConfigError> {
+    config.check()?;
+    Ok(Shape {
+        cpus: config.cpus.boot_vcpus,
+        memory_bytes: config.memory.size,
+        backing: backing(config.memory),
+        dirty_log,
+    })
+}
+
+fn backing(memory: MemoryConfig) -> Backing {
+    match (memory.hugepages, memory.shared) {
+        (true, _) => Backing::Hugetlb,
+        (false, true) => Backing::Memfd,
+        (false, false) => Backing::Anonymous,
+    }
+}
+
+/// Returns the files that a guest boots from.
+fn payload(config: &PayloadConfig) -> Result<Payload, ConfigError> {
+    Ok(Payload {
+        kernel: config.kernel()?.to_owned(),
+        initramfs: config.initramfs.clone(),
+        command_line: config.cmdline.clone().unwrap_or_default(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{DiskConfig, SerialMode};
+
+    #[test]
+    fn contradictions_are_named() {
+        let mut config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
+        config.cpus.max_vcpus = 4;
+        assert_eq!(shape(&config, None).unwrap_err().path, "cpus.max_vcpus");
+        config.cpus.max_vcpus = 1;
+        config.memory = MemoryConfig {
+            size: 1 << 30,
+            shared: false,
+            hugepages: true,
+        };
+        assert_eq!(shape(&config, None).unwrap_err().path, "memory.shared");
+        config.memory.hugepages = false;
+        config.disks.push(DiskConfig {
+            vhost_user: true,
+            vhost_socket: Some("/s".into()),
+            ..DiskConfig::default()
+        });
+        assert_eq!(shape(&config, None).unwrap_err().path, "memory.shared");
+        config.memory.shared = true;
+        config.serial.mode = SerialMode::File;
+        assert_eq!(shape(&config, None).unwrap_err().path, "serial.file");
+        config.serial.file = Some("/s".into());
+        shape(&config, None).unwrap();
+        config.payload.kernel = None;
+        assert_eq!(payload(&config.payload).unwrap_err().path, "payload.kernel");
     }
 }

@@ -35,7 +35,7 @@ impl Monitor {
             State::Vacated => MonitorError::HadGuest,
             _ => MonitorError::NoLauncher,
         })?;
-        config.give_taps(&taps)?;
+        config.assign_taps(&taps)?;
         let plan = LaunchPlan::new(&config, launcher.dirty_log)?;
         *state = State::Guest(Box::new(Guest {
             config,

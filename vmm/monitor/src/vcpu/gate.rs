@@ -70,7 +70,7 @@ pub struct Gate {
 
 /// Whether a vCPU thread may go on.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Entry {
+pub(super) enum GateAnswer {
     /// Into the guest.
     Enter,
     /// No more: the guest is over.
@@ -161,7 +161,7 @@ impl Gate {
     }
 
     /// Called by the vCPU thread, outside of the guest: waits while there are holds.
-    pub(super) fn pass(&self) -> Entry {
+    pub(super) fn ask_to_enter(&self) -> GateAnswer {
         let mut state = self.lock();
         if state.holds > 0 && !state.finished {
             let since = Instant::now();
@@ -179,10 +179,10 @@ impl Gate {
         state.parked = state.finished;
         if state.finished {
             self.changed.notify_all();
-            return Entry::Finished;
+            return GateAnswer::Finished;
         }
         self.immediate_exit.set(0);
-        Entry::Enter
+        GateAnswer::Enter
     }
 
     /// Called by the vCPU thread when it ends: nobody need wait for it any more.

@@ -13,7 +13,7 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_E
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::gate::{Entry, Gate};
+use super::gate::{Gate, GateAnswer};
 use crate::panics::panic_message;
 
 /// How a guest came to its end.
@@ -135,7 +135,7 @@ impl Drop for Vcpu {
 
 /// Runs the vCPU until the guest ends by itself (and how) or is finished by others.
 fn run(index: u32, gate: &Gate, context: &VcpuContext) -> Option<GuestEnd> {
-    while gate.pass() == Entry::Enter {
+    while gate.ask_to_enter() == GateAnswer::Enter {
         if let Some(end) = run_until_kicked(index, &mut gate.fd(), context) {
             return Some(end);
         }
@@ -154,29 +154,35 @@ fn run_until_kicked(index: u32, fd: &mut VcpuFd, context: &VcpuContext) -> Optio
             Ok(exit) => serve(exit, context),
             Err(error) if error.errno() == libc::EINTR => return None,
             Err(error) if error.errno() == libc::EAGAIN => None,
-            Err(error) => Some(Exit::Failed(format!("KVM_RUN: {error}"))),
+            Err(error) => Some(FinalExit::Failed(format!("KVM_RUN: {error}"))),
         };
         match end {
             None => {}
-            Some(Exit::End(end)) => return Some(end),
-            Some(Exit::Failed(why)) => {
-                return Some(GuestEnd::Failed(format!("vcpu{index}{}: {why}", place(fd))));
+            Some(FinalExit::End(end)) => return Some(end),
+            Some(FinalExit::Failed(why)) => {
+                return Some(GuestEnd::Failed(format!(
+                    "vcpu{index}{}: {why}",
+                    instruction_pointer(fd)
+                )));
             }
-            Some(Exit::InternalError) => {
+            Some(FinalExit::InternalError) => {
                 let why = internal_error(fd);
-                return Some(GuestEnd::Failed(format!("vcpu{index}{}: {why}", place(fd))));
+                return Some(GuestEnd::Failed(format!(
+                    "vcpu{index}{}: {why}",
+                    instruction_pointer(fd)
+                )));
             }
         }
     }
 }
 
-enum Exit {
+enum FinalExit {
     End(GuestEnd),
     Failed(String),
     InternalError,
 }
 
-fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<Exit> {
+fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<FinalExit> {
     match exit {
         VcpuExit::IoOut(port, data) => context.ports.write(port, data),
         VcpuExit::IoIn(port, data) => context.ports.read(port, data),
@@ -184,28 +190,28 @@ fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<Exit> {
         VcpuExit::MmioWrite(address, data) => context.mmio.write(address, data),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
         VcpuExit::Shutdown => {
-            return Some(Exit::Failed(
+            return Some(FinalExit::Failed(
                 "triple fault: the guest shut the processor down".into(),
             ));
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
-            return Some(Exit::End(GuestEnd::Reset));
+            return Some(FinalExit::End(GuestEnd::Reset));
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
-            return Some(Exit::End(GuestEnd::PowerOff));
+            return Some(FinalExit::End(GuestEnd::PowerOff));
         }
-        VcpuExit::InternalError => return Some(Exit::InternalError),
+        VcpuExit::InternalError => return Some(FinalExit::InternalError),
         VcpuExit::FailEntry(reason, cpu) => {
-            return Some(Exit::Failed(format!(
+            return Some(FinalExit::Failed(format!(
                 "the processor refused to enter the guest: reason {reason:#x} on cpu {cpu}"
             )));
         }
-        other => return Some(Exit::Failed(format!("unexpected exit: {other:?}"))),
+        other => return Some(FinalExit::Failed(format!("unexpected exit: {other:?}"))),
     }
     None
 }
 
-fn place(fd: &VcpuFd) -> String {
+fn instruction_pointer(fd: &VcpuFd) -> String {
     match fd.get_regs() {
         Ok(regs) => format!(" at rip {:#x}", regs.rip),
         Err(_) => String::new(),

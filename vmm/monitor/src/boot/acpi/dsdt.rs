@@ -1,8 +1,8 @@
-//! The DSDT: the machine's devices, and what happens at an event.
+//! The DSDT: the devices of the machine, and the handler of its generic events.
 //!
-//! Specifications: ACPI 6.5, sections 5.6.9 (Generic Event Device), 6.1 and 6.4 (identification and resources),
-//! 7.4.2 (`\_S5`) and 8.4 (processors); Microsoft, "Virtual Machine Generation ID"; virtio 1.2, section 4.2, and
-//! Linux drivers/virtio/virtio_mmio.c for the ID of virtio-mmio devices.
+//! Specifications: ACPI 6.5, sections 5.6.9 (Generic Event Device), 6.1 and 6.4 (identification and resources), 7.4.2
+//! (`\_S5`) and 8.4 (processors); Microsoft, "Virtual Machine Generation ID"; virtio 1.2, section 4.2, and Linux
+//! drivers/virtio/virtio_mmio.c for the ID of virtio-mmio devices.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -20,17 +20,19 @@ use vm_memory::Address;
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use super::{AcpiHardware, GENERATION_ID, VirtioMmioResources};
 
-/// From this revision on integers in the code are 64 bits wide.
+/// Revision of the DSDT. From revision 2 on, integers in AML are 64 bits wide.
 const REVISION: u8 = 2;
-/// The bytes of a table's header.
+/// Bytes of the header of a table.
 const HEADER: u32 = 36;
 
-/// "Status changed", which for a button means that it was pressed, and for the generation ID that it is another.
+/// Notification value 0x80, "status changed". For a button it means that it was pressed, for the generation ID that the
+/// ID changed.
 const NOTIFICATION: u8 = 0x80;
 
 const POWER_BUTTON: &str = "\\_SB_.PWRB";
 const GENERATION: &str = "\\_SB_.VGEN";
 
+/// Returns the DSDT for `hardware`.
 pub(super) fn dsdt(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     let mut devices = vec![
         serial_port(),
@@ -54,7 +56,7 @@ pub(super) fn dsdt(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     dsdt.as_slice().to_vec()
 }
 
-/// `\_S5`: the sleep type that switches the machine off. The second register and the rest do not exist.
+/// `\_S5`: the sleep type that powers the machine off. The second sleep register and the reserved elements are zero.
 fn soft_off() -> Code {
     name(
         "\\_S5_",
@@ -75,7 +77,7 @@ fn serial_port() -> Code {
     )
 }
 
-/// Without an interrupt: there is no alarm.
+/// Real-time clock. It has no interrupt, because the device has no alarm.
 fn clock() -> Code {
     device(
         "RTC_",
@@ -90,7 +92,7 @@ fn power_button() -> Code {
     device("PWRB", &[name("_HID", &EISAName::new("PNP0C0C"))])
 }
 
-/// The generation ID, which guests look for by its compatible ID.
+/// Device of the generation ID. Guests find it by its compatible ID.
 fn generation_id() -> Code {
     let address = GENERATION_ID.raw_value();
     let (low, high) = (address & 0xffff_ffff, address >> 32);
@@ -105,7 +107,7 @@ fn generation_id() -> Code {
     )
 }
 
-/// The Generic Event Device. Its method takes the events that wait, and tells the devices that they stand for.
+/// Generic Event Device. Its `_EVT` method reads and clears the pending events, and notifies the device of each event.
 fn event_device() -> Code {
     let (first, bytes) = (EVENTS_PORT, EVENTS_PORTS);
     let region = OpRegion::new("EVTR".into(), OpRegionSpace::SystemIO, &first, &bytes);
@@ -137,6 +139,7 @@ fn event_device() -> Code {
     )
 }
 
+/// Returns code that notifies the device `path` if `event` is among the events that were read.
 fn notify_at(event: GenericEvent, path: &str) -> Code {
     let bit = event as u32;
     let (taken, path) = (Local(0), Path::new(path));
@@ -145,7 +148,7 @@ fn notify_at(event: GenericEvent, path: &str) -> Code {
     Code::of(&If::new(&is_set, vec![&notify]))
 }
 
-/// Its unique ID is what the MADT calls it by.
+/// Processor device. Its `_UID` must equal the processor UID in the MADT.
 fn processor(index: u8) -> Code {
     device(
         &format!("C{index:03X}"),
@@ -153,20 +156,20 @@ fn processor(index: u8) -> Code {
     )
 }
 
-fn virtio_mmio((index, place): (u32, &VirtioMmioResources)) -> Code {
-    let registers = Memory32Fixed::new(true, place.base, place.bytes);
+fn virtio_mmio((index, device_resources): (u32, &VirtioMmioResources)) -> Code {
+    let registers = Memory32Fixed::new(true, device_resources.base, device_resources.bytes);
     device(
         &format!("V{index:03X}"),
         &[
             name("_HID", &"LNRO0005"),
             name("_UID", &index),
             name("_CCA", &1_u8),
-            resources(&[&registers, &edge(place.gsi)]),
+            resources(&[&registers, &edge(device_resources.gsi)]),
         ],
     )
 }
 
-/// Code in the machine language of ACPI.
+/// AML byte code.
 struct Code(Vec<u8>);
 
 impl Code {
@@ -203,7 +206,7 @@ fn port_range(first: u16, count: u16) -> IO {
     IO::new(first, first, 1, u8::try_from(count).unwrap_or(u8::MAX))
 }
 
-/// An interrupt as devices here raise it: by a pulse, and nobody shares it.
+/// Interrupt of a device: edge-triggered, active high and exclusive.
 fn edge(gsi: u32) -> Interrupt {
     let (consumer, edge_triggered, active_low, shared) = (true, true, false, false);
     Interrupt::new(consumer, edge_triggered, active_low, shared, gsi)

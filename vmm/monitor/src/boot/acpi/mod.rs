@@ -1,17 +1,17 @@
-//! The ACPI tables: a hardware-reduced platform with processors, interrupt controllers, a serial port, a clock,
-//! a power button, a generation ID and virtio-mmio devices.
+//! ACPI tables for a hardware-reduced platform with processors, interrupt controllers, a serial port, a real-time
+//! clock, a power button, a generation ID and virtio-mmio devices.
 //!
-//! Hardware-reduced (ACPI 6.5, section 4.1) means that there are no fixed registers, no ACPI interrupt and, to
-//! Linux, no PIC and no PIT: every interrupt goes through the I/O APIC as the DSDT describes it, and time comes
-//! from the local APIC and kvm-clock. Guests that do not look for ACPI find a PC without it.
+//! Hardware-reduced (ACPI 6.5, section 4.1) means that there are no fixed registers and no SCI. Linux then uses neither
+//! the PIC nor the PIT: every interrupt goes through the I/O APIC as described in the DSDT, and time comes from the
+//! local APIC and kvm-clock. A guest that does not use ACPI finds a PC with a PIC and a PIT.
 //!
 //! ```text
 //! 0xe_0000  RSDP, then DSDT, FADT, MADT and XSDT, one after the other; 1 KiB with two vCPUs
 //! 0xf_f000  generation ID, whose page nothing shares but the reset vector
 //! ```
 //!
-//! All of it lies where a PC's firmware is: a guest finds the RSDP by searching there, too, and the memory map
-//! says that it is reserved.
+//! The tables are in the area of a PC's firmware, which the memory map reserves. A guest can also find the RSDP by
+//! searching this area.
 
 mod dsdt;
 mod tables;
@@ -23,35 +23,37 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use super::BootError;
 use crate::memory::GuestMemory;
 
-/// Where the RSDP is, and the tables behind it: where the firmware area begins.
+/// Guest-physical address of the RSDP, which the tables follow. It is the start of the firmware area.
 pub(super) const RSDP: GuestAddress = GuestAddress(super::FIRMWARE_START);
-/// Where the generation ID is: 16 bytes, in no page that a guest uses otherwise, as its specification demands.
+/// Guest-physical address of the generation ID, 16 bytes. Its specification requires that the guest does not use the
+/// page for anything else.
 pub(super) const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
-/// Room for the RSDP and the tables: up to the generation ID.
+/// Maximum bytes of the RSDP and the tables, which end before the generation ID.
 const CAPACITY: usize = 0x1_f000;
 
-/// Registers of virtio-mmio devices: from here on, in the hole below 4 GiB.
+/// Guest-physical address of the registers of the first virtio-mmio device, in the hole below 4 GiB.
 const VIRTIO_MMIO_START: u32 = 0xd000_0000;
-/// The registers of one virtio-mmio device take so many bytes.
+/// Bytes of the register window of one virtio-mmio device.
 const VIRTIO_MMIO_BYTES: u32 = 0x1000;
-/// The interrupt line of the first virtio-mmio device; each has its own, up to `VIRTIO_MMIO_GSI_LAST`.
+/// Interrupt line of the first virtio-mmio device. Each device has its own line, up to `VIRTIO_MMIO_GSI_LAST`.
 const VIRTIO_MMIO_GSI_FIRST: u32 = 10;
-/// The I/O APIC's last line.
+/// Last line of the I/O APIC.
 const VIRTIO_MMIO_GSI_LAST: u32 = 23;
 
-/// The registers and the interrupt of a virtio-mmio device, as the guest is told of them.
+/// Register window and interrupt line of one virtio-mmio device, as described in the DSDT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmioResources {
-    /// The guest-physical address of its registers.
+    /// Guest-physical address of the registers.
     pub base: u32,
-    /// How many bytes they take.
+    /// Bytes of the registers.
     pub bytes: u32,
-    /// Its interrupt line: edge-triggered, active high.
+    /// Interrupt line (GSI), edge-triggered and active high.
     pub gsi: u32,
 }
 
 impl VirtioMmioResources {
-    /// The place of the device with this number, from 0; none when there are no more interrupt lines.
+    /// Returns the resources of device number `index`, counted from 0. Returns `None` if there is no interrupt line
+    /// left.
     #[must_use]
     pub fn nth(index: u32) -> Option<Self> {
         let gsi = VIRTIO_MMIO_GSI_FIRST.checked_add(index)?;
@@ -63,21 +65,21 @@ impl VirtioMmioResources {
     }
 }
 
-/// What the tables describe.
+/// Hardware that the tables describe.
 #[derive(Clone, Copy, Debug)]
 pub struct AcpiHardware<'a> {
-    /// vCPUs; the local APIC of each has its index as its ID.
+    /// Number of vCPUs. The ID of a local APIC is the index of its vCPU.
     pub cpus: u8,
-    /// Its virtio-mmio devices.
+    /// Virtio-mmio devices.
     pub virtio: &'a [VirtioMmioResources],
 }
 
-/// Writes the tables.
+/// Writes the RSDP and the tables to guest memory.
 pub(super) fn write(memory: &GuestMemory, hardware: &AcpiHardware<'_>) -> Result<(), BootError> {
     let tables = build(hardware);
     if tables.len() > CAPACITY {
         return Err(BootError::Memory(format!(
-            "the ACPI tables take {} bytes, {CAPACITY} are there",
+            "the ACPI tables take {} bytes, but only {CAPACITY} are available",
             tables.len()
         )));
     }
@@ -86,10 +88,10 @@ pub(super) fn write(memory: &GuestMemory, hardware: &AcpiHardware<'_>) -> Result
         .map_err(|error| BootError::Memory(error.to_string()))
 }
 
-/// The RSDP and all tables, as they are from [`RSDP`] on.
+/// Returns the RSDP and all tables as one image, to be loaded at [`RSDP`].
 fn build(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     let mut image = Image::default();
-    // The place of the RSDP, which is known last.
+    // Space for the RSDP, which is filled in last because it contains the address of the XSDT.
     image.append(vec![0; acpi_tables::rsdp::Rsdp::len()]);
     let dsdt = image.append(dsdt::dsdt(hardware));
     let fadt = image.append(tables::fadt(dsdt));
@@ -100,14 +102,14 @@ fn build(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     image.bytes
 }
 
-/// Tables one after the other.
+/// Tables in one image, in the order in which they are appended.
 #[derive(Default)]
 struct Image {
     bytes: Vec<u8>,
 }
 
 impl Image {
-    /// Returns the guest-physical address of `table`.
+    /// Appends `table` and returns its guest-physical address.
     fn append(&mut self, table: Vec<u8>) -> u64 {
         const ALIGNMENT: usize = 16;
         self.bytes

@@ -1,4 +1,4 @@
-//! The tables without code: RSDP, XSDT, FADT and MADT.
+//! The tables without AML code: RSDP, XSDT, FADT and MADT.
 //!
 //! Specification: ACPI 6.5, sections 5.2.5 (RSDP), 5.2.8 (XSDT), 5.2.9 (FADT) and 5.2.12 (MADT).
 
@@ -13,38 +13,42 @@ use acpi_tables::xsdt::XSDT;
 use devices::RTC_CENTURY;
 use devices::acpi::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 
-/// Who made the tables.
+/// OEMID field of every table: the vendor.
 pub(super) const OEM_ID: [u8; 6] = *b"FERRY ";
-/// Which machine they are of.
+/// OEM Table ID field of every table: the machine.
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"FERRYVM ";
-/// Their version.
+/// OEM Revision field of every table.
 pub(super) const OEM_REVISION: u32 = 1;
 
-/// Where the registers of every local APIC are (Intel SDM volume 3, 11.4.1).
+/// Guest-physical address of the registers of every local APIC (Intel SDM volume 3, 11.4.1).
 const LOCAL_APIC: u32 = 0xfee0_0000;
-/// Where KVM's I/O APIC is, as on every PC; its lines are interrupts 0 to 23.
+/// Guest-physical address of the I/O APIC of KVM. Its lines are the interrupts 0 to 23.
 const IO_APIC: u32 = 0xfec0_0000;
 
-/// IAPC_BOOT_ARCH: there is no VGA to probe for. Nothing said of a keyboard controller means that there is none.
+/// Flag of IAPC_BOOT_ARCH: no VGA. The flag for an 8042 keyboard controller is left clear, so that guests do not probe
+/// for one.
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 
+/// Returns the RSDP, which points to the XSDT.
 pub(super) fn rsdp(xsdt: u64) -> Vec<u8> {
     bytes(&Rsdp::new(OEM_ID, xsdt))
 }
 
+/// Returns the XSDT, which lists the addresses of the other tables.
 pub(super) fn xsdt(tables: &[u64]) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     tables.iter().for_each(|table| xsdt.add_entry(*table));
     bytes(&xsdt)
 }
 
+/// Returns the FADT, with the reset and sleep registers and the address of the DSDT.
 pub(super) fn fadt(dsdt: u64) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
-        // Set, these say that there are no such fixed registers: the power button is a device of the DSDT.
+        // These flags mean that the fixed registers do not exist. The power button is a device of the DSDT.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc);
@@ -68,8 +72,8 @@ fn byte_port(port: u16) -> GAS {
     )
 }
 
-/// Local APICs and the I/O APIC. Its flags say that there are no 8259s; there are no interrupt source overrides,
-/// because without them no line is another's.
+/// Returns the MADT, with the local APICs and the I/O APIC. Its flags say that there are no 8259s. There are no
+/// interrupt source overrides, so that every GSI equals the pin of the I/O APIC.
 pub(super) fn madt(cpus: u8) -> Vec<u8> {
     let mut madt = MADT::new(
         OEM_ID,

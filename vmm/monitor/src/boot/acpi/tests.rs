@@ -1,4 +1,4 @@
-//! The tables as others read them: a reader of its own for what is fixed, and Intel's `iasl` for all of it.
+//! Tests of the ACPI tables: a parser checks the fixed fields, and `iasl` of Intel checks all tables.
 
 use std::fs;
 use std::path::Path;
@@ -32,7 +32,7 @@ fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
 }
 
-/// The tables as a guest finds them in memory.
+/// Tables in the image that is loaded into guest memory.
 struct Found {
     image: Vec<u8>,
 }
@@ -44,7 +44,7 @@ impl Found {
         }
     }
 
-    /// The table at an address, checked as ACPI 6.5, section 5.2.6 demands.
+    /// Returns the table at `address`, after the checks of ACPI 6.5, section 5.2.6.
     fn table(&self, address: u64) -> &[u8] {
         let start = usize::try_from(address - RSDP.raw_value()).unwrap();
         let length = u32::from_le_bytes(word(&self.image, start + 4)) as usize;
@@ -54,7 +54,7 @@ impl Found {
         table
     }
 
-    /// Follows the pointers from the RSDP on.
+    /// Returns the table with this signature, by following the pointers from the RSDP.
     fn named(&self, signature: &[u8; 4]) -> Vec<u8> {
         let rsdp = &self.image[..36];
         assert_eq!((&rsdp[..8], rsdp[15]), (&b"RSD PTR "[..], 2));
@@ -81,7 +81,7 @@ fn the_fadt_is_hardware_reduced_with_its_registers() {
     let flags = u32::from_le_bytes(word(&fadt, 112));
     // HW_REDUCED_ACPI, RESET_REG_SUP, FIX_RTC, SLP_BUTTON, PWR_BUTTON, WBINVD.
     assert_eq!(flags, 1 << 20 | 1 << 10 | 1 << 6 | 1 << 5 | 1 << 4 | 1);
-    // Space, width, offset, access size, address: a byte in I/O space each.
+    // Address space, bit width, bit offset, access size, address: each register is a byte in I/O space.
     let port = |at| {
         (
             word::<4>(&fadt, at),
@@ -94,7 +94,7 @@ fn the_fadt_is_hardware_reduced_with_its_registers() {
     assert_eq!(port(256), ([1, 8, 0, 1], 0x601));
     assert_eq!(fadt[108], 0x32, "CENTURY");
     assert_eq!(u16::from_le_bytes(word(&fadt, 109)), 4, "IAPC_BOOT_ARCH");
-    // The old address of the DSDT and the FACS are not there.
+    // The 32-bit address of the DSDT and the address of the FACS are zero.
     assert_eq!(
         (word::<8>(&fadt, 36), word::<8>(&fadt, 132)),
         ([0; 8], [0; 8])
@@ -142,7 +142,7 @@ fn the_tables_lie_in_the_firmware_area_and_touch_one_page() {
 #[test]
 fn every_interrupt_line_is_one_devices() {
     let all: Vec<VirtioMmioResources> = (0..).map_while(VirtioMmioResources::nth).collect();
-    let lines: Vec<u32> = all.iter().map(|place| place.gsi).collect();
+    let lines: Vec<u32> = all.iter().map(|resources| resources.gsi).collect();
     assert_eq!(lines, (10..=23).collect::<Vec<_>>());
     assert!(
         all.windows(2)
@@ -152,7 +152,7 @@ fn every_interrupt_line_is_one_devices() {
     assert_eq!(VirtioMmioResources::nth(u32::MAX), None);
 }
 
-/// What `iasl` says of tables: its disassembly, and whether that compiles again without a complaint.
+/// Runs `iasl` in a temporary directory.
 struct Iasl(tempfile::TempDir);
 
 impl Iasl {
@@ -172,6 +172,7 @@ impl Iasl {
         text
     }
 
+    /// Returns the disassembly of `table`.
     fn disassemble(&self, name: &str, table: &[u8]) -> String {
         let path = |kind| Path::new(name).with_extension(kind);
         fs::write(self.0.path().join(path("aml")), table).unwrap();
@@ -180,7 +181,7 @@ impl Iasl {
         fs::read_to_string(self.0.path().join(path("dsl"))).unwrap()
     }
 
-    /// Without spaces and comments: iasl explains what it knows.
+    /// Removes white space and comments, because iasl adds explanations.
     fn dense(text: &str) -> String {
         let lines = text.lines().filter_map(|line| line.split("//").next());
         let text: String = lines.flat_map(str::split_whitespace).collect();

@@ -1,26 +1,28 @@
-//! The baseline `migratable-v1`: what of the host's processor a guest may see.
+//! The baseline `migratable-v1`: the CPUID bits of the host that a guest may see.
 //!
-//! It is a list of what is let through, so that a feature that nobody thought of is not given. On it is every
-//! feature whose whole state [`VcpuState`](crate::kvm::state::VcpuState) carries: in the general registers, in the
-//! first 4 KiB of the XSAVE area, or in registers that KVM lists. Not on it, though KVM may offer them:
+//! It is an allow list, so that a feature which was not considered is not exposed. A feature is on the list if
+//! [`VcpuState`](crate::kvm::state::VcpuState) contains all of its state: in the general registers, in the first 4 KiB
+//! of the XSAVE area, or in model-specific registers that KVM lists. The following features are not on the list, even
+//! if KVM offers them:
 //!
-//! - VMX, SVM, SEV and SGX: the state of nested guests and enclaves is not carried.
-//! - AMX, CET, protection keys of supervisors, FRED: state beyond 4 KiB, or that KVM_GET_XSAVE leaves out.
-//! - Performance counters, processor trace, branch records, IBS, resource control: counters of one host.
-//! - An invariant TSC: its promise ends with the host whose counter it is.
-//! - TSX and MPX: newer processors of the same line have lost them.
-//! - MONITOR and MWAIT in all forms: KVM would wait on the host.
+//! - VMX, SVM, SEV and SGX: the state of nested guests and enclaves is not saved.
+//! - AMX, CET, supervisor protection keys and FRED: their state lies beyond 4 KiB of the XSAVE area, or KVM_GET_XSAVE
+//!   omits it.
+//! - Performance counters, processor trace, branch records, IBS and resource control: they count events of one host.
+//! - Invariant TSC: the guarantee would not hold across a migration to a host with another counter.
+//! - TSX and MPX: newer processors of the same line no longer have them.
+//! - MONITOR and MWAIT in all forms: an idle vCPU would wait on the processor of the host, without an exit.
 //!
-//! A later baseline gets a new name: a guest keeps what it saw at its start for as long as it runs.
+//! A later baseline gets a new name: a guest keeps the CPUID that it started with for as long as it runs.
 //!
 //! Sources: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// The name of the baseline.
+/// Name of the baseline.
 pub const NAME: &str = "migratable-v1";
 
-/// What is let through of one leaf; of all its sub-leaves if none is named.
+/// Masks of the bits of one CPUID leaf that are exposed. If `index` is `None`, they apply to all sub-leaves.
 struct Leaf {
     function: u32,
     index: Option<u32>,
@@ -32,7 +34,7 @@ struct Leaf {
 
 const ALL: u32 = u32::MAX;
 
-/// A mask of bits, each an inclusive range.
+/// Returns a mask with the bits of all `ranges` set. Both ends of a range are inclusive.
 const fn bits(ranges: &[(u32, u32)]) -> u32 {
     let (mut mask, mut at) = (0, 0);
     while at < ranges.len() {
@@ -58,15 +60,16 @@ const fn leaf(function: u32, index: Option<u32>, registers: [u32; 4]) -> Leaf {
     }
 }
 
-/// What describes the processor, and is no feature.
+/// Exposes a leaf completely: it describes the processor and contains no feature bits.
 const fn whole(function: u32) -> Leaf {
     leaf(function, None, [ALL; 4])
 }
 
-/// x87, SSE, AVX, AVX-512 and the protection keys of users: state components of XCR0 that fit 4 KiB.
+/// State components of XCR0 that are exposed: x87, SSE, AVX, AVX-512 and user protection keys. They fit 4 KiB.
 const STATE_COMPONENTS: u32 = bits(&[(0, 2), (5, 7), (9, 9)]);
 
-/// Leaf 1, and what of it AMD's leaf 0x80000001 repeats: no serial number, debug store, thermal or ACPI bits.
+/// Leaf 1, edx, and the bits of it that leaf 0x80000001 of AMD repeats. Serial number, debug store, thermal and ACPI
+/// bits are left out.
 const BASIC_EDX: u32 = bits(&[(0, 9), (11, 17), (19, 19), (23, 28)]);
 const REPEATED_EDX: u32 = bits(&[(0, 9), (12, 17), (23, 24)]);
 
@@ -84,7 +87,7 @@ const LEAVES: [Leaf; 24] = [
     ),
     whole(2),
     whole(4),
-    // ARAT: the timer of the local APIC runs always.
+    // ARAT: the APIC timer runs in all power states.
     leaf(6, None, [bits(&[(2, 2)]), 0, 0, 0]),
     leaf(
         7,
@@ -131,7 +134,7 @@ const LEAVES: [Leaf; 24] = [
             bits(&[(4, 5), (14, 14)]),
         ],
     ),
-    // Mitigations that are bits of IA32_SPEC_CTRL.
+    // Mitigations that are controlled by bits of IA32_SPEC_CTRL.
     leaf(7, Some(2), [0, 0, 0, bits(&[(0, 5)])]),
     whole(0xb),
     leaf(0xd, Some(0), [STATE_COMPONENTS, ALL, ALL, 0]),
@@ -139,7 +142,8 @@ const LEAVES: [Leaf; 24] = [
     leaf(0xd, Some(1), [bits(&[(0, 3)]), ALL, 0, 0]),
     whole(0x1f),
     whole(0x4000_0000),
-    // KVM's own: clocks, asynchronous page faults, steal time, PV_EOI, spinlocks, TLB flushes, IPIs, yields.
+    // Paravirtual features of KVM: clocks, asynchronous page faults, steal time, PV_EOI, spinlocks, TLB flushes, IPIs,
+    // yields.
     leaf(
         0x4000_0001,
         None,
@@ -147,7 +151,7 @@ const LEAVES: [Leaf; 24] = [
             bits(&[(0, 1), (3, 7), (9, 14), (24, 24)]),
             0,
             0,
-            // Hints; KVM offers none.
+            // Hints, of which KVM reports none.
             0,
         ],
     ),
@@ -190,14 +194,14 @@ const LEAVES: [Leaf; 24] = [
     whole(0x8000_001e),
 ];
 
-/// The leaf of AMD's mitigations and of what every processor of that line does alike.
+/// Leaf 0x80000021 of AMD: mitigations, and properties that all processors of that line have.
 const AMD_EXTENDED: Leaf = leaf(
     0x8000_0021,
     None,
     [bits(&[(0, 0), (2, 2), (6, 6), (8, 8), (27, 29)]), 0, 0, 0],
 );
 
-/// Takes out of `entries` what the baseline does not let through.
+/// Clears all bits of `entries` that are not in the baseline.
 pub(super) fn restrict(entries: &mut [kvm_cpuid_entry2]) {
     for entry in entries.iter_mut() {
         let allowed = allowed(entry);
@@ -209,8 +213,9 @@ pub(super) fn restrict(entries: &mut [kvm_cpuid_entry2]) {
     shrink_xsave_area(entries);
 }
 
+/// Returns the masks for eax, ebx, ecx and edx of `entry`.
 fn allowed(entry: &kvm_cpuid_entry2) -> [u32; 4] {
-    // The sub-leaves of 0xd from 2 on are a state component each.
+    // Sub-leaf `n` of leaf 0xd, from 2 on, describes state component `n`.
     if entry.function == 0xd && entry.index >= 2 {
         let component = 1_u32.checked_shl(entry.index).unwrap_or(0);
         return match STATE_COMPONENTS & component {
@@ -227,9 +232,10 @@ fn allowed(entry: &kvm_cpuid_entry2) -> [u32; 4] {
         .map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
 }
 
-/// Leaf 0xd says how much room all components take: those that are left, where each lies as it did.
+/// Corrects the size of the XSAVE area in leaf 0xd: the area ends with the last component that is left. The components
+/// keep their offsets.
 fn shrink_xsave_area(entries: &mut [kvm_cpuid_entry2]) {
-    /// The legacy area and the header (Intel SDM volume 1, 13.4).
+    /// Bytes of the legacy area and the header (Intel SDM volume 1, 13.4).
     const LEAST: u32 = 576;
     let end = entries
         .iter()
@@ -260,7 +266,7 @@ mod tests {
         }
     }
 
-    /// A processor with every bit of `function` set, restricted.
+    /// Restricts an entry of `function` in which every bit is set, and returns its registers.
     fn full(function: u32, index: u32) -> [u32; 4] {
         let mut entries = [entry(function, index, [ALL; 4])];
         restrict(&mut entries);
@@ -268,7 +274,7 @@ mod tests {
         [e.eax, e.ebx, e.ecx, e.edx]
     }
 
-    /// Register (0 = eax), bit, and the feature's name in the manuals.
+    /// Leaf, sub-leaf, register (0 = eax), bit, and name of the feature in the manuals.
     type Named = (u32, u32, usize, u32, &'static str);
 
     #[test]
@@ -308,7 +314,7 @@ mod tests {
 
     #[test]
     fn what_programs_are_built_for_is_given() {
-        // The levels x86-64-v3 and v4 of the psABI, what Linux wants of a guest, and the clock.
+        // The levels x86-64-v3 and v4 of the psABI, features that Linux needs as a guest, and the clock of KVM.
         let given: [Named; 22] = [
             (1, 0, 2, 13, "CMPXCHG16B"),
             (1, 0, 2, 20, "SSE4.2"),
@@ -341,7 +347,7 @@ mod tests {
 
     #[test]
     fn the_xsave_area_ends_with_the_last_component_that_is_left() {
-        // Sapphire Rapids: AVX, the three of AVX-512, protection keys, and AMX behind them.
+        // Sapphire Rapids: AVX, the three components of AVX-512, protection keys, and AMX after them.
         let mut entries = vec![entry(0xd, 0, [0x602e7, 576, 11_008, 0])];
         for (index, size, offset) in [
             (2, 256, 576),

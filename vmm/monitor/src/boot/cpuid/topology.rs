@@ -1,41 +1,42 @@
-//! The topology that a guest sees: one package, a core for each vCPU, one thread a core, one cache of the last
-//! level for all.
+//! CPU topology of the guest in CPUID: one package, one core for each vCPU, one thread for each core, and one
+//! last-level cache that all cores share.
 //!
-//! Sources: Intel SDM volume 2, CPUID leaves 1, 4, 0xb and 0x1f; AMD APM volume 3, appendix E, functions
-//! 0x80000001, 0x80000008, 0x8000001d and 0x8000001e.
+//! Sources: Intel SDM volume 2, CPUID leaves 1, 4, 0xb and 0x1f; AMD APM volume 3, appendix E, functions 0x80000001,
+//! 0x80000008, 0x8000001d and 0x8000001e.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// The leaves that list levels, one a sub-leaf.
+/// Extended topology leaves, with one topology level in each sub-leaf.
 const EXTENDED: [u32; 2] = [0xb, 0x1f];
-/// Leaf 1, edx, and AMD's leaf 0x80000001, ecx: there is more than one logical processor.
+/// Leaf 1, edx, and leaf 0x80000001, ecx of AMD: there is more than one logical processor.
 const HTT: u32 = 1 << 28;
 const CMP_LEGACY: u32 = 1 << 1;
 
-/// Level types of the extended leaves.
+/// Level types of the extended topology leaves.
 const THREAD: u32 = 1;
 const CORE: u32 = 2;
 
-/// One vCPU among `count`. Its local APIC's ID is `index`.
+/// Position of one vCPU in the topology. The ID of its local APIC is `index`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct CpuPosition {
+    /// Index of the vCPU, from 0.
     pub(super) index: u32,
-    /// From 1 on.
+    /// Number of vCPUs of the guest, 1 or more.
     pub(super) count: u32,
 }
 
-impl Place {
-    /// Bits of an APIC ID that tell the cores of the package apart.
+impl CpuPosition {
+    /// Returns the number of APIC ID bits that select the core in the package.
     fn core_bits(self) -> u32 {
         self.count.next_power_of_two().trailing_zeros()
     }
 
-    /// APIC IDs that the package has room for, less one.
-    fn most_id(self) -> u32 {
+    /// Returns the highest APIC ID that the package can have.
+    fn max_apic_id(self) -> u32 {
         (1 << self.core_bits()) - 1
     }
 
-    /// Writes the vCPU's place into `entries`.
+    /// Writes the topology of the vCPU into its CPUID `entries`.
     pub(super) fn write(self, entries: &mut Vec<kvm_cpuid_entry2>) {
         for entry in entries.iter_mut() {
             self.write_leaf(entry);
@@ -49,14 +50,15 @@ impl Place {
         let many = self.count > 1;
         match entry.function {
             1 => {
-                let ids = (self.most_id() + 1) & 0xff;
+                let ids = (self.max_apic_id() + 1) & 0xff;
                 entry.ebx = (entry.ebx & 0xffff) | (ids << 16) | ((self.index & 0xff) << 24);
                 entry.edx = with(entry.edx, HTT, many);
             }
-            // Caches: bits 14 to 25 are how many IDs share it, less one; 26 to 31 the cores, less one.
+            // Caches: bits 14 to 25 hold the number of APIC IDs that share the cache, minus one; bits 26 to 31 the
+            // number of cores, minus one.
             4 if entry.eax & 0x1f != 0 => {
                 let sharing = self.sharing(entry.eax);
-                let cores = self.most_id().min(0x3f);
+                let cores = self.max_apic_id().min(0x3f);
                 entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | (cores << 26);
             }
             0x8000_001d if entry.eax & 0x1f != 0 => {
@@ -67,24 +69,26 @@ impl Place {
                 let size = self.core_bits() << 12;
                 entry.ecx = (entry.ecx & !0xf0ff) | size | ((self.count - 1) & 0xff);
             }
-            // ID, core with one thread, node.
+            // eax: APIC ID; ebx: core ID, one thread in the core; ecx: node 0.
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (self.index, self.index & 0xff, 0),
             _ => {}
         }
     }
 
-    /// Bits 5 to 7 are the cache's level: the third is everybody's.
+    /// Returns the number of other APIC IDs that share the cache. Bits 5 to 7 of `eax` are the level of the cache;
+    /// caches from level 3 on are shared by all.
     fn sharing(self, eax: u32) -> u32 {
         match (eax >> 5) & 7 {
             0..3 => 0,
-            _ => self.most_id(),
+            _ => self.max_apic_id(),
         }
     }
 
-    /// Writes a leaf of levels, if the processor has it: threads, cores, and the end of the list.
+    /// Writes an extended topology leaf with the levels thread and core, and the end of the list. Does nothing if the
+    /// processor does not have the leaf.
     fn write_levels(self, entries: &mut Vec<kvm_cpuid_entry2>, function: u32) {
-        let most = entries.iter().find(|entry| entry.function == 0);
-        if most.is_none_or(|entry| entry.eax < function) {
+        let max_leaf = entries.iter().find(|entry| entry.function == 0);
+        if max_leaf.is_none_or(|entry| entry.eax < function) {
             return;
         }
         entries.retain(|entry| entry.function != function);
@@ -108,6 +112,7 @@ impl Place {
     }
 }
 
+/// Returns `value` with `bit` set or cleared.
 fn with(value: u32, bit: u32, set: bool) -> u32 {
     match set {
         true => value | bit,
@@ -119,7 +124,7 @@ fn with(value: u32, bit: u32, set: bool) -> u32 {
 mod tests {
     use super::*;
 
-    /// A host with sixteen cores of two threads.
+    /// CPUID of a host with sixteen cores of two threads.
     fn host() -> Vec<kvm_cpuid_entry2> {
         let rows = [
             (0, 0, [0x1f, 0, 0, 0]),
@@ -147,9 +152,10 @@ mod tests {
         rows.map(entry).to_vec()
     }
 
+    /// Returns a function that reads the CPUID of vCPU `index` by leaf and sub-leaf.
     fn seen(index: u32, count: u32) -> impl Fn(u32, u32) -> [u32; 4] {
         let mut entries = host();
-        Place { index, count }.write(&mut entries);
+        CpuPosition { index, count }.write(&mut entries);
         move |function, sub| {
             let mut found = entries
                 .iter()
@@ -160,7 +166,7 @@ mod tests {
         }
     }
 
-    /// As Linux reads the extended leaves: (threads a core, processors a package, package, ID).
+    /// Reads an extended leaf as Linux does. Returns threads of a core, processors of a package, package and APIC ID.
     fn extended(seen: &impl Fn(u32, u32) -> [u32; 4], function: u32) -> (u32, u32, u32, u32) {
         let [thread_shift, threads, kind, id] = seen(function, 0);
         assert_eq!((thread_shift, kind), (0, 0x100));
@@ -209,7 +215,7 @@ mod tests {
     fn a_processor_without_the_extended_leaves_gets_none() {
         let mut entries = host();
         entries[0].eax = 0xd;
-        Place { index: 0, count: 2 }.write(&mut entries);
+        CpuPosition { index: 0, count: 2 }.write(&mut entries);
         assert!(entries.iter().all(|e| e.function != 0x1f));
         assert_eq!(entries.iter().filter(|e| e.function == 0xb).count(), 3);
     }

@@ -11,9 +11,11 @@ mod url;
 use std::io;
 use std::path::PathBuf;
 
+use crate::socket_path::SocketPathTooLong;
+
 pub use connection::Connection;
 pub use listener::Listener;
-pub use socket_file::{SOCKET_PATH_MAX, SocketFile, check_socket_path, listen_unix};
+pub use socket_file::{SocketFile, listen_unix};
 pub use url::Url;
 
 /// Reasons why an address cannot be used.
@@ -29,11 +31,8 @@ pub enum EndpointError {
     )]
     NotLoopback(String),
     /// The path is too long for a Unix socket.
-    #[error(
-        "{}: a socket's path has at most {SOCKET_PATH_MAX} bytes, this one has {}",
-        .0.display(), .0.as_os_str().len()
-    )]
-    PathTooLong(PathBuf),
+    #[error(transparent)]
+    PathTooLong(#[from] SocketPathTooLong),
     /// The path to listen on is in use.
     #[error("{}: {why}", path.display())]
     Taken {
@@ -69,6 +68,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::socket_path::SOCKET_PATH_MAX;
 
     #[test]
     fn addresses_are_read_as_they_are_written() {

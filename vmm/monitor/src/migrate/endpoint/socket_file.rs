@@ -6,20 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use super::EndpointError;
-
-/// Maximum bytes in the path of a Unix socket: `sun_path` without its terminating zero (unix(7)).
-pub const SOCKET_PATH_MAX: usize = 107;
-
-/// Checks that a Unix socket can have this path.
-///
-/// # Errors
-/// Returns [`EndpointError::PathTooLong`] if the path has more than [`SOCKET_PATH_MAX`] bytes.
-pub fn check_socket_path(path: &Path) -> Result<(), EndpointError> {
-    match path.as_os_str().len() {
-        0..=SOCKET_PATH_MAX => Ok(()),
-        _ => Err(EndpointError::PathTooLong(path.into())),
-    }
-}
+use crate::socket_path::check_socket_path;
 
 /// The file of a Unix socket. Dropping it removes the file, unless another file has replaced it.
 #[derive(Debug)]
@@ -38,7 +25,7 @@ pub fn listen_unix<E: From<EndpointError>>(
     path: &Path,
     failed: impl Fn(io::Error) -> E,
 ) -> Result<(UnixListener, SocketFile), E> {
-    check_socket_path(path)?;
+    check_socket_path(path).map_err(EndpointError::from)?;
     remove_dead_socket(path)?;
     let listener = UnixListener::bind(path).map_err(failed)?;
     let file = SocketFile {

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Connection, EndpointError, Listener, check_socket_path, listen_unix};
+use super::{Connection, EndpointError, Listener, listen_unix};
+use crate::socket_path::check_socket_path;
 
 /// Maximum time for a TCP connection to be established.
 const CONNECT_LIMIT: Duration = Duration::from_secs(8);
