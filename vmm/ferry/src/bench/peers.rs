@@ -42,7 +42,9 @@ pub(super) fn qemu(program: &Path, properties: &str, memory: u64) -> Command {
     command
         .arg("-M")
         .arg(format!("microvm,memory-backend=ram,{properties}"))
-        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m"])
+        // Without IA32_ARCH_CAPABILITIES: some KVMs offer it and refuse to set it, which ends QEMU.
+        .args(["-accel", "kvm", "-cpu", "host,-arch-capabilities"])
+        .args(["-smp", "1", "-m"])
         .arg(mib.to_string())
         .arg("-object")
         .arg(format!("memory-backend-memfd,id=ram,share=on,size={mib}M"))
