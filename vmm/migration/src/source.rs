@@ -185,7 +185,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let watchdog =
             Watchdog::start(Arc::clone(&end), deadlines.message).map_err(SendError::Stream)?;
         let frames = FrameWriter::timed(writer, watchdog.writing());
-        let replies = Replies::start(reader).map_err(SendError::Stream)?;
+        let replies = Replies::start(reader, watchdog.reading()).map_err(SendError::Stream)?;
         wake_by(attempt, end);
         Ok(Self {
             guest,
@@ -323,6 +323,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
     fn round(&mut self, harvest: Harvest) -> Result<()> {
         let began = Instant::now();
         let before = self.frames.offset();
+        self.replies.look_out();
         self.send_pages(&harvest, LogClear::BeforeCopy)?;
         self.frames.frame(Tag::RoundEnd, [&[], &[]])?;
         self.replies.expect(Tag::RoundAck, &self.watchdog)?;
@@ -390,6 +391,10 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
         let harvest = self.harvest()?;
         let began = Instant::now();
         let before = self.frames.offset();
+        // A short round is over before a refusal could be seen.
+        if harvest.pages() * ept::PAGE_SIZE > CHUNK_BYTES {
+            self.replies.look_out();
+        }
         self.send_pages(&harvest, LogClear::NotNeeded)?;
         let bytes = self.frames.offset() - before;
         self.end_round(began.elapsed(), bytes);

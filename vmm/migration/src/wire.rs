@@ -305,6 +305,7 @@ pub(crate) struct FrameReader<R> {
 
 impl<R: Read> FrameReader<R> {
     /// Creates a reader without deadlines.
+    #[cfg(test)]
     pub(crate) fn new(stream: R) -> Self {
         Self::timed(stream, Timer::default())
     }
@@ -363,6 +364,15 @@ impl<R: Read> FrameReader<R> {
     /// of order or changed.
     pub(crate) fn frame(&mut self, due: &str) -> Result<(FrameHead, &[u8])> {
         let head = self.message(due, Self::read_frame)?;
+        Ok((head, &self.payload))
+    }
+
+    /// Reads one whole frame as [`Self::frame`] does, however long it takes.
+    ///
+    /// # Errors
+    /// Returns [`WireError`] if the stream fails or ends, or if the frame is too long, out of order or changed.
+    pub(crate) fn untimed_frame(&mut self) -> Result<(FrameHead, &[u8])> {
+        let head = self.read_frame()?;
         Ok((head, &self.payload))
     }
 
