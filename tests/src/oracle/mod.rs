@@ -24,6 +24,9 @@ mod emulator;
 pub mod ept;
 pub mod model;
 pub mod npt;
+// The model of pages is shared with the suites of ept.
+#[path = "../../../ept/tests/model/mod.rs"]
+mod page_model;
 pub mod proof;
 pub mod riscv;
 

@@ -1,8 +1,8 @@
 //! What a stage-2 table must say after any operations and accesses.
 //!
-//! The model is to be believed by reading it. It keeps leaves in a map by their first page, and goes from leaf
-//! to leaf; it knows nothing of entries, bits and walks, and shares no code with the crate that it judges, only
-//! the words for permissions and memory types.
+//! The model is to be believed by reading it. It keeps leaves in the model of pages that the suites of ept use, one run
+//! for each leaf, and goes from leaf to leaf. It knows nothing of entries, bits and walks, and shares no code with the
+//! crate that it judges, only the words for permissions and memory types.
 //!
 //! It keeps a set of tables too, as two things depend on them: a table that has become empty keeps a larger leaf
 //! out of its place, and tables can run out.
@@ -10,12 +10,13 @@
 //! Pages are numbered: page `n` is at address `n * 4096`. Levels are numbered from 0, where a leaf is one page;
 //! at each level above it is 512 times as long.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use ept::format::{MemoryType, Permissions};
 
 use crate::oracle::Access;
+use crate::oracle::page_model;
 
 /// Page numbers.
 pub type Pages = Range<u64>;
@@ -334,8 +335,8 @@ pub struct Refusal {
 #[derive(Clone, Debug)]
 pub struct Model {
     shape: Shape,
-    /// By first page.
-    leaves: BTreeMap<u64, Leaf>,
+    /// Each leaf is a run of its own.
+    leaves: page_model::Pages<Leaf>,
     /// All tables but the root: the level of the entry that a table stands at, and its first page.
     tables: BTreeSet<(u32, u64)>,
     /// How many tables more there can be.
@@ -355,7 +356,7 @@ impl Model {
     pub const fn new(shape: Shape, free: u64) -> Self {
         Self {
             shape,
-            leaves: BTreeMap::new(),
+            leaves: page_model::Pages::new(),
             tables: BTreeSet::new(),
             free,
         }
@@ -367,22 +368,30 @@ impl Model {
     }
 
     /// The leaf that maps a page, and its first page.
-    pub fn at(&self, page: u64) -> Option<(u64, &Leaf)> {
-        let (&first, leaf) = self.leaves.range(..=page).next_back()?;
-        (page < first + pages(leaf.level)).then_some((first, leaf))
+    pub fn at(&self, page: u64) -> Option<(u64, Leaf)> {
+        let (run, leaf) = self.leaves.run_at(page)?;
+        Some((run.start, leaf))
+    }
+
+    /// The leaf that begins with this page.
+    fn starting_at(&self, first: u64) -> Option<Leaf> {
+        let (start, leaf) = self.at(first)?;
+        (start == first).then_some(leaf)
+    }
+
+    fn put(&mut self, first: u64, leaf: Leaf) {
+        self.leaves.set(first..first + pages(leaf.level), leaf);
     }
 
     /// The leaves that map any of these pages, each with its first page.
-    pub fn leaves(&self, range: Pages) -> impl Iterator<Item = (u64, &Leaf)> {
-        let start = self.at(range.start).map_or(range.start, |(first, _)| first);
-        self.leaves
-            .range(start..range.end)
-            .map(|(&first, leaf)| (first, leaf))
+    pub fn leaves(&self, range: Pages) -> impl Iterator<Item = (u64, Leaf)> {
+        let runs = self.leaves.runs_as_set(range);
+        runs.map(|(run, leaf)| (run.start, leaf))
     }
 
     /// The guest tries something.
     pub fn access(&mut self, page: u64, access: Access) -> Verdict {
-        let Some((first, &leaf)) = self.at(page) else {
+        let Some((first, leaf)) = self.at(page) else {
             return Verdict::Refused(Refusal {
                 level: self.hole_level(page),
                 permissions: None,
@@ -407,8 +416,13 @@ impl Model {
 
     /// Sets the flags of the leaf that begins at `first`, if there is one.
     pub fn set_flags(&mut self, first: u64, accessed: bool, dirty: bool) {
-        if let Some(leaf) = self.leaves.get_mut(&first) {
-            (leaf.accessed, leaf.dirty) = (accessed, dirty);
+        if let Some(leaf) = self.starting_at(first) {
+            let leaf = Leaf {
+                accessed,
+                dirty,
+                ..leaf
+            };
+            self.put(first, leaf);
         }
     }
 
@@ -510,7 +524,7 @@ impl Model {
                 dirty: false,
                 tracked: false,
             };
-            self.leaves.insert(page, leaf);
+            self.put(page, leaf);
             page += pages(level);
         }
         Ok(())
@@ -616,7 +630,7 @@ impl Model {
     /// that, so that it is no change to be flushed; but a split may be one.
     fn write_fault(&mut self, page: u64, report: &mut Report) -> Fault {
         loop {
-            let Some((first, &leaf)) = self.at(page) else {
+            let Some((first, leaf)) = self.at(page) else {
                 return Fault::Absent;
             };
             if leaf.allows(Access::Write) {
@@ -640,7 +654,7 @@ impl Model {
                 tracked: false,
                 ..leaf
             };
-            self.leaves.insert(first, released);
+            self.put(first, released);
             report.record(&span);
             if self.shape.caches_faults {
                 report.touched(&span);
@@ -695,11 +709,11 @@ impl Model {
                 }
                 Step::Keep => {}
                 Step::Replace(new) => {
-                    self.leaves.insert(first, new);
+                    self.put(first, new);
                     report.changed(&span);
                 }
                 Step::Remove => {
-                    self.leaves.remove(&first);
+                    self.leaves.clear(span.clone());
                     if !self.in_whole_table(first, leaf.level, range) {
                         report.changed(&span);
                     }
@@ -715,19 +729,19 @@ impl Model {
             return None;
         }
         let mut leaves = self.leaves(page..end);
-        leaves.next().map(|(first, leaf)| (first, *leaf))
+        leaves.next()
     }
 
     /// Replaces a leaf by a table with its parts, for the sake of `page`.
     fn split(&mut self, first: u64, page: u64) -> Result<(), Failure> {
-        let Some(&leaf) = self.leaves.get(&first) else {
+        let Some(leaf) = self.starting_at(first) else {
             return Ok(());
         };
         self.take_table(page)?;
         self.tables.insert((leaf.level, first));
-        let parts =
-            (0..ENTRIES).map(|index| (first + index * pages(leaf.level - 1), leaf.part(index)));
-        self.leaves.extend(parts);
+        for index in 0..ENTRIES {
+            self.put(first + index * pages(leaf.level - 1), leaf.part(index));
+        }
         Ok(())
     }
 
@@ -741,10 +755,7 @@ impl Model {
                 continue;
             };
             self.tables.remove(&(level, span.start));
-            self.leaves
-                .extract_if(span.clone(), |_, _| true)
-                .for_each(drop);
-            self.leaves.insert(span.start, leaf);
+            self.put(span.start, leaf);
             report.tables += 1;
             report.changed(&span);
         }
@@ -752,22 +763,22 @@ impl Model {
 
     /// The one leaf that says what is said about these pages. It is accessed or dirty if any part was.
     fn together(&self, span: &Pages, level: u32) -> Option<Leaf> {
-        let first = self.leaves.get(&span.start)?;
+        let first = self.starting_at(span.start)?;
         if !first.hpa.is_multiple_of(pages(level) * PAGE) {
             return None;
         }
-        let mut whole = Leaf { level, ..*first };
+        let mut whole = Leaf { level, ..first };
         for index in 0..ENTRIES {
-            let part = self.leaves.get(&(span.start + index * pages(level - 1)))?;
+            let part = self.starting_at(span.start + index * pages(level - 1))?;
             let Leaf {
                 accessed, dirty, ..
-            } = *part;
+            } = part;
             let expected = Leaf {
                 accessed,
                 dirty,
                 ..whole.part(index)
             };
-            if *part != expected {
+            if part != expected {
                 return None;
             }
             whole.accessed |= accessed;

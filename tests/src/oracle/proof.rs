@@ -323,8 +323,8 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         let context = &self.context;
         for ((first, leaf), (expected_first, expected)) in leaves.iter().zip(&expected) {
             assert_eq!(
-                (*first, leaf),
-                (*expected_first, *expected),
+                (first, leaf),
+                (expected_first, expected),
                 "{context}: a leaf (at page {first:#x}) {when}"
             );
         }

@@ -46,7 +46,7 @@ impl<F: HardwareFormat> Proof<'_, F> {
     /// Before the machine walks to a page, the crate finds what the model says.
     fn check_lookup(&self, page: u64) {
         let expected = match self.model.at(page) {
-            Some((_, leaf)) => Ok(*leaf),
+            Some((_, leaf)) => Ok(leaf),
             None => Err(self.model.hole_level(page)),
         };
         let (found, context) = (self.table.lookup(page), &self.context);

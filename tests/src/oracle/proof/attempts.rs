@@ -108,9 +108,8 @@ impl Ground {
     fn fault_without_tables(&self, chance: &mut Chance, model: &Model) -> Vec<Operation> {
         let place = chance.pick(&self.places);
         let mut leaves = model.leaves(place.range.clone());
-        let is_right = |(_, leaf): &(u64, &Leaf)| {
-            leaf.level > 0 && leaf.permissions.allows(Permissions::WRITE)
-        };
+        let is_right =
+            |(_, leaf): &(u64, Leaf)| leaf.level > 0 && leaf.permissions.allows(Permissions::WRITE);
         let Some((first, leaf)) = leaves.find(is_right) else {
             return Vec::new();
         };

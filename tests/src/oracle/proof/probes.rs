@@ -17,7 +17,7 @@ impl Ground {
         let mut by_kind = BTreeMap::<(u32, bool), Leaves>::new();
         for (first, leaf) in model.leaves(0..self.end) {
             let kind = by_kind.entry((leaf.level, leaf.tracked)).or_default();
-            kind.push((first, *leaf));
+            kind.push((first, leaf));
         }
         let leaves: Vec<_> = by_kind.into_values().collect();
         let holes = holes(model.leaves(0..self.end));
@@ -75,7 +75,7 @@ impl Ground {
 }
 
 /// The pages between leaves that are right beside one of them, by its level.
-fn holes<'a>(leaves: impl Iterator<Item = (u64, &'a Leaf)>) -> Vec<Vec<u64>> {
+fn holes(leaves: impl Iterator<Item = (u64, Leaf)>) -> Vec<Vec<u64>> {
     let mut by_level = BTreeMap::<u32, Vec<u64>>::new();
     let mut before: Option<(u64, u32)> = None;
     for (first, leaf) in leaves {
