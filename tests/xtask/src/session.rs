@@ -68,9 +68,11 @@ impl Session {
         let _ = writeln!(io::stdout(), "{line}");
     }
 
-    /// Notes which host ran which tests, for the closing lines.
+    /// Notes which host ran which tests, for the closing lines. An interrupted run has not run them all.
     pub(crate) fn ran_on(&self, what: impl Into<String>) {
-        self.tally().ran.push(what.into());
+        if !self.is_interrupted() {
+            self.tally().ran.push(what.into());
+        }
     }
 
     /// Says loudly that tests are left out, and why; repeats it in the closing lines.

@@ -230,7 +230,8 @@ impl Checked {
             rest.first_page()
         });
         let looked_at = (range.first_page() < end).then(|| pages(range.first_page(), end));
-        let within = |set: &PageSet| looked_at.map_or(Vec::new(), |part| set.ranges(part, |()| true));
+        let within =
+            |set: &PageSet| looked_at.map_or(Vec::new(), |part| set.ranges(part, |()| true));
         let mut consumers = self.consumers.iter();
         let consumer = consumers.find(|one| one.number == number);
         let consumer = consumer.expect("it has just harvested");
