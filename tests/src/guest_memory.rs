@@ -16,7 +16,8 @@ const PAGE_BYTES: usize = 4096;
 /// Size of the buffer for reading in bytes.
 const STEP: usize = 1 << 20;
 
-/// Memory file (memfd) of a guest whose RAM lies below the MMIO hole only, so that offsets are guest-physical addresses.
+/// Memory file (memfd) of a guest whose RAM lies below the MMIO hole only, so that offsets are guest-physical
+/// addresses.
 #[derive(Debug)]
 pub struct GuestMemory(File);
 

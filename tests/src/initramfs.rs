@@ -168,7 +168,8 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>, InitramfsError> {
     Ok(listed.stdout.lines().filter_map(library).collect())
 }
 
-/// Returns the path in a line of `ldd`: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, or `/lib64/ld-linux-x86-64.so.2 (0x…)`.
+/// Returns the path in a line of `ldd`: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, or
+/// `/lib64/ld-linux-x86-64.so.2 (0x…)`.
 fn library(line: &str) -> Option<PathBuf> {
     let line = line.trim();
     let path = line.split_once("=> ").map_or(line, |(_, path)| path);

@@ -1,8 +1,8 @@
 //! The lab: an emulated KVM host. It is a Debian kernel with kvm_amd and nested paging, run by QEMU.
 //!
-//! QEMU emulates AMD SVM with nested paging in software, so the lab runs on any machine. The host boots from an initramfs
-//! that this module builds. Its `/init` loads kvm_amd, runs the given commands one after the other, and prints the exit
-//! status of each on the serial console, between marks that no command prints by chance.
+//! QEMU emulates AMD SVM with nested paging in software, so the lab runs on any machine. The host boots from an
+//! initramfs that this module builds. Its `/init` loads kvm_amd, runs the given commands one after the other, and
+//! prints the exit status of each on the serial console, between marks that no command prints by chance.
 //!
 //! The host has one processor and a periodic timer because of three faults in the emulation of QEMU 7.2. With two
 //! processors, guests hung or crashed the host:

@@ -1,4 +1,5 @@
-//! Disks of a stock Linux guest whose root file system is on a virtio disk, and checks of them after the guest has ended.
+//! Disks of a stock Linux guest whose root file system is on a virtio disk, and checks of them after the guest has
+//! ended.
 
 use std::fs::{self, File};
 use std::path::PathBuf;

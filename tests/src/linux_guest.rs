@@ -21,8 +21,8 @@ pub const DISK_CMDLINE: &str = "console=ttyS0 panic=-1 root=/dev/vda";
 /// Line that `/init` prints before the first prompt of the shell.
 pub const READY: &str = "linux-guest: ready";
 
-/// Init script of the initramfs. The shell has a controlling terminal, so that it prompts and echoes as for a person. When
-/// the shell ends, init ends, too: the kernel panics, and `panic=-1` resets the machine at once.
+/// Init script of the initramfs. The shell has a controlling terminal, so that it prompts and echoes as for a person.
+/// When the shell ends, init ends, too: the kernel panics, and `panic=-1` resets the machine at once.
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
@@ -41,8 +41,8 @@ echo \"linux-guest: ready $(uname -r)\"
 exec setsid cttyhack sh
 ";
 
-/// inittab of the disk. The disk has the files of the initramfs and a program for vsock. Its `/sbin/init` is busybox's, so
-/// that `poweroff` and `reboot` shut the guest down in order.
+/// inittab of the disk. The disk has the files of the initramfs and a program for vsock. Its `/sbin/init` is busybox's,
+/// so that `poweroff` and `reboot` shut the guest down in order.
 const DISK_INITTAB: &str = "\
 ::sysinit:/etc/start
 ttyS0::respawn:/bin/sh

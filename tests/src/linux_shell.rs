@@ -58,8 +58,8 @@ impl LinuxShell {
         serial.wait_after(mark, PROMPT, SHELL_LIMIT).unwrap();
     }
 
-    /// Types a command and waits for an answer that only the guest can have computed, and then for the next prompt. Input
-    /// can get lost while the shell takes its terminal back.
+    /// Types a command and waits for an answer that only the guest can have computed, and then for the next prompt.
+    /// Input can get lost while the shell takes its terminal back.
     ///
     /// # Panics
     /// Panics if it does not appear in time.
@@ -138,8 +138,8 @@ impl LinuxShell {
         }
     }
 
-    /// Asserts that the guest sees the vCPUs and the memory of its configuration. The kernel reserves less than 64 MiB and
-    /// a sixteenth of the memory for itself.
+    /// Asserts that the guest sees the vCPUs and the memory of its configuration. The kernel reserves less than 64 MiB
+    /// and a sixteenth of the memory for itself.
     ///
     /// # Panics
     /// Panics if it sees other numbers.
@@ -182,7 +182,8 @@ impl LinuxShell {
         );
     }
 
-    /// Presses the power button. A daemon in the guest receives the event and runs `command`, which powers the guest off.
+    /// Presses the power button. A daemon in the guest receives the event and runs `command`, which powers the guest
+    /// off.
     ///
     /// # Panics
     /// Panics if the guest does not receive the event or does not power off.

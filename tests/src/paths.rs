@@ -51,8 +51,8 @@ pub fn tool(name: &str) -> Result<PathBuf, Missing> {
     )
 }
 
-/// Returns a statically linked program of this package, for guests: in `FERRY_STATIC_TOOLS`, or in `static-tools` of the
-/// cache.
+/// Returns a statically linked program of this package, for guests: in `FERRY_STATIC_TOOLS`, or in `static-tools` of
+/// the cache.
 ///
 /// # Errors
 /// Returns [`Missing`] if there is no such file.

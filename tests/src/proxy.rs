@@ -1,9 +1,9 @@
 //! Proxy between the two sides of a migration that injects faults.
 //!
 //! The source connects to the proxy, and the proxy connects to the destination. It relays every byte unchanged until a
-//! [`Fault`] fires: it cuts the connection, stalls it, flips a bit or replaces the header, at an offset, at a sequence of
-//! bytes, at a frame, or when the test says so. Each fault fires once, so that a second migration through the same proxy
-//! succeeds.
+//! [`Fault`] fires: it cuts the connection, stalls it, flips a bit or replaces the header, at an offset, at a sequence
+//! of bytes, at a frame, or when the test says so. Each fault fires once, so that a second migration through the same
+//! proxy succeeds.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -45,8 +45,8 @@ pub enum Action {
     Stall,
     /// Inverts these bits of the byte and goes on relaying.
     Flip(u8),
-    /// Changes the header of the source. Fires when the header is complete, whatever its trigger. If the header cannot be
-    /// changed, the connection is closed.
+    /// Changes the header of the source. Fires when the header is complete, whatever its trigger. If the header cannot
+    /// be changed, the connection is closed.
     Rewrite(Change),
 }
 
@@ -122,7 +122,8 @@ impl Proxy {
         self.shared.lock().fired
     }
 
-    /// Adds a fault. It fires only at bytes that arrive from now on; offsets still count from the start of the connection.
+    /// Adds a fault. It fires only at bytes that arrive from now on; offsets still count from the start of the
+    /// connection.
     pub fn add(&self, fault: Fault) {
         self.shared.lock().faults.push(fault);
     }

@@ -166,8 +166,8 @@ impl Qemu {
     /// Migrates the running guest to `destination` and returns the figures of the migration.
     ///
     /// # Errors
-    /// Returns [`QemuError::Overdue`] if the migration is not complete within `patience`, or another [`QemuError`] if a side
-    /// refuses or the migration fails.
+    /// Returns [`QemuError::Overdue`] if the migration is not complete within `patience`, or another [`QemuError`] if a
+    /// side refuses or the migration fails.
     pub fn migrate(
         &mut self,
         destination: &mut Self,

@@ -27,8 +27,8 @@ pub fn open_apart(name: &str) -> io::Result<OwnedFd> {
         .map_err(|_| io::Error::other("the thread that made the tap panicked"))?
 }
 
-/// Opens the existing tap device `name` with the flags that a monitor needs. Programs that are started from now on inherit
-/// the descriptor under the same number.
+/// Opens the existing tap device `name` with the flags that a monitor needs. Programs that are started from now on
+/// inherit the descriptor under the same number.
 ///
 /// # Errors
 /// Returns the error of the operating system.

@@ -1,8 +1,8 @@
 //! Extracts the vmlinux from a bzImage.
 //!
-//! The setup header (Linux `Documentation/arch/x86/boot.rst`, protocol 2.08 and later) holds the offset of the compressed
-//! kernel in the protected-mode part. The first bytes of this payload identify its compression. The last four bytes are
-//! the uncompressed size, which decompressors do not expect.
+//! The setup header (Linux `Documentation/arch/x86/boot.rst`, protocol 2.08 and later) holds the offset of the
+//! compressed kernel in the protected-mode part. The first bytes of this payload identify its compression. The last
+//! four bytes are the uncompressed size, which decompressors do not expect.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

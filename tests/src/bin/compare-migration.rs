@@ -1,8 +1,8 @@
 //! Compares live migration by Ferry and by QEMU, and judges the results by thresholds.
 //!
-//! Both migrate the same guest over TCP on the loopback interface, in turns. QEMU runs twice: with its default settings,
-//! and without its bandwidth limit. After each migration the guest audits its memory at the destination. The exit status
-//! is 0 only if every threshold holds.
+//! Both migrate the same guest over TCP on the loopback interface, in turns. QEMU runs twice: with its default
+//! settings, and without its bandwidth limit. After each migration the guest audits its memory at the destination. The
+//! exit status is 0 only if every threshold holds.
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -17,9 +17,9 @@
 //!
 //! The next round goes on with the same table. The crate is never asked what is right.
 //!
-//! What this cannot see: anything that hardware keeps, as each probe walks anew (what is to be flushed is compared
-//! with the model); what it meets before a flush is done (Arm's broken entries have tests of their own); what memory types do, as emulators do nothing with them; and what only another privilege level
-//! would meet.
+//! What this cannot see: anything that hardware keeps, as each probe walks anew (what is to be flushed is compared with
+//! the model); what it meets before a flush is done (Arm's broken entries have tests of their own); what memory types
+//! do, as emulators do nothing with them; and what only another privilege level would meet.
 //!
 //! All is drawn from one number, which stands in every message. The variable `FERRY_SEED` sets it.
 

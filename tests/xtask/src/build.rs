@@ -92,9 +92,9 @@ pub(crate) fn ferry(session: &Session) -> Done {
     Step::new("build-ferry", 900, build).run(session).map(drop)
 }
 
-/// All test programs, the programs of the packages that have tests (among them the tools of `ferry-tests`), and the guest
-/// programs. Every step names the whole workspace: cargo would otherwise choose other features for the dependencies, and
-/// build them again.
+/// All test programs, the programs of the packages that have tests (among them the tools of `ferry-tests`), and the
+/// guest programs. Every step names the whole workspace: cargo would otherwise choose other features for the
+/// dependencies, and build them again.
 pub(crate) fn tests(session: &Session) -> Done {
     let places = &session.places;
     let build = places.cargo("nextest run --workspace --locked --no-run");

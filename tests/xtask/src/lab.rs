@@ -1,5 +1,5 @@
-//! The lab: Debian kernels 6.1 and 6.12 with KVM and nested paging, emulated by QEMU on one processor each. Test programs
-//! are copied into the emulated host and run there by themselves.
+//! The lab: Debian kernels 6.1 and 6.12 with KVM and nested paging, emulated by QEMU on one processor each. Test
+//! programs are copied into the emulated host and run there by themselves.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

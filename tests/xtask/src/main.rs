@@ -1,9 +1,9 @@
 //! Runs the steps of Ferry's test command. `tests/run` installs what they need, builds this program and calls it;
 //! `cargo xtask` calls it alone.
 //!
-//! A step is one command with a time limit, and its output goes to a log of its own ([`step`]). [`session`] counts tests
-//! and failures and prints the closing lines. Which tests belong to a step, how long one test may take, and which tests
-//! never run side by side is written in `.config/nextest.toml`.
+//! A step is one command with a time limit, and its output goes to a log of its own ([`step`]). [`session`] counts
+//! tests and failures and prints the closing lines. Which tests belong to a step, how long one test may take, and which
+//! tests never run side by side is written in `.config/nextest.toml`.
 
 mod build;
 mod fetch;
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
 
 fn all(session: &Session) -> Done {
     // The first lane uses cargo's directory `debug`, the second `release` and directories of its own.
-    let (tests, (ferry, fuzz, built)) = share::both(
+    let (tests, (ferry, fuzz, models)) = share::both(
         || {
             let tests = build::tests(session);
             build::checks(session);
@@ -93,13 +93,10 @@ fn all(session: &Session) -> Done {
         || {
             let ferry = build::ferry(session);
             let fetched = fetch::all(session);
-            let built = suites::Built {
-                models: suites::build_models(session),
-                contest: suites::build_contest(session),
-            };
+            let models = suites::build_models(session);
             let _ = build::bare_metal(session);
             let fuzz = fuzz::build(session);
-            (ferry.and(fetched), fuzz, built)
+            (ferry.and(fetched), fuzz, models)
         },
     );
     tests?;
@@ -112,7 +109,7 @@ fn all(session: &Session) -> Done {
     }
     let programs = ferry.and_then(|()| lab_is_ready(session));
     let mut jobs = fuzz;
-    jobs.extend(suites::jobs(session, built));
+    jobs.extend(suites::jobs(session, models));
     if let Ok(programs) = &programs {
         jobs.extend(lab::jobs(session, programs));
     }

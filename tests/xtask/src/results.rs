@@ -61,8 +61,8 @@ fn libtest_line(line: &str) -> Counts {
     counts
 }
 
-/// Reads `Summary [   1.234s] 9 tests run: 5 passed (1 slow), 1 failed, 2 timed out, 1 exec failed, 40 skipped`. Skipped
-/// tests are those of other profiles, so they are not counted.
+/// Reads `Summary [   1.234s] 9 tests run: 5 passed (1 slow), 1 failed, 2 timed out, 1 exec failed, 40 skipped`.
+/// Skipped tests are those of other profiles, so they are not counted.
 fn nextest_line(line: &str) -> Counts {
     let mut counts = Counts::default();
     let summary = line.trim_start().strip_prefix("Summary [");
