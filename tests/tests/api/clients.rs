@@ -219,7 +219,8 @@ fn top_prints_one_look_and_refuses_to_draw_without_a_terminal() {
         let arguments = [&["top", "--api-socket", &socket][..], options].concat();
         ferry::invoke(&arguments, LIMIT).unwrap()
     };
-    let seen = top(&["--once", "--interval-ms", "200"]);
+    // Long enough for a vCPU to run in it even on a busy machine.
+    let seen = top(&["--once", "--interval-ms", "1000"]);
     assert!(seen.status.success(), "{seen:?}");
     assert!(
         seen.stdout.contains("Running, 2 vCPUs, 128 MiB"),
