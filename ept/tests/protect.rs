@@ -1,9 +1,8 @@
-//! Write-protection against a naive model (S14, S15, S20).
+//! Write-protection against a model of pages (S14, S15, S20).
 
 mod common;
 
-use std::collections::BTreeSet;
-
+use common::model::PageSet;
 use common::{SPACE, any_page, any_range, config, gpa, pages, ragged_regions};
 use ept::{Fault, GpaRange, Notifier, ProtectError, RegionKind, Source, Tracker};
 use proptest::prelude::*;
@@ -40,21 +39,15 @@ fn refusal(range: GpaRange) -> Option<ProtectError> {
     })
 }
 
-/// The smallest range with all of `set`.
-fn hull(set: &BTreeSet<u64>) -> Option<GpaRange> {
-    Some(pages(*set.first()?, set.last()? + 1))
-}
-
-fn model_toggle(protected: &mut BTreeSet<u64>, range: GpaRange, on: Toggle) -> BTreeSet<u64> {
-    let wanted = range.first_page()..range.end_page();
-    let changed: BTreeSet<u64> = wanted
-        .filter(|page| protected.contains(page) == (on == Toggle::Off))
-        .collect();
-    for page in &changed {
-        match on {
-            Toggle::On => protected.insert(*page),
-            Toggle::Off => protected.remove(page),
-        };
+/// Protects or unprotects `range` in the model; returns the pages that were not so before.
+fn model_toggle(protected: &mut PageSet, range: GpaRange, on: Toggle) -> PageSet {
+    let mut changed = protected.within(range);
+    match on {
+        Toggle::On => {
+            changed.update(range, |was| was.is_none().then_some(()));
+            protected.insert(range);
+        }
+        Toggle::Off => protected.clear(range),
     }
     changed
 }
@@ -74,27 +67,29 @@ proptest! {
     fn s15_protection_matches_a_set_of_pages(steps in prop::collection::vec(any_step(), 1..20)) {
         let tracker = Tracker::new(&ragged_regions()).unwrap();
         let notifier = Notifier::new();
-        let (mut protected, mut dirty) = (BTreeSet::new(), BTreeSet::new());
+        let (mut protected, mut dirty) = (PageSet::new(), PageSet::new());
         for step in steps {
             let (range, on) = match step {
                 Step::Protect(range) => (range, Toggle::On),
                 Step::Unprotect(range) => (range, Toggle::Off),
                 Step::Fault(page) => {
                     let inside = ragged_regions().iter().any(|region| region.range.contains(gpa(page)));
-                    let expected = match (inside, protected.remove(&page)) {
+                    let this = pages(page, page + 1);
+                    let expected = match (inside, protected.contains(page)) {
                         (false, _) => Fault::Outside,
-                        (true, true) => Fault::Released(pages(page, page + 1)),
+                        (true, true) => Fault::Released(this),
                         (true, false) => Fault::Open,
                     };
+                    protected.clear(this);
                     if inside {
-                        dirty.insert(page);
+                        dirty.insert(this);
                     }
                     prop_assert_eq!(tracker.fault(gpa(page)), expected);
                     continue;
                 }
                 Step::Mark(range) => {
                     tracker.mark(range.start(), range.pages() << 12, Source::Monitor);
-                    dirty.extend(common::tracked_pages(&ragged_regions(), range));
+                    dirty.extend(&common::tracked_pages(&ragged_regions(), range));
                     continue;
                 }
             };
@@ -109,13 +104,13 @@ proptest! {
             }
             let changed = result.unwrap();
             let expected = model_toggle(&mut protected, range, on);
-            prop_assert_eq!(changed.pages, expected.len() as u64);
+            prop_assert_eq!(changed.pages, expected.count());
             prop_assert!(changed.entries <= changed.pages);
-            prop_assert_eq!(changed.interval, hull(&expected));
+            prop_assert_eq!(changed.interval, expected.hull());
         }
         for page in (0..2700).chain(SPACE - 1600..SPACE) {
-            prop_assert_eq!(tracker.is_protected(gpa(page)), protected.contains(&page));
-            prop_assert_eq!(tracker.dirty_at(gpa(page)), dirty.contains(&page));
+            prop_assert_eq!(tracker.is_protected(gpa(page)), protected.contains(page));
+            prop_assert_eq!(tracker.dirty_at(gpa(page)), dirty.contains(page));
         }
     }
 }

@@ -2,12 +2,11 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use common::model::PageSet;
 use common::{
-    SPACE, any_page, any_range, config, gpa, pages, ragged_regions, ram, read, tracked,
-    tracked_pages,
+    SPACE, any_page, any_range, config, gpa, pages, ragged_regions, ram, read, tracked_pages,
 };
 use ept::{
     Epoch, Fault, GpaRange, Notifier, ProtectError, Region, RegionKind, Source, Start, Tracker,
@@ -59,26 +58,24 @@ proptest! {
         let regions = ragged_regions();
         let tracker = Arc::new(Tracker::with_table_limit(&regions, tables).unwrap());
         let epochs = ["one", "two"].map(|name| Epoch::begin(&tracker, name, Start::Clean).unwrap());
-        let mut least = [BTreeSet::new(), BTreeSet::new()];
+        let mut least = [PageSet::new(), PageSet::new()];
         for step in steps {
             match step {
                 Step::Mark { page, count } => {
                     tracker.mark(gpa(page), count << 12, Source::Device);
-                    let marked = (page..(page + count).min(SPACE)).filter(|page| tracked(&regions, *page));
-                    for page in marked {
-                        least.iter_mut().for_each(|set| { set.insert(page); });
-                    }
+                    let marked = tracked_pages(&regions, pages(page, (page + count).min(SPACE)));
+                    least.iter_mut().for_each(|set| set.extend(&marked));
                 }
                 Step::Harvest { epoch, range, most, commit } => {
                     let harvest = epochs[epoch].harvest_up_to(range, most).unwrap();
                     let found = read(&harvest, range);
                     let end = harvest.rest().map_or(range.end_page(), |rest| rest.first_page());
-                    prop_assert!(found.is_subset(&tracked_pages(&regions, range)));
-                    let owed = least[epoch].range(range.first_page()..end.max(range.first_page()));
-                    prop_assert!(owed.clone().all(|page| found.contains(page)));
+                    prop_assert!(tracked_pages(&regions, range).covers(&found));
+                    let owed = least[epoch].within(range.first_page()..end.max(range.first_page()));
+                    prop_assert!(found.covers(&owed));
                     if commit {
                         harvest.commit();
-                        least[epoch].retain(|page| !found.contains(page));
+                        least[epoch].remove_all(&found);
                     }
                 }
             }
@@ -86,8 +83,8 @@ proptest! {
         for (epoch, least) in epochs.iter().zip(&least) {
             let all = epoch.harvest(GpaRange::ALL).unwrap();
             let found = read(&all, pages(0, 100));
-            prop_assert!(least.is_subset(&found));
-            prop_assert!(found.is_subset(&tracked_pages(&regions, GpaRange::ALL)));
+            prop_assert!(found.covers(least));
+            prop_assert!(tracked_pages(&regions, GpaRange::ALL).covers(&found));
             all.commit();
             prop_assert!(epoch.harvest(GpaRange::ALL).unwrap().is_empty());
         }

@@ -1,30 +1,41 @@
-//! One suite over all hardware formats: random operations on a [`Stage2`] and on a model that is no more than a
-//! list of pages, read back by a walker of the raw words that knows the manuals and nothing of the crate.
+//! One suite over all hardware formats: random operations on a [`Stage2`] and on a model of pages, read back
+//! by a walker of the raw words that knows the manuals and nothing of the crate.
 
 mod mmu;
+mod model;
 mod tables;
-
-use std::collections::BTreeMap;
 
 use ept::format::{Entry, EptLevels, GStageMode, HardwareFormat, Npt, Permissions, Unsupported};
 use ept::stage2::{ChangeError, MapError, PoolError, Stage2};
 use ept::walk::{Action, Look, Outcome, Place, Run, Visitor, Walk};
 use ept::{Gpa, GpaRange, Hpa, Level, Notifier};
 use mmu::{Kind, Mmu, Touch};
+use model::Pages;
 use proptest::prelude::*;
 use tables::{
     BASE, TABLES, WINDOW, attributes, done, for_all_formats, g_stage, intel, open, pages,
     some_huge_leaves, span, words,
 };
 
-/// One page of the model.
+/// How one page is mapped.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct ModelPage {
-    hpa: u64,
+struct Mapped {
+    /// Its host-physical less its guest-physical address, modulo 2⁶⁴: the same for all pages of a leaf.
+    distance: u64,
     permissions: Permissions,
 }
 
-type Model = BTreeMap<u64, ModelPage>;
+impl Mapped {
+    fn new(page: u64, hpa: u64, permissions: Permissions) -> Self {
+        let distance = hpa.wrapping_sub(page << 12);
+        Self {
+            distance,
+            permissions,
+        }
+    }
+}
+
+type Model = Pages<Mapped>;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -81,10 +92,7 @@ fn apply<F: HardwareFormat>(stage2: &Stage2<'_, F>, model: &mut Model, op: &Op) 
     match *op {
         Op::Map(range, shift, permissions, level) => {
             let hpa = hpa_of(range, shift);
-            let taken = model
-                .range(range.first_page()..range.end_page())
-                .next()
-                .map(|(page, _)| *page);
+            let taken = model.first(range);
             let expected = match taken {
                 None => Ok(()),
                 Some(page) => Err(MapError::Occupied {
@@ -95,20 +103,22 @@ fn apply<F: HardwareFormat>(stage2: &Stage2<'_, F>, model: &mut Model, op: &Op) 
                 stage2.map(range, hpa, attributes(permissions, level)),
                 expected
             );
-            for page in range.first_page()..taken.unwrap_or(range.end_page()) {
-                let hpa = hpa.0 + ((page - range.first_page()) << 12);
-                model.insert(page, ModelPage { hpa, permissions });
-            }
+            let mapped = range.first_page()..taken.unwrap_or(range.end_page());
+            let value = Mapped::new(range.first_page(), hpa.0, permissions);
+            model.set(mapped, value);
         }
         Op::Unmap(range) => {
             done(stage2.unmap(range, &open));
-            model.retain(|page, _| !(range.first_page()..range.end_page()).contains(page));
+            model.clear(range);
         }
         Op::Protect(range, permissions) => {
             done(stage2.protect(range, permissions, &open));
-            for (_, page) in model.range_mut(range.first_page()..range.end_page()) {
-                page.permissions = permissions;
-            }
+            model.update(range, |page| {
+                page.map(|page| Mapped {
+                    permissions,
+                    ..page
+                })
+            });
         }
         Op::Split(range, level) => done(stage2.split(range, level, &open)),
         Op::Collapse(range, level) => done(stage2.collapse(range, level, &open)),
@@ -118,20 +128,17 @@ fn apply<F: HardwareFormat>(stage2: &Stage2<'_, F>, model: &mut Model, op: &Op) 
 /// Every page of the window is what the model says, for the crate and for the raw words' own reader.
 fn assert_same<F: HardwareFormat>(stage2: &Stage2<'_, F>, mmu: &Mmu<'_>, model: &Model, base: u64) {
     for page in base..base + WINDOW {
-        let expected = model.get(&page).copied();
+        let expected = model.get(page);
         let (level, entry) = stage2.lookup(page);
         let inside = (page % level.pages()) << 12;
         let found = match entry {
-            Entry::Leaf(leaf) => Some(ModelPage {
-                hpa: leaf.hpa.0 + inside,
-                permissions: leaf.permissions,
-            }),
+            Entry::Leaf(leaf) => Some(Mapped::new(page, leaf.hpa.0 + inside, leaf.permissions)),
             _ => None,
         };
         assert_eq!(found, expected, "page {page:#x} as the crate reads it");
         let found = mmu
             .translate(page << 12)
-            .map(|(hpa, permissions)| ModelPage { hpa, permissions });
+            .map(|(hpa, permissions)| Mapped::new(page, hpa, permissions));
         assert_eq!(found, expected, "page {page:#x} as hardware reads it");
     }
 }

@@ -1,6 +1,7 @@
 //! Hardware tables under several threads at once: disjoint ranges, and hardware that sets flags meanwhile.
 
 mod mmu;
+mod model;
 mod tables;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,6 +14,7 @@ use ept::format::{
 use ept::stage2::{Attributes, Stage2};
 use ept::{Hpa, Level};
 use mmu::{Kind, Mmu, Touch};
+use model::Pages;
 use tables::{BASE, open, pages, words};
 
 const THREADS: u64 = 4;
@@ -32,14 +34,13 @@ fn random(state: &mut u64) -> u64 {
 fn churn<F: HardwareFormat>(stage2: &Stage2<'_, F>, number: u64) {
     let base = number * WINDOW;
     let mut state = number;
-    let mut model = vec![None; usize::try_from(WINDOW).unwrap()];
+    let mut model = Pages::new();
     for _ in 0..ROUNDS {
         let at = random(&mut state) % WINDOW;
         let count = (1 + random(&mut state) % 700).min(WINDOW - at);
         let range = pages(base + at, count);
-        let part = usize::try_from(at).unwrap()..usize::try_from(at + count).unwrap();
         let permissions = [Permissions::READ, Permissions::ALL][usize::from(state & 64 != 0)];
-        if model[part.clone()].iter().all(Option::is_none) {
+        if model.first(range).is_none() {
             let largest = [Level::PAGE, Level::MIB2][usize::from(state & 128 != 0)];
             let memory = MemoryType::WriteBack;
             let attributes = Attributes {
@@ -49,21 +50,21 @@ fn churn<F: HardwareFormat>(stage2: &Stage2<'_, F>, number: u64) {
             };
             let hpa = Hpa(range.start().0);
             stage2.map(range, hpa, attributes).unwrap();
-            model[part].fill(Some(permissions));
+            model.set(range, permissions);
         } else if state & 256 != 0 {
             let (flush, result) = stage2.protect(range, permissions, &open());
             result.unwrap();
             flush.done();
-            let mapped = model[part].iter_mut().flatten();
-            mapped.for_each(|page| *page = permissions);
+            model.update(range, |mapped| mapped.map(|_| permissions));
         } else {
             let (flush, result) = stage2.unmap(range, &open());
             result.unwrap();
             flush.done();
-            model[part].fill(None);
+            model.clear(range);
         }
     }
-    for (page, expected) in (base..).zip(model) {
+    for page in base..base + WINDOW {
+        let expected = model.get(page);
         let (level, entry) = stage2.lookup(page);
         let found = match entry {
             Entry::Leaf(leaf) => {

@@ -1,14 +1,14 @@
-//! The tracker and its epochs against a naive model (S16, S17, S18).
+//! The tracker and its epochs against a model of pages (S16, S17, S18).
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
 
+use common::model::PageSet;
 use common::{
     SPACE, any_page, any_range, config, gpa, pages, ragged_regions, ram, read, tracked,
-    tracked_pages, within,
+    tracked_pages,
 };
 use ept::{
     Epoch, EpochError, Gpa, GpaRange, MAX_EPOCHS, Marker, Region, RegionKind, Source, Start,
@@ -78,7 +78,7 @@ struct Checked {
     marker: Marker,
     regions: Vec<Region>,
     epochs: [Epoch; 2],
-    dirty: [BTreeSet<u64>; 2],
+    dirty: [PageSet; 2],
     outside: u64,
 }
 
@@ -99,9 +99,8 @@ impl Checked {
 
     fn note(&mut self, page: u64) {
         if tracked(&self.regions, page) {
-            self.dirty.iter_mut().for_each(|set| {
-                set.insert(page);
-            });
+            let page = pages(page, page + 1);
+            self.dirty.iter_mut().for_each(|set| set.insert(page));
         } else {
             self.outside += 1;
         }
@@ -139,7 +138,7 @@ impl Checked {
             }
             Step::MarkEpoch { epoch, range } => {
                 self.epochs[epoch].mark(range);
-                self.dirty[epoch].extend(tracked_pages(&self.regions, range));
+                self.dirty[epoch].extend(&tracked_pages(&self.regions, range));
             }
             Step::Harvest {
                 epoch,
@@ -154,7 +153,7 @@ impl Checked {
                 let fresh = Epoch::begin(&self.tracker, "again", start).unwrap();
                 self.epochs[epoch] = fresh;
                 self.dirty[epoch] = match start {
-                    Start::Clean => BTreeSet::new(),
+                    Start::Clean => PageSet::new(),
                     Start::AllDirty => tracked_pages(&self.regions, GpaRange::ALL),
                 };
             }
@@ -169,7 +168,7 @@ impl Checked {
             range
         };
         let found = read(&harvest, window);
-        let mut expected = within(&self.dirty[epoch], range);
+        let mut expected = self.dirty[epoch].within(range);
         if let Some(rest) = harvest.rest() {
             assert_eq!(rest.end_page(), range.end_page());
             assert!(
@@ -177,13 +176,13 @@ impl Checked {
                 "stopped after {} of {most}",
                 harvest.pages()
             );
-            expected.retain(|page| *page < rest.first_page());
+            expected.clear(rest);
         }
         assert!(harvest.pages() < most.saturating_add(512));
         assert_eq!(found, expected);
         if commit {
             harvest.commit();
-            self.dirty[epoch].retain(|page| !found.contains(page));
+            self.dirty[epoch].remove_all(&found);
         } else {
             harvest.rollback();
         }
@@ -191,7 +190,7 @@ impl Checked {
 
     fn audit(&mut self) {
         for page in (0..2700).chain(SPACE - 1600..SPACE) {
-            let [one, two] = [0, 1].map(|epoch| self.dirty[epoch].contains(&page));
+            let [one, two] = [0, 1].map(|epoch| self.dirty[epoch].contains(page));
             assert_eq!(self.epochs[0].dirty_at(gpa(page)), one, "page {page:#x}");
             assert_eq!(self.epochs[1].dirty_at(gpa(page)), two, "page {page:#x}");
             assert_eq!(self.tracker.dirty_at(gpa(page)), one || two);

@@ -1,10 +1,10 @@
-//! The walker over a toy hardware format, against a naive map (S1 to S4, S7).
+//! The walker over a toy hardware format, against a model of pages (S1 to S4, S7).
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use common::model::Pages;
 use common::{config, gpa, pages};
 use ept::format::{Allocate, Entry, Format, OutOfTables, TableId, Tables};
 use ept::walk::{
@@ -165,7 +165,8 @@ impl<'t, 'o> Visitor<'t, Store, Change<'o>> for Write {
 /// Reads every page; notes holes with their level.
 #[derive(Default)]
 struct Read {
-    found: BTreeMap<u64, u64>,
+    /// Values by page.
+    found: Pages<u64>,
     holes: u64,
     wide: u64,
 }
@@ -182,9 +183,8 @@ impl<'t> PageVisitor<'t, Store, Look> for Read {
             Entry::Leaf(value) => {
                 self.wide += 1;
                 let part = place.part();
-                (part.first_page()..part.end_page()).for_each(|page| {
-                    assert_eq!(self.found.insert(page, value), None);
-                });
+                assert_eq!(self.found.first(part), None, "found before");
+                self.found.set(part, value);
             }
         }
         Action::Continue
@@ -192,7 +192,10 @@ impl<'t> PageVisitor<'t, Store, Look> for Read {
 
     fn page(&mut self, _: &Run<'_, 't, Store, Look>, page: Page<u64>) -> Action<()> {
         match page.entry {
-            Entry::Leaf(value) => assert_eq!(self.found.insert(page.page, value), None),
+            Entry::Leaf(value) => {
+                assert_eq!(self.found.get(page.page), None, "found before");
+                self.found.set(page.page..page.page + 1, value);
+            }
             _ => self.holes += 1,
         }
         Action::Continue
@@ -229,7 +232,7 @@ proptest! {
         let store = Store::new(spare);
         let notifier = Notifier::new();
         let open = notifier.open(store.geometry().span()).unwrap();
-        let mut model = BTreeMap::new();
+        let mut model = Pages::new();
         for (value, (first, count)) in (1..).zip(writes) {
             let range = pages(first, (first + count).min(1 << 28));
             let walk = Walk::change(&store, range, &open).unwrap();
@@ -243,13 +246,12 @@ proptest! {
                     exhausted.reached.page()
                 }
             };
-            (range.first_page()..end).for_each(|page| { model.insert(page, value); });
+            model.set(range.first_page()..end, value);
         }
         for window in [(0, 4000), ((1 << 18) - 1200, (1 << 18) + 2000), ((1 << 28) - 1600, 1 << 28)] {
             let read = look(&store, window.0, window.1);
-            let expected: BTreeMap<u64, u64> =
-                model.range(window.0..window.1).map(|(page, value)| (*page, *value)).collect();
-            prop_assert_eq!(read.holes, window.1 - window.0 - expected.len() as u64);
+            let expected = model.within(window.0..window.1);
+            prop_assert_eq!(read.holes, window.1 - window.0 - expected.count());
             prop_assert_eq!(read.found, expected);
         }
     }
@@ -263,7 +265,7 @@ fn s1_a_huge_leaf_is_seen_once_with_its_true_span() {
     let walk = Walk::change(&store, pages(512, 1024), &open).unwrap();
     walk.run_allocating(&mut Write(7)).unwrap();
     let read = look(&store, 600, 700);
-    assert_eq!((read.wide, read.found.len(), read.holes), (1, 100, 0));
+    assert_eq!((read.wide, read.found.count(), read.holes), (1, 100, 0));
 }
 
 /// Beyond what the tables can describe there is nothing to cover.
@@ -355,7 +357,11 @@ fn s7_racing_walks_fill_one_table_each() {
     });
     for gib in 0..32_u64 {
         let read = look(&store, gib << 18, (gib << 18) + 512);
-        assert_eq!(read.found.values().sum::<u64>(), 9);
+        let pages = read.found.runs(0..u64::MAX).into_iter();
+        let sum: u64 = pages
+            .map(|(run, value)| (run.end - run.start) * value)
+            .sum();
+        assert_eq!(sum, 9);
         assert_eq!(read.holes, 506);
     }
     let linked = store.used.load(Ordering::Relaxed) - store.given_back.load(Ordering::Relaxed);
@@ -414,7 +420,7 @@ fn s3_descend_makes_tables_and_split_divides() {
         [pages(520, 523)]
     );
     let read = look(&store, 512, 1024);
-    assert_eq!((read.found.len(), read.wide, read.holes), (512, 0, 0));
+    assert_eq!((read.found.count(), read.wide, read.holes), (512, 0, 0));
     for passed_over in [Action::Continue, Action::Split, Action::Skip] {
         assert_eq!(
             run(&store, pages(0, 512), passed_over),

@@ -1,4 +1,4 @@
-//! The monitor's API without its client: raw HTTP, so that what the client would never send is sent too.
+//! Raw HTTP requests to the monitor's API, so that tests can also send what `ferry ctl` never sends.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-/// No call of the tests takes longer.
+/// Time limit of one request.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// An answer.
+/// An HTTP response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// The HTTP status.
@@ -21,18 +21,18 @@ pub struct Answer {
     pub body: String,
 }
 
-/// Makes one call: `request(socket, "PUT", "/api/v1/vm.pause", "")`.
+/// Sends one request and reads the response: `request(socket, "PUT", "/api/v1/vm.pause", "")`.
 ///
 /// # Errors
-/// The system's error; `InvalidData` when the answer is no HTTP.
+/// Returns the error of the operating system, or `InvalidData` if the response is not HTTP.
 pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> io::Result<Answer> {
     request_with(socket, method, path, body, &[])
 }
 
-/// Makes one call that descriptors come with, at most 16.
+/// Sends one request with file descriptors attached (`SCM_RIGHTS`), at most 16, and reads the response.
 ///
 /// # Errors
-/// As [`request`].
+/// Returns the same errors as [`request`].
 pub fn request_with(
     socket: &Path,
     method: &str,

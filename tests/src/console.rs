@@ -1,34 +1,34 @@
-//! What a guest or a program wrote so far, and waiting for a text in it with a deadline.
+//! Output of a guest or a program, and waiting with a deadline for a text to appear in it.
 
 use std::io::{ErrorKind, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Why a text was not seen; carries the end of what was seen instead.
+/// Why a text did not appear. Carries the last lines of the output.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
-    /// The deadline passed.
+    /// The text did not appear before the deadline.
     #[error("no {wanted:?} within {limit:?}; the output ends with:\n{tail}")]
     TimedOut {
-        /// The text waited for.
+        /// The text that was expected.
         wanted: String,
-        /// How long.
+        /// The time limit.
         limit: Duration,
         /// The last lines of the output.
         tail: String,
     },
-    /// The writer closed its end first.
+    /// The writer closed its end before the text appeared.
     #[error("the output ended without {wanted:?}; it ends with:\n{tail}")]
     Ended {
-        /// The text waited for.
+        /// The text that was expected.
         wanted: String,
         /// The last lines of the output.
         tail: String,
     },
 }
 
-/// Output collected by a thread of its own. Clones show the same output.
+/// Output that a background thread collects. Clones share the output.
 #[derive(Clone, Debug, Default)]
 pub struct Console {
     shared: Arc<Shared>,
@@ -47,7 +47,7 @@ struct Output {
 }
 
 impl Console {
-    /// Starts to collect what `source` yields, until its end.
+    /// Starts a thread that reads `source` to its end.
     pub fn follow(source: impl Read + Send + 'static) -> Self {
         let console = Self::default();
         let shared = Arc::clone(&console.shared);
@@ -55,35 +55,35 @@ impl Console {
         console
     }
 
-    /// All output so far, carriage returns left out.
+    /// Returns all output so far, without carriage returns.
     pub fn text(&self) -> String {
         self.text_after(0)
     }
 
-    /// The output behind `mark` so far, carriage returns left out.
+    /// Returns the output after `mark`, without carriage returns.
     pub fn text_after(&self, mark: usize) -> String {
         let output = self.shared.lock();
         let bytes = output.bytes.get(mark..).unwrap_or_default();
         String::from_utf8_lossy(bytes).replace('\r', "")
     }
 
-    /// Number of bytes so far: a mark for [`Console::wait_after`].
+    /// Returns the number of bytes so far, as a mark for [`Console::wait_after`].
     pub fn mark(&self) -> usize {
         self.shared.lock().bytes.len()
     }
 
-    /// Waits until `wanted` stands anywhere in the output.
+    /// Waits until the output contains `wanted`.
     ///
     /// # Errors
-    /// [`ConsoleError`] at the deadline, or when the output ends first.
+    /// Returns [`ConsoleError`] if the deadline passes or the output ends first.
     pub fn wait_for(&self, wanted: &str, limit: Duration) -> Result<(), ConsoleError> {
         self.wait_after(0, wanted, limit)
     }
 
-    /// Waits until `wanted` stands in the output behind `mark`.
+    /// Waits until the output after `mark` contains `wanted`.
     ///
     /// # Errors
-    /// [`ConsoleError`] at the deadline, or when the output ends first.
+    /// Returns [`ConsoleError`] if the deadline passes or the output ends first.
     pub fn wait_after(
         &self,
         mark: usize,
@@ -118,7 +118,7 @@ impl Console {
         }
     }
 
-    /// Waits until the writer has closed its end; says whether it did so in time.
+    /// Waits until the writer closes its end. Returns false if it does not within the limit.
     pub fn wait_end(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let mut output = self.shared.lock();
@@ -161,7 +161,7 @@ impl Shared {
     }
 }
 
-/// The last twenty lines of an output, for messages.
+/// Returns the last twenty lines of an output, for error messages.
 pub fn tail(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes).replace('\r', "");
     let lines: Vec<&str> = text.lines().collect();

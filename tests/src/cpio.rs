@@ -1,9 +1,9 @@
-//! Archives in the kernel's initramfs format: cpio "newc".
+//! Writes archives in the initramfs format of the Linux kernel: cpio "newc".
 //!
-//! Format: Linux `Documentation/driver-api/early-userspace/buffer-format.rst`. Writing it takes
-//! fifty lines and lets device nodes be made without root.
+//! Format: Linux `Documentation/driver-api/early-userspace/buffer-format.rst`. A writer of our own can add device nodes
+//! without root, which the program `cpio` cannot.
 
-/// Kind of an entry, as the file mode's upper bits.
+/// File type of an entry: the upper bits of its mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Directory,
@@ -23,7 +23,7 @@ impl Kind {
     }
 }
 
-/// An archive being written. Paths are relative to the root, without a leading `/`.
+/// Archive under construction. Paths are relative to the root and have no leading `/`.
 #[derive(Clone, Debug, Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -31,12 +31,12 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Adds a directory; its parents must have been added.
+    /// Adds a directory. Its parents must have been added before.
     pub fn directory(&mut self, path: &str) {
         self.entry(path, Kind::Directory.bits() | 0o755, (0, 0), &[]);
     }
 
-    /// Adds a file with its permission bits.
+    /// Adds a regular file with the given permission bits.
     pub fn file(&mut self, path: &str, permissions: u32, content: &[u8]) {
         self.entry(path, Kind::File.bits() | permissions, (0, 0), content);
     }
@@ -46,7 +46,7 @@ impl Archive {
         self.entry(path, Kind::Link.bits() | 0o777, (0, 0), target.as_bytes());
     }
 
-    /// Adds a character device.
+    /// Adds a character device node.
     pub fn character_device(&mut self, path: &str, major: u32, minor: u32) {
         self.entry(
             path,
@@ -95,7 +95,7 @@ impl Archive {
         self.pad();
     }
 
-    /// Names and contents end on four bytes.
+    /// Pads a name or a content to a multiple of four bytes.
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }

@@ -1,4 +1,4 @@
-//! The guest of `ferry bench devices`: an initramfs that works its disk and its network, and switches itself off.
+//! The guest of `ferry bench devices`: an initramfs that measures its disk and its network and then powers off.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use crate::kernels::{DebianKernel, Series};
 use crate::linux_guest::LinuxGuestError;
 use crate::paths;
 
-/// What it prints and does is told by `ferry bench devices --help`.
+/// Init script of the guest. `ferry bench devices --help` describes what it does and prints.
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
@@ -31,10 +31,10 @@ device-load $arguments
 poweroff -f
 ";
 
-/// Writes the initramfs, for the kernels of all series.
+/// Writes the initramfs. It holds the modules of all kernel series.
 ///
 /// # Errors
-/// [`LinuxGuestError`] naming what is missing.
+/// Returns [`LinuxGuestError`] if a kernel or a program is missing, or a file cannot be written.
 pub fn write(path: &Path) -> Result<(), LinuxGuestError> {
     let mut initramfs = Initramfs::with_init(INIT)?;
     initramfs.copy(&paths::static_tool("device-load")?, "/bin/device-load")?;

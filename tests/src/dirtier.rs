@@ -1,6 +1,6 @@
-//! The project's dirtier as the guest of a test: started, asked, and made to audit what it wrote.
+//! Runs the dirtier (a bare-metal guest of ferry-guest-images) in `ferry`, and lets it audit the pages it wrote.
 //!
-//! It prints only when it is asked, so output that grows is a guest that runs.
+//! The dirtier prints only on request. If it answers, the guest is running.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,22 +9,23 @@ use crate::ferry::{Ferry, FerryError};
 use crate::machine::Machine;
 use crate::paths;
 
-/// A guest's answer, or a process's end. Nothing takes a second; the lab and a busy machine may.
+/// Time limit for an answer of the guest and for the end of a process. Both take less than a second on an idle native
+/// host, but far longer in the lab or on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(60);
-/// How long a guest that must not run is listened to, once the other has answered.
+/// How long tests wait for output of a guest that must not run, after the other guest has answered.
 const SILENCE: Duration = Duration::from_millis(400);
-/// Options of a migration that is to come to its end on any host: the digests are compared, and the downtime
-/// is one that the lab keeps, too.
+/// `send-migration` with options with which a migration completes on any host: it compares digests, and its downtime
+/// limit is one that the lab can keep.
 pub const PATIENT: [&str; 3] = ["--verify", "--downtime-ms", "5000"];
 const READY: &str = "dirtier: ready";
 
-/// What the guests of the whole-system tests do: 4 MiB rewritten at full speed, 44 MiB constant.
+/// Command line of the guest: it rewrites 4 MiB at full speed and leaves 44 MiB constant.
 const WORK: &str = "memory=48M cold=44M serial=on";
 
-/// A running monitor whose guest has populated its memory and rewrites it on so many vCPUs.
+/// Starts a monitor and waits until its guest, with `cpus` vCPUs, has populated its memory and begun to rewrite it.
 ///
 /// # Panics
-/// Where it does not come up.
+/// Panics if the guest does not start.
 pub fn start(cpus: u32) -> Ferry {
     let machine = Machine {
         kernel: paths::guest("dirtier.elf").unwrap_or_else(|error| panic!("{error}")),
@@ -39,10 +40,10 @@ pub fn start(cpus: u32) -> Ferry {
     ferry
 }
 
-/// The guest answers here, and writes on.
+/// Asserts that the guest runs: it answers, and its count of writes grows.
 ///
 /// # Panics
-/// Where it does not.
+/// Panics if it does not run.
 pub fn assert_runs(side: &mut Ferry) {
     let first = pages_written(side);
     let deadline = Instant::now() + LIMIT;
@@ -54,13 +55,13 @@ pub fn assert_runs(side: &mut Ferry) {
     }
 }
 
-/// The guest runs on this side, and the other side is silent: gone, empty or stopped.
+/// Asserts that the guest runs on one side and that the other side is silent: ended, empty or paused.
 ///
 /// # Panics
-/// Where it runs on neither or on both.
+/// Panics if the guest runs on neither side or on both.
 pub fn assert_only_runs(here: &mut Ferry, other: &mut Ferry) {
     let before = other.serial().mark();
-    // A process that has ended takes no input, which is as silent as can be.
+    // Typing fails if the process has ended. An ended process is silent.
     let _gone = other.type_in("s");
     assert_runs(here);
     thread::sleep(SILENCE);
@@ -71,10 +72,10 @@ pub fn assert_only_runs(here: &mut Ferry, other: &mut Ferry) {
     );
 }
 
-/// The guest runs on neither side.
+/// Asserts that the guest runs on neither side.
 ///
 /// # Panics
-/// Where it answers on one of them.
+/// Panics if the guest answers on one of them.
 pub fn assert_none_runs(sides: [&mut Ferry; 2]) {
     let marked = sides.map(|side| {
         let before = side.serial().mark();
@@ -91,20 +92,20 @@ pub fn assert_none_runs(sides: [&mut Ferry; 2]) {
     }
 }
 
-/// Lets the guest look at every page that it ever wrote; it ends itself, and the monitor with it.
+/// Lets the guest check every page that it ever wrote. The guest and its monitor end after that.
 ///
 /// # Panics
-/// Where anything was lost, or something is left over.
+/// Panics if a write was lost, or if the monitor does not end cleanly.
 pub fn audit(side: &mut Ferry) {
     side.type_in("q").unwrap_or_else(|error| panic!("{error}"));
     let said = assert_ends(side);
     assert!(said.contains("dirtier: audit passed"), "{said}");
 }
 
-/// The process ends with status 0 and leaves no socket. Returns what it wrote.
+/// Waits for the process to end with status 0 and to remove its socket. Returns its output.
 ///
 /// # Panics
-/// Where it does not.
+/// Panics if it does not.
 pub fn assert_ends(side: &mut Ferry) -> String {
     let ended = side.wait(LIMIT).unwrap_or_else(|error| panic!("{error}"));
     assert!(ended.status.success(), "{ended:?}");
@@ -113,10 +114,10 @@ pub fn assert_ends(side: &mut Ferry) -> String {
     ended.stdout
 }
 
-/// How the call failed, in words.
+/// Returns the message with which the monitor refused a call.
 ///
 /// # Panics
-/// Where it failed in another way than by the monitor's refusal.
+/// Panics if the call failed for another reason.
 pub fn refusal(error: FerryError) -> String {
     match error {
         FerryError::Call { output, .. } => output,
@@ -131,7 +132,7 @@ fn pages_written(side: &mut Ferry) -> u64 {
     answer.unwrap_or_else(|error| panic!("{error}"));
     let began = Instant::now();
     loop {
-        // The mark may be in the middle of an earlier line, and the answer may come in pieces.
+        // The mark can lie within an earlier line, and the answer can arrive in pieces.
         let text = side.serial().text_after(mark);
         let line = text
             .split_once(STATUS)
@@ -144,7 +145,7 @@ fn pages_written(side: &mut Ferry) -> u64 {
     }
 }
 
-/// What a status line begins with.
+/// Prefix of a status line.
 const STATUS: &str = "dirtier: status ";
 
 fn pages(status: &str) -> Option<u64> {

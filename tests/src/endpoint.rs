@@ -1,4 +1,4 @@
-//! The two ends of a migration as they are typed: `unix:PATH` and `tcp:HOST:PORT`.
+//! Addresses of migrations as a user types them: `unix:PATH` and `tcp:HOST:PORT`.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Where a migration is received.
+/// Address at which a destination receives a migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// A Unix socket.
@@ -17,20 +17,20 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// A TCP port on loopback that was free a moment ago.
+    /// Returns a TCP port on the loopback interface that was free a moment ago.
     ///
     /// # Errors
-    /// The system's error when no port can be had.
+    /// Returns the error of the operating system if there is no free port.
     pub fn free_tcp() -> io::Result<Self> {
         TcpListener::bind("127.0.0.1:0")?
             .local_addr()
             .map(Self::Tcp)
     }
 
-    /// Connects.
+    /// Connects to the endpoint.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn connect(&self) -> io::Result<Stream> {
         Ok(match self {
             Self::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
@@ -42,10 +42,10 @@ impl Endpoint {
         })
     }
 
-    /// Listens.
+    /// Listens on the endpoint.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn listen(&self) -> io::Result<Listener> {
         Ok(match self {
             Self::Unix(path) => Listener::Unix(UnixListener::bind(path)?),
@@ -53,7 +53,7 @@ impl Endpoint {
         })
     }
 
-    /// Waits until somebody listens here, without connecting.
+    /// Waits until a process listens on the endpoint. Does not connect.
     pub fn wait_listening(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         while !self.is_listening() {
@@ -65,13 +65,13 @@ impl Endpoint {
         true
     }
 
-    /// Looks into the system's tables: a probing connection would be taken for a migration.
+    /// Reads the socket tables in `/proc/net`. `ferry receive` would take a test connection for a migration.
     fn is_listening(&self) -> bool {
         match self {
             Self::Unix(path) => {
                 let path = path.display().to_string();
                 lines("/proc/net/unix").any(|line| {
-                    // The flags' bit 16 is the accept flag of a listening socket.
+                    // Bit 16 of the flags is set for a listening socket (__SO_ACCEPTCON).
                     line.ends_with(&path) && line.split_whitespace().nth(3) == Some("00010000")
                 })
             }
@@ -107,7 +107,7 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// A listening socket of either kind.
+/// Listening socket, Unix or TCP.
 #[derive(Debug)]
 pub enum Listener {
     /// A Unix socket.
@@ -117,10 +117,10 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Takes the next connection.
+    /// Accepts the next connection.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn accept(&self) -> io::Result<Stream> {
         Ok(match self {
             Self::Unix(listener) => Stream::Unix(listener.accept()?.0),
@@ -132,10 +132,10 @@ impl Listener {
         })
     }
 
-    /// Where it listens: the true port where port 0 was asked for.
+    /// Returns the address of the socket. If port 0 was asked for, it has the port that was assigned.
     ///
     /// # Errors
-    /// The system's error; an unnamed Unix socket has no endpoint.
+    /// Returns the error of the operating system, or an error if a Unix socket has no name.
     pub fn endpoint(&self) -> io::Result<Endpoint> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(Endpoint::Tcp),
@@ -150,7 +150,7 @@ impl Listener {
     }
 }
 
-/// A connection of either kind.
+/// Connected socket, Unix or TCP.
 #[derive(Debug)]
 pub enum Stream {
     /// A Unix socket.
@@ -160,10 +160,10 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// A second handle to the same connection.
+    /// Returns a second handle to the same connection.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
@@ -171,19 +171,19 @@ impl Stream {
         })
     }
 
-    /// Shuts one or both directions down.
+    /// Shuts down one or both directions.
     pub fn shutdown(&self, how: Shutdown) {
-        // Fails only where the peer has closed already.
+        // Fails only if the peer has closed the connection already.
         let _ = match self {
             Self::Unix(stream) => stream.shutdown(how),
             Self::Tcp(stream) => stream.shutdown(how),
         };
     }
 
-    /// Lets reads fail after `limit` of silence.
+    /// Makes reads fail if no data arrives for `limit`.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn set_read_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         match self {
             Self::Unix(stream) => stream.set_read_timeout(limit),

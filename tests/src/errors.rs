@@ -1,8 +1,8 @@
-//! Errors in one line, causes included.
+//! Prints an error with its causes on one line.
 
 use std::error::Error;
 
-/// An error and what caused it, outermost first.
+/// Returns the messages of an error and of its causes, outermost first.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -1,4 +1,4 @@
-//! Drives processes of the program `ferry`, and makes sure that none is left over.
+//! Starts and controls processes of the program `ferry`, and kills those that a test leaves behind.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,33 +15,33 @@ use crate::paths::{self, Missing};
 use crate::process::{self, Apart, Ended, Process, ProcessError};
 use crate::status::Resident;
 
-/// How long a monitor may take until its API answers, and a call to be carried out.
+/// Time limit for a monitor to open its API socket, and for one API call.
 const API_LIMIT: Duration = Duration::from_secs(20);
-/// How long `ferry ctl send-migration` may take, at most.
+/// Time limit for `ferry ctl send-migration`.
 const MIGRATION_LIMIT: Duration = Duration::from_secs(120);
 
-/// Why a process of `ferry` did not do what was asked.
+/// Error of a `ferry` process or of a `ferry ctl` call.
 #[derive(Debug, thiserror::Error)]
 pub enum FerryError {
-    /// The program was not built.
+    /// The program has not been built.
     #[error(transparent)]
     Missing(#[from] Missing),
-    /// The process did not start or did not end.
+    /// The process could not be started or did not end.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// No folder for its sockets.
+    /// The temporary directory for the sockets cannot be made.
     #[error("no folder for ferry's sockets")]
     Folder(#[from] io::Error),
-    /// It did not come up.
+    /// The monitor did not open its socket in time.
     #[error(
         "ferry {verb} is not up after {limit:?} (still running: {running}); it says:\n{output}"
     )]
     NotUp {
         /// `run` or `receive`.
         verb: &'static str,
-        /// How long it was given.
+        /// The time limit.
         limit: Duration,
-        /// Whether it was still running.
+        /// Whether the process was still running.
         running: bool,
         /// Its output.
         output: String,
@@ -53,22 +53,22 @@ pub enum FerryError {
         call: String,
         /// The exit status.
         status: String,
-        /// What it said.
+        /// Its output.
         output: String,
     },
-    /// A `ferry ctl` call did not answer in JSON.
+    /// The output of a `ferry ctl` call is not JSON.
     #[error("ferry ctl {call}: no JSON: {output:?}")]
     NoJson {
         /// The call with its arguments.
         call: String,
-        /// What it said.
+        /// Its output.
         output: String,
-        /// Where it is wrong.
+        /// The error of the JSON parser.
         source: serde_json::Error,
     },
 }
 
-/// A running `ferry run` or `ferry receive`; killed when dropped, its sockets removed.
+/// Running `ferry run` or `ferry receive`. Dropping it kills the process and removes its sockets.
 #[derive(Debug)]
 pub struct Ferry {
     process: Process,
@@ -77,18 +77,18 @@ pub struct Ferry {
 }
 
 impl Ferry {
-    /// `ferry run` with the guest's serial port on stdio; returns when its API is there.
+    /// Starts `ferry run` with the serial port of the guest on stdio, and waits for its API socket.
     ///
     /// # Errors
-    /// [`FerryError`] with what the process said.
+    /// Returns [`FerryError`] with the output of the process if it does not come up.
     pub fn run(machine: &Machine) -> Result<Self, FerryError> {
         Self::run_with(machine, &[])
     }
 
-    /// As [`Ferry::run`], with further options.
+    /// Like [`Ferry::run`], with more options.
     ///
     /// # Errors
-    /// [`FerryError`] with what the process said.
+    /// Returns [`FerryError`] with the output of the process if it does not come up.
     pub fn run_with(machine: &Machine, options: &[&str]) -> Result<Self, FerryError> {
         Self::run_as(Command::new(paths::ferry()?), machine, options)
     }
@@ -105,10 +105,10 @@ impl Ferry {
         Ok(ferry)
     }
 
-    /// As [`Ferry::run_with`], in a network of its own, in which the shell commands of `prepare` were run before.
+    /// Like [`Ferry::run_with`], in a new network namespace in which the shell commands in `prepare` run first.
     ///
     /// # Errors
-    /// [`FerryError`] with what the process said.
+    /// Returns [`FerryError`] with the output of the process if it does not come up.
     pub fn run_in_network(
         machine: &Machine,
         options: &[&str],
@@ -119,10 +119,10 @@ impl Ferry {
         Self::run_as(command, machine, options)
     }
 
-    /// `ferry run` without a guest, with further options; returns when its API is there.
+    /// Starts `ferry run` without a guest and with more options, and waits for its API socket.
     ///
     /// # Errors
-    /// [`FerryError`] with what the process said.
+    /// Returns [`FerryError`] with the output of the process if it does not come up.
     pub fn empty(options: &[&str]) -> Result<Self, FerryError> {
         let mut ferry = Self::start(|command, api| {
             command
@@ -135,18 +135,18 @@ impl Ferry {
         Ok(ferry)
     }
 
-    /// `ferry receive` with the guest's serial port on stdio; returns when it listens.
+    /// Starts `ferry receive` with the serial port of the guest on stdio, and waits until it listens.
     ///
     /// # Errors
-    /// [`FerryError`] with what the process said.
+    /// Returns [`FerryError`] with the output of the process if it does not come up.
     pub fn receive(endpoint: &Endpoint) -> Result<Self, FerryError> {
         Self::receive_with(endpoint, &[])
     }
 
-    /// As [`Ferry::receive`], with further options.
+    /// Like [`Ferry::receive`], with more options.
     ///
     /// # Errors
-    /// [`FerryError`] with what the process said.
+    /// Returns [`FerryError`] with the output of the process if it does not come up.
     pub fn receive_with(endpoint: &Endpoint, options: &[&str]) -> Result<Self, FerryError> {
         let mut ferry = Self::start(|command, api| {
             command.args(["receive", &endpoint.to_string()]);
@@ -154,7 +154,7 @@ impl Ferry {
             command.args(["--serial", "stdio", "--api-socket"]).arg(api);
         })?;
         let step = Duration::from_millis(2);
-        // The socket is there a moment before the monitor says so.
+        // The socket exists a moment before the monitor reports that it listens.
         ferry.wait_up("receive", |ferry| {
             endpoint.wait_listening(step) && ferry.phase().is_ok_and(|phase| phase == "listening")
         })?;
@@ -199,30 +199,30 @@ impl Ferry {
         Ok(())
     }
 
-    /// The API socket's path.
+    /// Path of the API socket.
     pub fn api_socket(&self) -> PathBuf {
         self.folder.path().join("api")
     }
 
-    /// The process id.
+    /// Id of the process.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// The guest's serial output, and whatever else ferry writes to stdout.
+    /// Serial output of the guest and everything else that ferry writes to stdout.
     pub fn serial(&self) -> &Console {
         self.process.stdout()
     }
 
-    /// What ferry writes to stderr.
+    /// Output of ferry on stderr.
     pub fn messages(&self) -> &Console {
         self.process.stderr()
     }
 
-    /// Types into the guest's serial port.
+    /// Types into the serial port of the guest.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn type_in(&mut self, text: &str) -> io::Result<()> {
         self.process.type_in(text)
     }
@@ -232,31 +232,31 @@ impl Ferry {
         self.process.is_running()
     }
 
-    /// Kills the process, as a crash of the monitor would.
+    /// Kills the process with SIGKILL, which stands for a crash of the monitor.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Waits for the process's end.
+    /// Waits for the process to end.
     ///
     /// # Errors
-    /// [`FerryError::Process`] when it is still running at the deadline.
+    /// Returns [`FerryError::Process`] if the process is still running at the deadline.
     pub fn wait(&mut self, limit: Duration) -> Result<Ended, FerryError> {
         Ok(self.process.wait(limit)?)
     }
 
-    /// The process's resident memory.
+    /// Returns the resident memory of the process.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn resident(&self) -> io::Result<Resident> {
         Resident::of(self.pid())
     }
 
-    /// `ferry ctl --api-socket … CALL…`, whatever its outcome.
+    /// Runs `ferry ctl --api-socket … CALL…`. A call that the monitor refuses is not an error.
     ///
     /// # Errors
-    /// [`FerryError::Process`] when it does not come back.
+    /// Returns [`FerryError::Process`] if the process cannot be started or does not end.
     pub fn try_ctl(&self, call: &[&str], limit: Duration) -> Result<Ended, FerryError> {
         let mut command = Command::new(&self.program);
         command
@@ -266,18 +266,18 @@ impl Ferry {
         Ok(process::run(&mut command, limit)?)
     }
 
-    /// A call that must succeed; returns its stdout.
+    /// Runs a call that must succeed. Returns its output on stdout.
     ///
     /// # Errors
-    /// [`FerryError::Call`] with what it said.
+    /// Returns [`FerryError::Call`] with the output if the call fails.
     pub fn ctl(&self, call: &[&str]) -> Result<String, FerryError> {
         self.succeeding(call, API_LIMIT)
     }
 
-    /// A call that must succeed and answer in JSON.
+    /// Runs a call that must succeed. Returns its output as JSON.
     ///
     /// # Errors
-    /// [`FerryError`] with what it said.
+    /// Returns [`FerryError`] with the output if the call fails or its output is not JSON.
     pub fn ctl_json(&self, call: &[&str]) -> Result<Value, FerryError> {
         let output = self.ctl(call)?;
         let parsed = serde_json::from_str(&output);
@@ -288,19 +288,19 @@ impl Ferry {
         })
     }
 
-    /// The phase of the migration into or out of this process, as the API names it.
+    /// Returns the phase of the migration into or out of this process, by its name in the API.
     ///
     /// # Errors
-    /// [`FerryError`] with what it said.
+    /// Returns [`FerryError`] with the output if the call fails or its output is not JSON.
     pub fn phase(&self) -> Result<String, FerryError> {
         let progress = self.ctl_json(&["migration-progress"])?;
         Ok(progress["phase"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Sends the guest to `endpoint`; returns when it was handed over.
+    /// Sends the guest to `endpoint`, and returns when the destination owns it.
     ///
     /// # Errors
-    /// [`FerryError::Call`] with the reason that reached the caller.
+    /// Returns [`FerryError::Call`] with the message of `ferry ctl` if the migration fails.
     pub fn send_migration(
         &self,
         endpoint: &Endpoint,
@@ -332,10 +332,10 @@ impl Ferry {
     }
 }
 
-/// Runs `ferry` with these arguments to its end, whatever its outcome.
+/// Runs `ferry` with these arguments to its end. An exit status other than 0 is not an error.
 ///
 /// # Errors
-/// [`FerryError`] when it cannot be run or does not end.
+/// Returns [`FerryError`] if the process cannot be started or does not end.
 pub fn invoke(arguments: &[&str], limit: Duration) -> Result<Ended, FerryError> {
     Ok(process::run(
         Command::new(paths::ferry()?).args(arguments),

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-/// Measurements of one thing, in milliseconds.
+/// Repeated measurements of one duration, in milliseconds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Series {
     values: Vec<f64>,
 }
 
 impl Series {
-    /// Nothing measured yet.
+    /// Returns an empty set of measurements.
     pub const fn new() -> Self {
         Self { values: Vec::new() }
     }
@@ -21,12 +21,12 @@ impl Series {
         self.push_ms(value.as_secs_f64() * 1000.0);
     }
 
-    /// Adds a measurement that is in milliseconds already.
+    /// Adds a measurement in milliseconds.
     pub fn push_ms(&mut self, value: f64) {
         self.values.push(value);
     }
 
-    /// The median in milliseconds; not a number when nothing was measured.
+    /// Returns the median in milliseconds, or NaN if there are no measurements.
     pub fn median(&self) -> f64 {
         let mut sorted = self.values.clone();
         sorted.sort_by(f64::total_cmp);
@@ -38,12 +38,12 @@ impl Series {
         }
     }
 
-    /// The minimum in milliseconds; not a number when nothing was measured.
+    /// Returns the minimum in milliseconds, or NaN if there are no measurements.
     pub fn minimum(&self) -> f64 {
         self.values.iter().copied().fold(f64::NAN, f64::min)
     }
 
-    /// The maximum in milliseconds; not a number when nothing was measured.
+    /// Returns the maximum in milliseconds, or NaN if there are no measurements.
     pub fn maximum(&self) -> f64 {
         self.values.iter().copied().fold(f64::NAN, f64::max)
     }

@@ -1,7 +1,7 @@
-//! Where the frames of a migration stream begin, seen from outside.
+//! Finds the frames in the bytes of a migration stream.
 //!
-//! Written down here a second time on purpose (the first is the stream's own description in the
-//! monitor): a change of the wire format that nobody meant shows as a fault that never fires.
+//! This is a second implementation of the wire format, independent of the one in ferry-migration. An unintended change
+//! of the format shows up here as a fault that never fires.
 //!
 //! ```text
 //! header, only to the destination: "FERRYMIG" │ version u32 │ length u32 │ description │ crc32 u32
@@ -10,53 +10,53 @@
 
 use std::collections::BTreeMap;
 
-/// Bytes of a frame's fixed part, and of the header's.
+/// Size of the fixed part of a frame in bytes.
 const FIXED: usize = 16;
-/// The header's first bytes.
+/// First bytes of the header.
 pub(crate) const MAGIC: &[u8] = b"FERRYMIG";
-/// Bytes before the header's description.
+/// Size of the header before its description in bytes.
 pub(crate) const HEADER_FIXED: usize = FIXED;
-/// Bytes behind the header's description.
+/// Size of the header after its description in bytes.
 pub(crate) const HEADER_CHECKSUM: usize = 4;
 
-/// What a frame is, by its number on the wire.
+/// Kind of a frame, by its number on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Tag {
     /// Pages with contents.
     Pages = 1,
-    /// Pages without.
+    /// Zero pages, which are sent without contents.
     ZeroPages = 2,
-    /// The end of a round.
+    /// End of a pre-copy round.
     RoundEnd = 3,
-    /// A section of device or vCPU state.
+    /// Section of device or vCPU state.
     State = 4,
-    /// The end of all state.
+    /// End of all state.
     Finish = 5,
-    /// The guest is the destination's.
+    /// Commit: the destination owns the guest from here on.
     Commit = 6,
-    /// The guest fits.
+    /// The destination accepts the guest that the header describes.
     Accept = 16,
-    /// A round has arrived.
+    /// The destination has received a round.
     RoundAck = 18,
-    /// The guest could run.
+    /// The destination has restored all state and waits for the commit.
     Ready = 20,
-    /// The guest runs.
+    /// The destination has taken over the guest.
     Done = 21,
 }
 
-/// The beginning of a frame.
+/// Position and kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// Offset in its direction of the connection.
+    /// Offset of its first byte in its direction of the connection.
     pub offset: u64,
-    /// Its tag as found on the wire.
+    /// Its tag on the wire.
     pub tag: u32,
-    /// How many frames of this tag came before it.
+    /// Number of frames with the same tag before it.
     pub before: usize,
 }
 
-/// Follows one direction of one connection.
+/// Parser for one direction of one connection.
 #[derive(Clone, Debug)]
 pub struct Frames {
     position: u64,
@@ -68,7 +68,7 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// At the connection's first byte. Only the source sends a header.
+    /// Returns a parser for the first byte of a connection. Only the source sends a header.
     pub fn new(header_due: bool) -> Self {
         let (counts, starts) = (BTreeMap::new(), Vec::new());
         Self {
@@ -81,7 +81,7 @@ impl Frames {
         }
     }
 
-    /// Takes the next bytes.
+    /// Parses the next bytes.
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let rest = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
@@ -104,18 +104,18 @@ impl Frames {
         }
     }
 
-    /// Forgets the frames that begin before `offset`, and returns the others.
+    /// Drops the frames that begin before `offset`, and returns the others.
     pub fn starts_from(&mut self, offset: u64) -> &[Start] {
         self.starts.retain(|start| start.offset >= offset);
         &self.starts
     }
 
-    /// Frames whose fixed parts have been seen.
+    /// Returns the frames whose fixed parts are complete.
     pub fn starts(&self) -> &[Start] {
         &self.starts
     }
 
-    /// Bytes seen of a fixed part that is not complete.
+    /// Returns the number of bytes of a fixed part that is not complete yet.
     pub fn undecided(&self) -> usize {
         self.fixed.len()
     }
@@ -131,7 +131,7 @@ impl Frames {
         };
         if self.header_due {
             self.header_due = false;
-            // What is no stream of ours has no frames.
+            // A stream that does not begin with a Ferry header has no frames.
             let known = self.fixed.starts_with(MAGIC);
             self.skip = if known {
                 u64::from(word(12)) + HEADER_CHECKSUM as u64

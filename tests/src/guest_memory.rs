@@ -1,4 +1,5 @@
-//! The memory of a running guest, seen from the host without touching it: what it holds, and which of it is not there.
+//! Reads the memory file of a running guest from the host without populating pages: their contents, and which pages the
+//! file lacks.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -9,25 +10,26 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-/// Bytes of a page.
+/// Size of a page in bytes.
 pub const PAGE: u64 = 4096;
 const PAGE_BYTES: usize = 4096;
-/// Bytes that are looked at together.
+/// Size of the buffer for reading in bytes.
 const STEP: usize = 1 << 20;
 
-/// The memory file of a guest with memory below the hole only.
+/// Memory file (memfd) of a guest whose RAM lies below the MMIO hole only, so that offsets are guest-physical
+/// addresses.
 #[derive(Debug)]
 pub struct GuestMemory(File);
 
 impl GuestMemory {
-    /// The one of the monitor with this process id.
+    /// Opens the memory file of the monitor with this process id.
     ///
     /// # Errors
-    /// The system's; `NotFound` where it has none.
+    /// Returns the error of the operating system, or `NotFound` if the monitor has no memory file.
     pub fn of(pid: u32) -> io::Result<Self> {
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
             let path = entry?.path();
-            // A descriptor that is closed meanwhile is not the one.
+            // A descriptor that was closed in the meantime is not the memory file.
             let Ok(target) = fs::read_link(&path) else {
                 continue;
             };
@@ -38,10 +40,10 @@ impl GuestMemory {
         Err(io::ErrorKind::NotFound.into())
     }
 
-    /// The parts of it that are there, in bytes; all of it where its file system does not tell.
+    /// Returns the populated byte ranges, or the whole file if its file system does not support SEEK_DATA.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of the operating system.
     pub fn populated(&self) -> io::Result<Vec<Range<u64>>> {
         let mut found = Vec::new();
         let mut from = 0;
@@ -56,10 +58,10 @@ impl GuestMemory {
         }
     }
 
-    /// The numbers of the pages in which `line` stands, at an offset that is a multiple of its length.
+    /// Returns the numbers of the pages that contain `line` at an offset that is a multiple of its length.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of the operating system.
     pub fn pages_with(&self, line: &[u8]) -> io::Result<BTreeSet<u64>> {
         let mut pages = BTreeSet::new();
         let mut buffer = vec![0; STEP];
@@ -77,10 +79,10 @@ impl GuestMemory {
         Ok(pages)
     }
 
-    /// Those of `pages` that are not there.
+    /// Returns those of `pages` that are not populated.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of the operating system.
     pub fn absent(&self, pages: &BTreeSet<u64>) -> io::Result<BTreeSet<u64>> {
         let mut absent = pages.clone();
         for range in self.populated()? {

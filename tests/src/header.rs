@@ -1,36 +1,35 @@
-//! The header of a migration stream, taken apart and put together again with another content.
+//! Changes fields in the header of a migration stream.
 //!
-//! Written down here a second time on purpose, checksum included, as [`frames`](crate::frames) is.
+//! Like [`frames`](crate::frames), this is a second implementation of the format, checksum included.
 
 use serde_json::Value;
 
 use crate::frames::{HEADER_CHECKSUM, HEADER_FIXED, MAGIC};
 
-/// What is made different in a header; its length and its checksum are made to fit.
+/// Change to a header. Its length and its checksum are updated to match.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// The version of the stream.
+    /// Sets the version of the stream.
     Version(u32),
-    /// A field of the description, named by a JSON pointer (RFC 6901).
+    /// Sets a field of the description, named by a JSON pointer (RFC 6901).
     Field(&'static str, Value),
 }
 
-/// Why a header was not changed.
+/// Why a header could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
-    /// It has no description to be changed.
+    /// The header has no description.
     #[error("the header's description is no JSON")]
     Description(#[from] serde_json::Error),
-    /// The description has no such field.
+    /// The description lacks the field.
     #[error("the header's description has no field {0}")]
     NoField(&'static str),
-    /// The new description is too long to be written.
+    /// The new description is longer than its length field allows.
     #[error("the header's description would have {0} bytes")]
     TooLong(usize),
 }
 
-/// Bytes of the header at the beginning of `bytes`, once they are all there. What is no header of
-/// ours has none.
+/// Returns the size of the header at the beginning of `bytes`, or `None` if it is incomplete or not a Ferry header.
 pub fn complete_length(bytes: &[u8]) -> Option<usize> {
     let fixed = bytes.get(..HEADER_FIXED)?;
     if !fixed.starts_with(MAGIC) {
@@ -40,10 +39,10 @@ pub fn complete_length(bytes: &[u8]) -> Option<usize> {
     (bytes.len() >= length).then_some(length)
 }
 
-/// A whole header with `change` made to it.
+/// Applies `change` to a whole header and returns the result.
 ///
 /// # Errors
-/// [`HeaderError`] when there is nothing to be changed.
+/// Returns [`HeaderError`] if the header lacks the field, or the new description is too long.
 pub fn changed(header: &[u8], change: &Change) -> Result<Vec<u8>, HeaderError> {
     let mut version = word(header, 8);
     let end = header.len().saturating_sub(HEADER_CHECKSUM);
@@ -71,7 +70,7 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(found.unwrap_or_default())
 }
 
-/// CRC-32 as in IEEE 802.3, reflected, bit by bit: headers are short.
+/// Computes the CRC-32 of IEEE 802.3 (reflected). It goes bit by bit, because headers are short.
 fn crc32(bytes: &[u8]) -> u32 {
     const POLYNOMIAL: u32 = 0xedb8_8320;
     let step = |sum: u32, _| (sum >> 1) ^ (POLYNOMIAL * (sum & 1));
@@ -97,7 +96,7 @@ mod tests {
 
     #[test]
     fn the_checksum_is_the_common_one() {
-        // The check value that every list of CRCs gives for CRC-32.
+        // The standard check value of CRC-32.
         assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
     }
 

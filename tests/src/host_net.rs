@@ -1,4 +1,4 @@
-//! The host's side of a guest's network and sockets, in the lab: taps, bridges, and who talks through them.
+//! Host side of the network and the vsock of a guest in the lab: tap devices, bridges, and traffic through them.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,25 +13,25 @@ use std::{fs, io};
 use crate::linux_shell::SHELL_LIMIT;
 use crate::process;
 
-/// Runs a command of the lab host, which must succeed.
+/// Runs a shell command on the lab host. It must succeed.
 ///
 /// # Panics
-/// It does not.
+/// Panics if it fails.
 pub fn host(command: &str) {
     let mut shell = Command::new("sh");
     let done = process::run(shell.args(["-c", command]), SHELL_LIMIT).unwrap();
     assert!(done.status.success(), "{command}: {done:?}");
 }
 
-/// A tap of the lab host, removed at the end.
+/// Tap device of the lab host. Dropping it removes the device.
 #[derive(Debug)]
 pub struct HostTap(&'static str);
 
 impl HostTap {
-    /// A tap that is up and has an address.
+    /// Creates a tap device, gives it an address and brings it up.
     ///
     /// # Panics
-    /// It cannot be made.
+    /// Panics if the device cannot be created.
     #[must_use]
     pub fn with_address(name: &'static str, address: &str) -> Self {
         let tap = Self::new(name);
@@ -44,10 +44,10 @@ impl HostTap {
         Self(name)
     }
 
-    /// What the kernel counted of it, such as `rx_packets`: what the guest sent.
+    /// Returns a counter of the device, such as `rx_packets` for packets that the guest sent.
     ///
     /// # Panics
-    /// There is no such counter.
+    /// Panics if the kernel has no such counter.
     #[must_use]
     pub fn counted(&self, counter: &str) -> u64 {
         let path = format!("/sys/class/net/{}/statistics/{counter}", self.0);
@@ -57,12 +57,12 @@ impl HostTap {
 
 impl Drop for HostTap {
     fn drop(&mut self) {
-        // One that is gone already is no matter.
+        // Removing a device that does not exist any more fails, which is harmless.
         let _gone = Command::new("tunctl").args(["-d", self.0]).output();
     }
 }
 
-/// A bridge of the lab host with taps in it: the switch of two monitors. Removed at the end.
+/// Bridge of the lab host, which connects the tap devices of two monitors. Dropping it removes the bridge.
 #[derive(Debug)]
 pub struct Bridge {
     name: &'static str,
@@ -70,10 +70,10 @@ pub struct Bridge {
 }
 
 impl Bridge {
-    /// A bridge that is up, has an address, and these taps.
+    /// Creates a bridge with these taps, gives it an address and brings it up.
     ///
     /// # Panics
-    /// It cannot be made.
+    /// Panics if the device cannot be created.
     #[must_use]
     pub fn new(name: &'static str, address: &str, taps: &[&'static str]) -> Self {
         host(&format!(
@@ -98,16 +98,16 @@ impl Drop for Bridge {
     }
 }
 
-/// Connects to a vsock port of the guest, as Firecracker's and Cloud Hypervisor's users do.
+/// Connects to a vsock port of the guest by the protocol of Firecracker and Cloud Hypervisor.
 ///
 /// # Panics
-/// Nobody listens there.
+/// Panics if no process in the guest listens on the port.
 #[must_use]
 pub fn connect(socket: &Path, port: u32) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
     writeln!(stream, "CONNECT {port}").unwrap();
     let mut answer = String::new();
-    // The answer ends before anything that the guest sends.
+    // Reads byte by byte, so that no data of the guest is consumed after the answer.
     BufReader::with_capacity(1, stream.try_clone().unwrap())
         .read_line(&mut answer)
         .unwrap();
@@ -115,7 +115,7 @@ pub fn connect(socket: &Path, port: u32) -> UnixStream {
     stream
 }
 
-/// Bytes that do not repeat within a transfer.
+/// Returns pseudo-random bytes for a transfer.
 #[must_use]
 pub fn pattern(bytes: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -130,10 +130,10 @@ pub fn pattern(bytes: usize) -> Vec<u8> {
     pattern
 }
 
-/// Sends all of `bytes` and reads as much back, at the same time.
+/// Sends `bytes` and reads the same number of bytes back at the same time.
 ///
 /// # Panics
-/// Something else comes back, or nothing.
+/// Panics if the bytes that come back differ or do not arrive.
 pub fn echoes(mut writer: impl Write + Send + 'static, mut reader: impl Read, bytes: &[u8]) {
     let outgoing = bytes.to_vec();
     let sender = thread::spawn(move || writer.write_all(&outgoing));
@@ -144,7 +144,7 @@ pub fn echoes(mut writer: impl Write + Send + 'static, mut reader: impl Read, by
     assert_eq!(wrong, None, "the first byte that came back as another");
 }
 
-/// Somebody who says one thing after the other over one connection, and listens to each echo.
+/// Client that sends messages over one connection, one after the other, and waits for the echo of each.
 #[derive(Debug)]
 pub struct Conversation {
     echoed: Arc<AtomicU64>,
@@ -153,7 +153,7 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Begins it.
+    /// Starts the client on a thread of its own.
     pub fn over(mut stream: impl Read + Write + Send + 'static) -> Self {
         let echoed = Arc::new(AtomicU64::new(0));
         let over = Arc::new(AtomicBool::new(false));
@@ -179,10 +179,10 @@ impl Conversation {
         }
     }
 
-    /// Waits until more is heard from now on.
+    /// Waits until another echo arrives.
     ///
     /// # Panics
-    /// It is not.
+    /// Panics if none arrives in time.
     pub fn goes_on(&self) {
         let before = self.echoed.load(Ordering::SeqCst);
         let deadline = Instant::now() + SHELL_LIMIT;
@@ -196,10 +196,10 @@ impl Conversation {
         }
     }
 
-    /// Ends it.
+    /// Stops the client.
     ///
     /// # Panics
-    /// It broke off, or something else came back.
+    /// Panics if the connection broke or an echo differed.
     pub fn ends(self) {
         self.over.store(true, Ordering::SeqCst);
         self.speaker.join().unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! The root file system of the lab and of the stock Linux guest: busybox and given files.
+//! Builds initramfs images for the lab and for the stock Linux guest: busybox and the files that the caller adds.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,22 +9,22 @@ use std::{fs, io};
 use crate::cpio::Archive;
 use crate::process::{self, ProcessError};
 
-/// Where Debian's busybox-static puts its program.
+/// Paths of busybox in Debian's package busybox-static.
 const BUSYBOX: [&str; 3] = [
     "/usr/bin/busybox",
     "/bin/busybox",
     "/usr/bin/busybox-static",
 ];
 
-/// Why an initramfs could not be made.
+/// Why an initramfs could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum InitramfsError {
-    /// A file to be put in cannot be read.
+    /// A source file cannot be read.
     #[error("{}: cannot be put into the initramfs", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The shared libraries of a program cannot be listed.
@@ -32,15 +32,15 @@ pub enum InitramfsError {
     Libraries {
         /// The program.
         path: PathBuf,
-        /// Why not.
+        /// The error of `ldd`.
         source: ProcessError,
     },
-    /// A program needs a library that is not on this machine.
-    #[error("{} needs a library that is not here: {line}", .path.display())]
+    /// A program needs a shared library that is not installed.
+    #[error("{} needs a library that is not installed: {line}", .path.display())]
     MissingLibrary {
         /// The program.
         path: PathBuf,
-        /// What ldd says about it.
+        /// The line of `ldd` that names the library.
         line: String,
     },
     /// There is no static busybox on this machine.
@@ -48,7 +48,7 @@ pub enum InitramfsError {
     NoBusybox,
 }
 
-/// An initramfs being put together.
+/// Initramfs under construction.
 #[derive(Clone, Debug, Default)]
 pub struct Initramfs {
     archive: Archive,
@@ -56,10 +56,10 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// Busybox as `/bin/busybox`, `/dev/console`, and an `/init` with this text.
+    /// Returns an initramfs with `/bin/busybox`, `/dev/console` and this text as `/init`.
     ///
     /// # Errors
-    /// [`InitramfsError`] when there is no static busybox.
+    /// Returns [`InitramfsError`] if there is no static busybox.
     pub fn with_init(script: &str) -> Result<Self, InitramfsError> {
         let mut new = Self::default();
         for folder in ["/proc", "/sys", "/dev", "/tmp", "/run"] {
@@ -72,12 +72,12 @@ impl Initramfs {
         Ok(new)
     }
 
-    /// Puts a text at `path`, with its parents.
+    /// Adds a text file at `path`, and its parent directories.
     pub fn text(&mut self, path: &str, permissions: u32, text: &str) {
         self.bytes(path, permissions, text.as_bytes());
     }
 
-    /// Puts bytes at `path`, with its parents; a path that is taken stays as it is.
+    /// Adds a file at `path`, and its parent directories. If the path exists already, it stays as it is.
     pub fn bytes(&mut self, path: &str, permissions: u32, content: &[u8]) {
         let Some(path) = self.claim(path) else { return };
         self.archive.file(&path, permissions, content);
@@ -86,7 +86,7 @@ impl Initramfs {
     /// Copies a file with its permissions to `path`.
     ///
     /// # Errors
-    /// [`InitramfsError::Read`] with the file.
+    /// Returns [`InitramfsError::Read`] if the file cannot be read.
     pub fn copy(&mut self, source: &Path, path: &str) -> Result<(), InitramfsError> {
         use std::os::unix::fs::PermissionsExt;
         let failed = |error| InitramfsError::Read {
@@ -99,10 +99,10 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Copies a program, and the shared libraries it needs to where they lie on this machine.
+    /// Copies a program to `path`, and its shared libraries to the paths that they have on this machine.
     ///
     /// # Errors
-    /// [`InitramfsError`] naming the program and what is missing.
+    /// Returns [`InitramfsError`] if the program or one of its libraries is missing.
     pub fn program(&mut self, source: &Path, path: &str) -> Result<(), InitramfsError> {
         self.copy(source, path)?;
         for library in libraries(source)? {
@@ -112,7 +112,7 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Closes the archive and returns its bytes, uncompressed.
+    /// Closes the archive and returns its bytes. They are not compressed.
     pub fn finish(self) -> Vec<u8> {
         self.archive.finish()
     }
@@ -123,7 +123,7 @@ impl Initramfs {
         }
     }
 
-    /// Makes the parents of `path` and takes the name, unless it is taken.
+    /// Adds the parent directories of `path` and reserves the path. Returns `None` if it is reserved already.
     fn claim(&mut self, path: &str) -> Option<String> {
         let path = path.trim_start_matches('/').to_owned();
         for (index, _) in path.match_indices('/') {
@@ -135,7 +135,7 @@ impl Initramfs {
     }
 }
 
-/// Debian's busybox that needs no library.
+/// Finds a busybox that is linked statically.
 pub(crate) fn static_busybox() -> Result<PathBuf, InitramfsError> {
     let mut candidates = BUSYBOX
         .iter()
@@ -146,7 +146,7 @@ pub(crate) fn static_busybox() -> Result<PathBuf, InitramfsError> {
         .ok_or(InitramfsError::NoBusybox)
 }
 
-/// The shared libraries that a program loads, its interpreter included; none for a static one.
+/// Returns the shared libraries of a program, with its interpreter. A static program has none.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>, InitramfsError> {
     let listed = process::run(Command::new("ldd").arg(program), Duration::from_secs(20)).map_err(
         |source| InitramfsError::Libraries {
@@ -168,7 +168,8 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>, InitramfsError> {
     Ok(listed.stdout.lines().filter_map(library).collect())
 }
 
-/// `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, or `/lib64/ld-linux-x86-64.so.2 (0x…)`.
+/// Returns the path in a line of `ldd`: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, or
+/// `/lib64/ld-linux-x86-64.so.2 (0x…)`.
 fn library(line: &str) -> Option<PathBuf> {
     let line = line.trim();
     let path = line.split_once("=> ").map_or(line, |(_, path)| path);

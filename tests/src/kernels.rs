@@ -1,4 +1,4 @@
-//! Debian's cloud kernels, as `tests/run` fetched and unpacked them.
+//! Finds Debian's cloud kernels, which `tests/run fetch` downloads and unpacks, and reads their modules.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::{fs, io};
 use crate::paths::{self, Missing};
 use crate::process::{self, ProcessError};
 
-/// The modules that make a KVM host with taps and bridges, in the order of loading.
+/// Modules of a KVM host with tap devices and bridges, in load order.
 const MODULES: [(&str, &str); 7] = [
     ("tun", "kernel/drivers/net/tun.ko"),
     ("llc", "kernel/net/llc/llc.ko"),
@@ -20,13 +20,13 @@ const MODULES: [(&str, &str); 7] = [
     ("kvm-amd", "kernel/arch/x86/kvm/kvm-amd.ko"),
 ];
 
-/// The modules by which a guest hears of its power button, in the order of loading.
+/// Modules for the power button of a guest, in load order.
 const BUTTON_MODULES: [(&str, &str); 2] = [
     ("button", "kernel/drivers/acpi/button.ko"),
     ("evdev", "kernel/drivers/input/evdev.ko"),
 ];
 
-/// The modules of a guest's virtio devices, in the order of loading. Some kernels have some of them built in.
+/// Modules for the virtio devices of a guest, in load order. Some kernels have some of them built in.
 const DEVICE_MODULES: [(&str, &str); 13] = [
     ("virtio_ring", "kernel/drivers/virtio/virtio_ring.ko"),
     ("virtio", "kernel/drivers/virtio/virtio.ko"),
@@ -49,23 +49,23 @@ const DEVICE_MODULES: [(&str, &str); 13] = [
     ("virtio_console", "kernel/drivers/char/virtio_console.ko"),
 ];
 
-/// A module's name and content.
+/// Name and content of a module.
 pub type Module = (&'static str, Vec<u8>);
 
-/// The kernel series that the lab knows.
+/// Kernel series of the lab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Series {
-    /// Debian 12's own kernel.
+    /// The default kernel of Debian 12.
     V6_1,
-    /// The newest in Debian 12's archive: has KVM_PRE_FAULT_MEMORY and guest_memfd.
+    /// The newest kernel in the archive of Debian 12. It has KVM_PRE_FAULT_MEMORY and guest_memfd.
     V6_12,
 }
 
 impl Series {
-    /// All of them.
+    /// All series.
     pub const ALL: [Self; 2] = [Self::V6_1, Self::V6_12];
 
-    /// As it is written: `6.1`, `6.12`.
+    /// Returns the name: `6.1` or `6.12`.
     pub fn name(self) -> &'static str {
         match self {
             Self::V6_1 => "6.1",
@@ -92,36 +92,36 @@ impl std::str::FromStr for Series {
 /// Why a module could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ModuleError {
-    /// It is not in the unpacked package.
+    /// The module is not in the unpacked package.
     #[error(transparent)]
     Missing(#[from] Missing),
-    /// It is there but cannot be read.
+    /// The module cannot be read.
     #[error("{}: cannot be read", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// It is compressed and cannot be decompressed.
+    /// The module is compressed and cannot be decompressed.
     #[error("{}: cannot be decompressed: {reason}", .path.display())]
     Decompress {
         /// The file.
         path: PathBuf,
-        /// What xz says.
+        /// The message of xz.
         reason: String,
     },
-    /// The decompressor did not run.
+    /// The decompressor could not be run.
     #[error(transparent)]
     Process(#[from] ProcessError),
 }
 
-/// An unpacked kernel package.
+/// Unpacked kernel package.
 #[derive(Clone, Debug)]
 pub struct DebianKernel {
-    /// Its release, as `uname -r` says it.
+    /// Kernel release, as `uname -r` prints it.
     pub release: String,
-    /// The bzImage.
+    /// Path of the bzImage.
     pub image: PathBuf,
     modules: PathBuf,
 }
@@ -130,7 +130,7 @@ impl DebianKernel {
     /// Finds the kernel of a series in the cache.
     ///
     /// # Errors
-    /// [`Missing`] with the folder and what fetches it.
+    /// Returns [`Missing`] if the kernel has not been fetched.
     pub fn find(series: Series) -> Result<Self, Missing> {
         let root = paths::cache().join("kernels").join(series.name());
         Self::in_folder(&root).ok_or_else(|| Missing {
@@ -157,10 +157,10 @@ impl DebianKernel {
         })
     }
 
-    /// The modules of a guest's virtio devices, in the order of loading, less those that are built in.
+    /// Returns the modules for the virtio devices of a guest, in load order, without those that are built in.
     ///
     /// # Errors
-    /// [`ModuleError`] with the module's path.
+    /// Returns [`ModuleError`] if a module is missing or cannot be read.
     pub fn device_modules(&self) -> Result<Vec<Module>, ModuleError> {
         let path = self.modules.join("modules.builtin");
         let built_in =
@@ -170,18 +170,18 @@ impl DebianKernel {
         self.modules(&wanted.copied().collect::<Vec<_>>())
     }
 
-    /// The modules of a KVM host as name and content, in the order of loading.
+    /// Returns the modules of a KVM host, in load order.
     ///
     /// # Errors
-    /// [`ModuleError`] with the module's path.
+    /// Returns [`ModuleError`] if a module is missing or cannot be read.
     pub fn kvm_modules(&self) -> Result<Vec<Module>, ModuleError> {
         self.modules(&MODULES)
     }
 
-    /// The modules by which a guest hears of its power button, in the order of loading.
+    /// Modules for the power button of a guest, in load order.
     ///
     /// # Errors
-    /// [`ModuleError`] with the module's path.
+    /// Returns [`ModuleError`] if a module is missing or cannot be read.
     pub fn button_modules(&self) -> Result<Vec<Module>, ModuleError> {
         self.modules(&BUTTON_MODULES)
     }

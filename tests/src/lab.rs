@@ -1,20 +1,18 @@
-//! The lab: a Debian kernel with a real KVM and nested paging, in emulation.
+//! The lab: an emulated KVM host. It is a Debian kernel with kvm_amd and nested paging, run by QEMU.
 //!
-//! QEMU emulates AMD's SVM with nested paging in software, so the lab works on any machine. Its
-//! host is a kernel with an initramfs made here: `/init` loads kvm_amd, runs the given commands one
-//! after the other, and says the exit status of each on the serial console between marks that no
-//! command prints by chance.
+//! QEMU emulates AMD SVM with nested paging in software, so the lab runs on any machine. The host boots from an
+//! initramfs that this module builds. Its `/init` loads kvm_amd, runs the given commands one after the other, and
+//! prints the exit status of each on the serial console, between marks that no command prints by chance.
 //!
-//! Three faults of QEMU 7.2's emulation shape it; with two processors guests hung, or took the lab host with
-//! them:
-//! - VMRUN leaves `exception_index` set after it injected an interrupt, and the next kick of that
-//!   processor which is not an interrupt delivers the vector once more (the guest deadlocks in its
-//!   interrupt handler). Such kicks come from other processors: there is only one.
-//! - A processor can run an `int3` that another one has patched away meanwhile, and KVM patches the
-//!   scheduler when the first guest comes and the last one goes. With one processor nobody else runs.
-//! - VMRUN and #VMEXIT change `interrupt_request` without the lock, so that an interrupt can be lost. A
-//!   timer that is armed for one shot at a time is then silent for ever; a periodic one rings again:
-//!   hence `nohz=off highres=off`.
+//! The host has one processor and a periodic timer because of three faults in the emulation of QEMU 7.2. With two
+//! processors, guests hung or crashed the host:
+//! - VMRUN leaves `exception_index` set after it injected an interrupt. The next kick of the processor that is not an
+//!   interrupt delivers the vector again, and the guest deadlocks in its interrupt handler. Only other processors send
+//!   such kicks.
+//! - A processor can execute an `int3` that another processor has already patched away. KVM patches the scheduler when
+//!   the first guest starts and the last one ends.
+//! - VMRUN and #VMEXIT change `interrupt_request` without the lock, so an interrupt can be lost. A one-shot timer never
+//!   fires again then, but a periodic timer does: hence `nohz=off highres=off`.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -27,44 +25,44 @@ use crate::kernels::{DebianKernel, ModuleError, Series};
 use crate::paths::Missing;
 use crate::process::{Process, ProcessError};
 
-/// Why a lab run gave no result.
+/// Why a lab run has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
-    /// The kernel was not fetched.
+    /// The kernel has not been fetched.
     #[error(transparent)]
     Missing(#[from] Missing),
     /// A module of the kernel cannot be read.
     #[error(transparent)]
     Module(#[from] ModuleError),
-    /// The initramfs cannot be made.
+    /// The initramfs cannot be built.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
     /// The initramfs cannot be written.
     #[error("the lab's folder cannot be written")]
     Write(#[from] io::Error),
-    /// QEMU could not be run, or the time limit passed: its output is in the source.
+    /// QEMU could not be run, or did not end before the time limit. The source has its output.
     #[error("the lab host did not come to its end")]
     Qemu(#[from] ProcessError),
-    /// QEMU ended, but the commands did not.
+    /// QEMU ended before all commands did.
     #[error(
         "the lab host ended ({status}) before command {command:?} did; its console ends with:\n{tail}"
     )]
     Died {
-        /// How QEMU ended.
+        /// Exit status of QEMU.
         status: ExitStatus,
         /// The first command without an exit status.
         command: String,
-        /// The last lines of the console, and of QEMU's own messages.
+        /// Last lines of the console and of QEMU's messages.
         tail: String,
     },
 }
 
-/// What one command did.
+/// Result of one command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// The command as given.
+    /// The command.
     pub command: String,
-    /// stdout and stderr, and whatever else reached the console meanwhile.
+    /// Output on stdout and stderr, and everything else that the console printed in the meantime.
     pub output: String,
     /// Its exit status.
     pub status: i32,
@@ -77,20 +75,20 @@ impl Outcome {
     }
 }
 
-/// What a lab run did.
+/// Result of a lab run.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The lab host's kernel, as `uname -r` says it.
+    /// Kernel release of the lab host, as `uname -r` prints it.
     pub release: String,
-    /// One for each command, in their order.
+    /// Results of the commands, in order.
     pub outcomes: Vec<Outcome>,
-    /// All of the console.
+    /// Complete output of the serial console.
     pub console: String,
-    /// From QEMU's start to its end.
+    /// Time from the start of QEMU to its end.
     pub took: Duration,
 }
 
-/// A lab run being prepared.
+/// Builder for a lab run.
 #[derive(Debug)]
 pub struct Lab {
     series: Series,
@@ -102,7 +100,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A lab host of this kernel series with 3 GiB, and two minutes for everything.
+    /// Returns a builder for a host with this kernel, 3 GiB of memory and a time limit of two minutes.
     pub fn new(series: Series) -> Self {
         Self {
             series,
@@ -114,45 +112,45 @@ impl Lab {
         }
     }
 
-    /// Gives the lab host this much memory.
+    /// Sets the memory of the lab host.
     #[must_use]
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
         self
     }
 
-    /// Ends the run, as an error, after this time.
+    /// Sets the time limit of the whole run.
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
-    /// Puts a program and its shared libraries into the lab host.
+    /// Copies a program and its shared libraries into the lab host.
     #[must_use]
     pub fn program(mut self, source: impl Into<PathBuf>, path: impl Into<String>) -> Self {
         self.programs.push((source.into(), path.into()));
         self
     }
 
-    /// Puts a file into the lab host.
+    /// Copies a file into the lab host.
     #[must_use]
     pub fn file(mut self, source: impl Into<PathBuf>, path: impl Into<String>) -> Self {
         self.files.push((source.into(), path.into()));
         self
     }
 
-    /// Runs this shell command in the lab host, after those given before it.
+    /// Adds a shell command to run in the lab host, after those added before.
     #[must_use]
     pub fn command(mut self, command: impl Into<String>) -> Self {
         self.commands.push(command.into());
         self
     }
 
-    /// Runs the commands and reports what each did; a command that fails is no error.
+    /// Boots the lab host and runs the commands. A command that fails is not an error.
     ///
     /// # Errors
-    /// [`LabError`] when something is missing, or the host did not run all commands to their ends.
+    /// Returns [`LabError`] if a file is missing, or if the host did not run all commands to their ends.
     pub fn run(&self) -> Result<Report, LabError> {
         let kernel = DebianKernel::find(self.series)?;
         let folder = tempfile::tempdir()?;
@@ -177,7 +175,7 @@ impl Lab {
         })
     }
 
-    /// QEMU's command line for this run.
+    /// Returns the command line of QEMU.
     fn qemu(&self, kernel: &DebianKernel, initramfs: &std::path::Path) -> Command {
         let mut command = Command::new("qemu-system-x86_64");
         command
@@ -229,7 +227,7 @@ impl Lab {
         script
     }
 
-    /// Cuts the console into the outcomes, or names the first command that has none.
+    /// Parses the outcomes from the console. Returns the first command without one as an error.
     fn outcomes(&self, console: &str) -> Result<Vec<Outcome>, String> {
         let mut outcomes = Vec::new();
         for (index, command) in self.commands.iter().enumerate() {
@@ -245,15 +243,15 @@ impl Lab {
     }
 }
 
-/// An EPYC less what QEMU 7.2 cannot emulate, and warns of.
+/// CPU model: an EPYC without the features that QEMU 7.2 cannot emulate and warns of.
 const CPU: &str = "EPYC,+svm,+npt,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,\
                    -topoext,-nrip-save,-xsavec";
 
-/// The lab host's. The module's documentation says why its timer is periodic.
+/// Kernel command line of the lab host. The documentation of the module says why the timer is periodic.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nohz=off highres=off";
 
-/// The beginning of `/init`. `reboot -f` ends QEMU because of its option `-no-reboot`. Kernel
-/// messages below errors are kept off the console: they would stand in the middle of the output.
+/// First part of `/init`. `reboot -f` ends QEMU because of its option `-no-reboot`. Kernel messages below the level of
+/// errors stay off the console, where they would interrupt the output of the commands.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
@@ -277,7 +275,7 @@ run() {
 }
 "#;
 
-/// Finds the output and the exit status between the marks of `/init`.
+/// Returns the output and the exit status between the marks of `/init`.
 fn outcome(console: &str, index: usize) -> Option<(&str, i32)> {
     let (_, rest) = console.split_once(&format!("\n<<<lab begin {index}>>>\n"))?;
     let (output, rest) = rest.split_once(&format!("\n<<<lab end {index} status "))?;

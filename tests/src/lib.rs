@@ -1,19 +1,18 @@
 //! Whole-system tests, the lab and comparisons with peers.
 //!
-//! The tests themselves lie in `tests/tests`; this library is what they stand on:
+//! The test programs are in `tests/tests`. This library has the modules that they share:
 //!
-//! - [`lab`]: a Debian kernel with a real KVM and nested paging, in emulation
-//!   ([`kernels`], [`initramfs`], [`cpio`] and [`vmlinux`] make its parts);
-//! - [`linux_guest`]: a stock kernel and a shell, to be run by `ferry run` in the lab, asked by [`linux_shell`],
-//!   on a disk of [`linux_disk`]; its host's side is [`host_net`] and [`tap`], its memory is looked at by [`guest_memory`];
-//! - [`ferry`]: drives processes of the program `ferry`, [`dirtier`] the guest in them;
-//! - [`qemu`]: the peer that migrations are compared with, over [`qmp`];
-//! - [`proxy`]: stands between the two sides of a migration and breaks it on purpose,
-//!   at frames that [`frames`] finds, or with another [`header`];
-//! - [`oracle`]: emulated memory management units, asked what they make of stage-2 tables;
-//! - [`api`]: the monitor's API without its client;
+//! - [`lab`]: an emulated KVM host with nested paging, built from [`kernels`], [`initramfs`], [`cpio`] and [`vmlinux`];
+//! - [`linux_guest`]: a stock Linux kernel with a shell, which `ferry run` boots in the lab. [`linux_shell`] types commands
+//!   at the shell, [`linux_disk`] has its disk, [`host_net`] and [`tap`] the host side of its network, and [`guest_memory`]
+//!   reads its memory;
+//! - [`ferry`]: controls processes of the program `ferry`; [`dirtier`] controls the guest in them;
+//! - [`qemu`]: runs QEMU, with which migrations are compared, over [`qmp`];
+//! - [`proxy`]: relays a migration and injects faults at frames that [`frames`] finds, or a changed [`header`];
+//! - [`oracle`]: emulated memory management units, which walk the stage-2 tables of ferry-ept;
+//! - [`api`]: raw HTTP requests to the monitor's API;
 //! - [`console`], [`process`], [`status`], [`endpoint`], [`errors`], [`machine`], [`paths`],
-//!   [`figures`]: small tools of all of them.
+//!   [`figures`]: small helpers for all of them.
 
 pub mod api;
 pub mod console;

@@ -1,4 +1,5 @@
-//! A stock Linux guest that lives on a disk, and what is found on it when the guest has ended.
+//! Disks of a stock Linux guest whose root file system is on a virtio disk, and checks of them after the guest has
+//! ended.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -9,10 +10,10 @@ use crate::linux_shell::SHELL_LIMIT;
 use crate::machine::Machine;
 use crate::{paths, process};
 
-/// A vmlinux of this series, whose initramfs loads the drivers and goes over to its first disk.
+/// Returns a guest with the vmlinux of this series. Its initramfs loads the drivers and switches to the first disk.
 ///
 /// # Panics
-/// It was not prepared.
+/// Panics if the guest has not been prepared.
 #[must_use]
 pub fn machine(series: &str, memory_mib: u32, cpus: u32) -> Machine {
     Machine {
@@ -24,15 +25,15 @@ pub fn machine(series: &str, memory_mib: u32, cpus: u32) -> Machine {
     }
 }
 
-/// A folder with the images of a guest.
+/// Temporary directory with the disk images of a guest.
 #[derive(Debug)]
 pub struct Images(tempfile::TempDir);
 
 impl Images {
-    /// With a copy of the guest's root file system, named `root`.
+    /// Makes a directory with a copy of the root file system, named `root`.
     ///
     /// # Panics
-    /// It was not prepared, or there is no room for it.
+    /// Panics if the file system has not been prepared or cannot be copied.
     #[must_use]
     pub fn with_root() -> Self {
         let images = Self(tempfile::tempdir().unwrap());
@@ -40,16 +41,16 @@ impl Images {
         images
     }
 
-    /// Where the file `name` of the folder is.
+    /// Returns the path of a file in the directory.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// A sparse image.
+    /// Creates a sparse image.
     ///
     /// # Panics
-    /// It cannot be made.
+    /// Panics if the image cannot be created.
     pub fn sparse(&self, name: &str, bytes: u64) {
         File::create(self.path(name))
             .unwrap()
@@ -57,30 +58,30 @@ impl Images {
             .unwrap();
     }
 
-    /// The value of an option that names the image.
+    /// Returns the value of a `--disk` option for the image.
     #[must_use]
     pub fn option(&self, name: &str) -> String {
         format!("path={}", self.path(name).display())
     }
 
-    /// The root file system was left in order and is whole, as the file system's own tool says.
+    /// Asserts that the root file system was unmounted and is consistent, according to e2fsck.
     ///
     /// # Panics
-    /// It is not.
+    /// Panics if it was not unmounted or has errors.
     pub fn root_is_whole(&self) {
         let mut check = Command::new("e2fsck");
         check.arg("-fn").arg(self.path("root"));
         let checked = process::run(&mut check, SHELL_LIMIT).unwrap();
         assert!(checked.status.success(), "{checked:?}");
-        // What stands in a journal was not looked at.
+        // With a journal to replay, e2fsck has not checked the file system.
         let said = format!("{}{}", checked.stdout, checked.stderr);
         assert!(!said.contains("skipping journal recovery"), "{said}");
     }
 
-    /// A file of the root file system, read without the guest.
+    /// Reads a file of the root file system with debugfs, without the guest.
     ///
     /// # Panics
-    /// It cannot be read.
+    /// Panics if the file cannot be read.
     #[must_use]
     pub fn of_root(&self, file: &str) -> String {
         let mut read = Command::new("debugfs");

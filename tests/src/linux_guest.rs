@@ -1,4 +1,4 @@
-//! The stock Linux guest: Debian's cloud kernels as they are, and a busybox shell on the serial port.
+//! Builds the stock Linux guest: unmodified Debian cloud kernels and a busybox shell on the serial port.
 
 use std::fs;
 use std::io;
@@ -12,17 +12,17 @@ use crate::paths::{self, Missing};
 use crate::process::{self, ProcessError};
 use crate::vmlinux::{self, VmlinuxError};
 
-/// The command line that it is started with.
+/// Kernel command line of a guest that runs from its initramfs.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1";
 
-/// The command line with which it loads the drivers of its devices and lives on its first disk.
+/// Kernel command line of a guest that loads the drivers of its devices and switches to its first disk.
 pub const DISK_CMDLINE: &str = "console=ttyS0 panic=-1 root=/dev/vda";
 
-/// What its `/init` prints before the shell's first prompt.
+/// Line that `/init` prints before the first prompt of the shell.
 pub const READY: &str = "linux-guest: ready";
 
-/// The shell gets a terminal of its own, so that it prompts and echoes as for a person. When it
-/// ends, so does init; the kernel panics, and `panic=-1` resets the machine at once.
+/// Init script of the initramfs. The shell has a controlling terminal, so that it prompts and echoes as for a person.
+/// When the shell ends, init ends, too: the kernel panics, and `panic=-1` resets the machine at once.
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
@@ -41,8 +41,8 @@ echo \"linux-guest: ready $(uname -r)\"
 exec setsid cttyhack sh
 ";
 
-/// The disk has what the initramfs has, and a program for vsock. Its `/sbin/init` is busybox's, so that `poweroff` and
-/// `reboot` end the guest in order.
+/// inittab of the disk. The disk has the files of the initramfs and a program for vsock. Its `/sbin/init` is busybox's,
+/// so that `poweroff` and `reboot` shut the guest down in order.
 const DISK_INITTAB: &str = "\
 ::sysinit:/etc/start
 ttyS0::respawn:/bin/sh
@@ -57,7 +57,7 @@ ip link set lo up
 echo \"linux-guest: ready $(uname -r) on a disk\"
 ";
 
-/// Nobody writes any more when the root file system is made read-only.
+/// Shutdown script. It stops all processes before it remounts the root file system read-only.
 const DISK_STOP: &str = "#!/bin/sh
 kill -TERM -1
 sleep 0.3
@@ -66,33 +66,33 @@ sync
 mount -o remount,ro / || echo \"linux-guest: the root is busy\"
 ";
 
-/// The modules that are on the disk: what is loaded, or loaded again, when the root file system is there.
+/// Modules on the disk, which are loaded, or loaded again, after the switch to the root file system.
 const LOADED_ON_DISK: [&str; 3] = ["button", "evdev", "virtio_balloon"];
 
-/// Bytes of the disk.
+/// Size of the disk in bytes.
 const DISK_BYTES: u64 = 32 << 20;
 
-/// Why the guest could not be prepared.
+/// Why the guest could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum LinuxGuestError {
-    /// A kernel was not fetched.
+    /// A kernel has not been fetched.
     #[error(transparent)]
     Missing(#[from] Missing),
     /// A module of the kernel cannot be read.
     #[error(transparent)]
     Module(#[from] ModuleError),
-    /// The initramfs cannot be made.
+    /// The initramfs cannot be built.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
-    /// No vmlinux can be had from a bzImage.
+    /// The vmlinux cannot be extracted from a bzImage.
     #[error("the vmlinux of kernel {series}")]
     Vmlinux {
         /// The kernel.
         series: Series,
-        /// Why not.
+        /// The reason.
         source: VmlinuxError,
     },
-    /// A program that makes the disk did not run.
+    /// A program that builds the disk could not be run.
     #[error(transparent)]
     Process(#[from] ProcessError),
     /// A file cannot be written.
@@ -100,19 +100,19 @@ pub enum LinuxGuestError {
     Write {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
 
-/// What loads the modules by which it hears of its power button.
+/// Shell commands that load the modules for the power button.
 pub const LOAD_BUTTON: &str =
     "for module in button evdev; do insmod /modules/$(uname -r)/$module.ko; done";
 
-/// Writes `guest.cpio`, and `vmlinuz` and `vmlinux` in a folder named by the series, into `folder`.
+/// Writes `guest.cpio`, `root.img`, and a directory with `vmlinuz` and `vmlinux` for each kernel series into `folder`.
 ///
 /// # Errors
-/// [`LinuxGuestError`] naming what is missing.
+/// Returns [`LinuxGuestError`] if a kernel or a program is missing, or a file cannot be written.
 pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
     let mut initramfs = Initramfs::with_init(INIT)?;
     let mut loaded_again = Vec::new();
@@ -145,7 +145,7 @@ pub fn write(folder: &Path) -> Result<(), LinuxGuestError> {
     fs::write(&path, initramfs.finish()).map_err(|source| LinuxGuestError::Write { path, source })
 }
 
-/// Makes an ext4 file system with busybox, a program for vsock, and the modules that are loaded there.
+/// Makes an ext4 image with busybox, a program for vsock, and the modules that are loaded from it.
 fn write_disk(image: &Path, modules: &[(String, Vec<u8>)]) -> Result<(), LinuxGuestError> {
     let failed = |source| LinuxGuestError::Write {
         path: image.into(),
@@ -175,7 +175,7 @@ fn write_disk(image: &Path, modules: &[(String, Vec<u8>)]) -> Result<(), LinuxGu
         fs::create_dir_all(path.parent().unwrap_or(tree.path())).map_err(failed)?;
         fs::write(path, content).map_err(failed)?;
     }
-    // What was there would be kept as far as it is not overwritten.
+    // mkfs.ext4 keeps old contents that it does not overwrite.
     if image.exists() {
         fs::remove_file(image).map_err(failed)?;
     }
@@ -190,7 +190,7 @@ fn write_disk(image: &Path, modules: &[(String, Vec<u8>)]) -> Result<(), LinuxGu
     Ok(())
 }
 
-/// Links for every applet, as `busybox --install -s` would make them in the guest.
+/// Makes a symbolic link for every applet, as `busybox --install -s` does.
 fn install_busybox(root: &Path) -> io::Result<()> {
     let listed = Command::new(root.join("bin/busybox"))
         .arg("--list-full")
@@ -204,7 +204,7 @@ fn install_busybox(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The files of a folder that [`write()`] wrote, as paths relative to it.
+/// Files that [`write()`] writes, relative to its directory.
 pub fn files() -> Vec<String> {
     let kernels = Series::ALL.into_iter().flat_map(|series| {
         ["vmlinuz", "vmlinux"]

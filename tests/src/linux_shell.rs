@@ -1,4 +1,4 @@
-//! A stock Linux guest at its shell, which is asked by typing.
+//! Controls a stock Linux guest by typing commands at its shell on the serial port.
 
 use std::time::{Duration, Instant};
 
@@ -6,37 +6,37 @@ use crate::ferry::Ferry;
 use crate::linux_guest::{LOAD_BUTTON, READY};
 use crate::machine::Machine;
 
-/// A guest of an emulated host boots in about ten seconds; a busy machine needs more.
+/// Time limit for a boot. A guest boots in about ten seconds in the lab, and takes longer on a busy machine.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(100);
-/// How long the answer to a question may take.
+/// Time limit for the answer to a command.
 pub const SHELL_LIMIT: Duration = Duration::from_secs(30);
 
 const MIB_KIB: u32 = 1024;
 const PROMPT: &str = "/ # ";
 
-/// A guest at its shell.
+/// Guest that runs its shell.
 #[derive(Debug)]
 pub struct LinuxShell {
-    /// Its monitor.
+    /// Monitor of the guest.
     pub ferry: Ferry,
     cpus: u32,
     memory_mib: u32,
 }
 
 impl LinuxShell {
-    /// Boots a guest and waits for its shell; what fails, panics.
+    /// Boots a guest and waits for its shell.
     ///
     /// # Panics
-    /// No monitor, no shell.
+    /// Panics if the monitor does not start or the shell does not appear.
     #[must_use]
     pub fn boot(machine: &Machine, options: &[&str]) -> Self {
         Self::of(Ferry::run_with(machine, options).unwrap(), machine)
     }
 
-    /// The guest that `ferry` boots, which was told to make `machine`; waits for its shell.
+    /// Waits for the shell of the guest that `ferry` boots. `machine` is the configuration that it was given.
     ///
     /// # Panics
-    /// It does not come.
+    /// Panics if it does not appear in time.
     #[must_use]
     pub fn of(ferry: Ferry, machine: &Machine) -> Self {
         let shell = Self {
@@ -48,36 +48,36 @@ impl LinuxShell {
         shell
     }
 
-    /// Waits for the shell in the output behind `mark`.
+    /// Waits for the shell in the output after `mark`.
     ///
     /// # Panics
-    /// It does not come.
+    /// Panics if it does not appear in time.
     pub fn is_ready(&self, mark: usize) {
         let serial = self.ferry.serial();
         serial.wait_after(mark, READY, BOOT_LIMIT).unwrap();
         serial.wait_after(mark, PROMPT, SHELL_LIMIT).unwrap();
     }
 
-    /// Types a command and waits for what only the guest can have computed, and for the next prompt: what is typed while
-    /// the shell takes its terminal back can get lost.
+    /// Types a command and waits for an answer that only the guest can have computed, and then for the next prompt.
+    /// Input can get lost while the shell takes its terminal back.
     ///
     /// # Panics
-    /// It does not come.
+    /// Panics if it does not appear in time.
     pub fn ask(&mut self, command: &str, answer: &str) {
         self.ask_patiently(command, answer, SHELL_LIMIT);
     }
 
-    /// As [`Self::ask`], for what takes longer.
+    /// Like [`Self::ask`], with a longer time limit.
     ///
     /// # Panics
-    /// It does not come.
+    /// Panics if it does not appear in time.
     pub fn ask_patiently(&mut self, command: &str, answer: &str, limit: Duration) {
         let mark = self.answers(command, answer, limit);
         let serial = self.ferry.serial();
         serial.wait_after(mark, PROMPT, limit).unwrap();
     }
 
-    /// Types a command and waits for the answer alone. Returns where the output behind the command begins.
+    /// Types a command and waits for the answer, but not for a prompt. Returns a mark where its output begins.
     fn answers(&mut self, command: &str, answer: &str, limit: Duration) -> usize {
         let mark = self.ferry.serial().mark();
         self.ferry.type_in(&format!("{command}\n")).unwrap();
@@ -86,14 +86,14 @@ impl LinuxShell {
         mark
     }
 
-    /// The numbers that `command` prints.
+    /// Runs `command` and returns the numbers that it prints.
     ///
     /// # Panics
-    /// None within the time of a question, or what is no number.
+    /// Panics if no answer arrives in time, or if a word is not a number.
     pub fn numbers(&mut self, command: &str) -> Vec<u64> {
         let mark = self.ferry.serial().mark();
         let line = format!("echo \"numbers: \"$({command})\" end\"");
-        // The end comes after the answer: the echo of what was typed has it, too.
+        // The end mark must come after the answer, because the echo of the command contains the mark, too.
         self.ask(&line, "\nnumbers: ");
         let deadline = Instant::now() + SHELL_LIMIT;
         loop {
@@ -108,10 +108,10 @@ impl LinuxShell {
         }
     }
 
-    /// A counter of a device, as `ferry ctl counters` tells it.
+    /// Returns a counter of a device from `ferry ctl counters`.
     ///
     /// # Panics
-    /// There is none.
+    /// Panics if there is no such counter.
     #[must_use]
     pub fn counter(&self, device: &str, name: &str) -> u64 {
         let counters = self.ferry.ctl_json(&["counters"]).unwrap();
@@ -119,10 +119,10 @@ impl LinuxShell {
         value.unwrap_or_else(|| panic!("no {device} {name}: {counters}"))
     }
 
-    /// Waits until a counter of a device is `least` or more.
+    /// Waits until a counter of a device is at least `least`.
     ///
     /// # Panics
-    /// It does not become so.
+    /// Panics if it does not get there in time.
     pub fn counts(&self, device: &str, name: &str, least: u64) {
         let deadline = Instant::now() + SHELL_LIMIT;
         loop {
@@ -138,17 +138,17 @@ impl LinuxShell {
         }
     }
 
-    /// The guest counts what it was given. Of its memory the kernel keeps a part for itself: less than 64 MiB and
-    /// a sixteenth.
+    /// Asserts that the guest sees the vCPUs and the memory of its configuration. The kernel reserves less than 64 MiB
+    /// and a sixteenth of the memory for itself.
     ///
     /// # Panics
-    /// It counts something else.
+    /// Panics if it sees other numbers.
     pub fn sees_its_cpus_and_memory(&mut self) {
         self.ask(
             "echo cpus: $(nproc), $(grep -c ^processor /proc/cpuinfo)",
             &format!("\ncpus: {0}, {0}", self.cpus),
         );
-        // One package, and a core for each.
+        // One package with one core for each vCPU.
         self.ask(
             "awk -F: '/^physical id/ { p[$2] = 1 } /^cpu cores/ { c = $2 } \
              END { for (i in p) n++; print \"topology:\", n, c + 0 }' /proc/cpuinfo",
@@ -165,10 +165,10 @@ impl LinuxShell {
         );
     }
 
-    /// Each vCPU ran something, and takes interrupts of its own timer.
+    /// Asserts that each vCPU runs processes and takes interrupts of its local timer.
     ///
     /// # Panics
-    /// One does not.
+    /// Panics if a vCPU does not.
     pub fn uses_every_cpu(&mut self) {
         self.ask(
             "for cpu in $(seq 0 $(($(nproc) - 1))); do taskset -c $cpu sh -c ':' && echo on $cpu; done \
@@ -182,10 +182,11 @@ impl LinuxShell {
         );
     }
 
-    /// A daemon in the guest hears of the button, and runs `command`, which switches the guest off.
+    /// Presses the power button. A daemon in the guest receives the event and runs `command`, which powers the guest
+    /// off.
     ///
     /// # Panics
-    /// It is not heard, or not obeyed.
+    /// Panics if the guest does not receive the event or does not power off.
     pub fn obeys_its_power_button(mut self, command: &str) {
         self.ask(LOAD_BUTTON, "/ # ");
         self.ask(
@@ -195,7 +196,7 @@ impl LinuxShell {
             ),
             "/ # ",
         );
-        // A button that nobody listens to is not heard.
+        // The guest misses the event if the daemon does not listen yet.
         self.ask(
             "until ls -l /proc/$(pidof acpid)/fd | grep -q event0; do sleep 1; done; echo acpid: $?",
             "\nacpid: 0",
@@ -204,19 +205,19 @@ impl LinuxShell {
         self.ends();
     }
 
-    /// Runs `command`, which switches the guest off.
+    /// Runs `command`, which powers the guest off.
     ///
     /// # Panics
-    /// It does not.
+    /// Panics if it does not power off.
     pub fn switches_itself_off(mut self, command: &str) {
         self.answers(command, "reboot: Power down", SHELL_LIMIT);
         self.ends();
     }
 
-    /// Waits for the end of the guest and of its monitor.
+    /// Waits for the guest and its monitor to end.
     ///
     /// # Panics
-    /// It does not end, or not well.
+    /// Panics if the monitor does not end with status 0.
     pub fn ends(mut self) {
         let ended = self.ferry.wait(SHELL_LIMIT).unwrap();
         assert!(ended.status.success(), "{ended:?}");

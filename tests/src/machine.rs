@@ -1,15 +1,15 @@
-//! The guest that a test or a comparison starts.
+//! Configuration of a guest, for Ferry and for the programs that it is compared with.
 
 use std::path::PathBuf;
 
-/// What both Ferry and its peers are told about a guest.
+/// Configuration of a guest.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    /// A PVH ELF file, a vmlinux or a bzImage.
+    /// Kernel: a PVH ELF file, a vmlinux or a bzImage.
     pub kernel: PathBuf,
-    /// An initramfs, for Linux.
+    /// Initramfs, for Linux.
     pub initramfs: Option<PathBuf>,
-    /// The guest's command line.
+    /// Kernel command line.
     pub cmdline: String,
     /// Guest memory in MiB.
     pub memory_mib: u32,

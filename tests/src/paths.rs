@@ -1,60 +1,61 @@
-//! Where the tests find what was built or fetched for them.
+//! Finds the programs and files that were built or fetched for the tests.
 //!
-//! Everything can be said by an environment variable, because the same test programs also run
-//! inside the lab, where there is neither a source tree nor a build folder.
+//! Environment variables can override every path, because the test programs also run inside the lab, where there is
+//! neither a source tree nor a build directory.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
-/// Why something that a test needs was not found.
+/// A file that a test needs does not exist.
 #[derive(Debug, thiserror::Error)]
 #[error("{what} is missing: {}; {remedy}", .path.display())]
 pub struct Missing {
-    /// What was looked for, in words.
+    /// Description of the file.
     pub what: String,
-    /// Where it was looked for.
+    /// Path at which it was expected.
     pub path: PathBuf,
-    /// What would mend it.
+    /// Command or setting that provides the file.
     pub remedy: String,
 }
 
-/// The folder of fetched and prepared things: `FERRY_CACHE`, or `target/test-cache` in the source tree.
+/// Returns the directory of fetched and generated files: `FERRY_CACHE`, or `target/test-cache` in the source tree.
 pub fn cache() -> PathBuf {
     from_variable("FERRY_CACHE").unwrap_or_else(|| source_tree().join("target/test-cache"))
 }
 
-/// The program `ferry`: `FERRY_BIN`, or the one built beside the running test program.
+/// Returns the program `ferry`: `FERRY_BIN`, or the one in the build directory of the running test program.
 ///
 /// # Errors
-/// [`Missing`] when there is no such file.
+/// Returns [`Missing`] if there is no such file.
 pub fn ferry() -> Result<PathBuf, Missing> {
     let path = from_variable("FERRY_BIN").unwrap_or_else(|| beside_this_program("ferry"));
     existing(
         path,
         "the program ferry",
-        "build it with `cargo build -p ferry-vmm`, or name it in FERRY_BIN",
+        "build it with `cargo build -p ferry`, or set FERRY_BIN to its path",
     )
 }
 
-/// A program of this package, such as `kvm-probe`: beside the running program or in `FERRY_TOOLS`.
+/// Returns a program of this package, such as `kvm-probe`: in `FERRY_TOOLS`, or in the build directory of the running
+/// program.
 ///
 /// # Errors
-/// [`Missing`] when there is no such file.
+/// Returns [`Missing`] if there is no such file.
 pub fn tool(name: &str) -> Result<PathBuf, Missing> {
     let path = from_variable("FERRY_TOOLS")
         .map_or_else(|| beside_this_program(name), |folder| folder.join(name));
     existing(
         path,
         "a test tool",
-        "build it with `cargo build -p ferry-tests`, or name its folder in FERRY_TOOLS",
+        "build it with `cargo build -p ferry-tests`, or set FERRY_TOOLS to its directory",
     )
 }
 
-/// A program of this package that was built without need of libraries, for guests: in `FERRY_STATIC_TOOLS`, or in the
-/// cache's `static-tools`.
+/// Returns a statically linked program of this package, for guests: in `FERRY_STATIC_TOOLS`, or in `static-tools` of
+/// the cache.
 ///
 /// # Errors
-/// [`Missing`] when there is no such file.
+/// Returns [`Missing`] if there is no such file.
 pub fn static_tool(name: &str) -> Result<PathBuf, Missing> {
     let folder =
         from_variable("FERRY_STATIC_TOOLS").unwrap_or_else(|| cache().join("static-tools"));
@@ -65,10 +66,10 @@ pub fn static_tool(name: &str) -> Result<PathBuf, Missing> {
     )
 }
 
-/// A guest program of the package `ferry-guest-images`: in `FERRY_GUESTS`, or in the cache's `guests`.
+/// Returns a guest program of the package `ferry-guest-images`: in `FERRY_GUESTS`, or in `guests` of the cache.
 ///
 /// # Errors
-/// [`Missing`] when there is no such file.
+/// Returns [`Missing`] if there is no such file.
 pub fn guest(name: &str) -> Result<PathBuf, Missing> {
     let folder = from_variable("FERRY_GUESTS").unwrap_or_else(|| cache().join("guests"));
     existing(
@@ -79,11 +80,11 @@ pub fn guest(name: &str) -> Result<PathBuf, Missing> {
     )
 }
 
-/// A part of the stock Linux guest (`vmlinuz`, `vmlinux`, `guest.cpio`): in `FERRY_LINUX_GUEST`,
-/// or in the cache's `linux-guest`.
+/// Returns a file of the stock Linux guest (`vmlinuz`, `vmlinux`, `guest.cpio`): in `FERRY_LINUX_GUEST`, or in
+/// `linux-guest` of the cache.
 ///
 /// # Errors
-/// [`Missing`] when there is no such file.
+/// Returns [`Missing`] if there is no such file.
 pub fn linux_guest(name: &str) -> Result<PathBuf, Missing> {
     let folder = from_variable("FERRY_LINUX_GUEST").unwrap_or_else(|| cache().join("linux-guest"));
     existing(
@@ -104,7 +105,7 @@ fn source_tree() -> &'static Path {
     package.parent().unwrap_or(package)
 }
 
-/// Cargo puts test programs into `deps`, one folder below the programs.
+/// Returns the path of a program in the build directory. Cargo puts test programs into its subdirectory `deps`.
 fn beside_this_program(name: &str) -> PathBuf {
     let own = env::current_exe().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("."));

@@ -1,4 +1,4 @@
-//! A child process that never outlives its test.
+//! Child processes that never outlive their test.
 
 use std::io;
 use std::path::Path;
@@ -8,45 +8,45 @@ use std::time::{Duration, Instant};
 
 use crate::console::Console;
 
-/// How often a process is asked whether it has ended.
+/// Interval between checks whether a process has ended.
 const POLL: Duration = Duration::from_millis(1);
 
-/// Why a process could not be run to its end.
+/// Why a process did not run to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    /// It could not be started.
+    /// The process could not be started.
     #[error("{program}: cannot be started; is it installed?")]
     Start {
-        /// The program's name or path.
+        /// Name or path of the program.
         program: String,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The system refused to tell about it.
+    /// The exit status of the process could not be read.
     #[error("{program}: cannot be waited for")]
     Wait {
-        /// The program's name or path.
+        /// Name or path of the program.
         program: String,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// It was still running at the deadline; it has been killed.
+    /// The process was still running at the deadline, and was killed.
     #[error(
         "{program}: still running after {limit:?}, killed; stdout:\n{stdout}\nstderr:\n{stderr}"
     )]
     TimedOut {
-        /// The program's name or path.
+        /// Name or path of the program.
         program: String,
-        /// How long it was given.
+        /// The time limit.
         limit: Duration,
-        /// What it had written to stdout.
+        /// Its output on stdout so far.
         stdout: String,
-        /// What it had written to stderr.
+        /// Its output on stderr so far.
         stderr: String,
     },
 }
 
-/// How a process ended and what it wrote.
+/// Exit status and output of a process.
 #[derive(Clone, Debug)]
 pub struct Ended {
     /// The exit status.
@@ -60,7 +60,7 @@ pub struct Ended {
 /// Sends SIGTERM to a process that a test started.
 ///
 /// # Errors
-/// `kill` cannot be run, or there is no such process.
+/// Returns an error if `kill` cannot be run or there is no such process.
 pub fn terminate(pid: u32) -> io::Result<()> {
     let script = format!("kill -TERM {pid}");
     let status = Command::new("sh").args(["-c", &script]).status()?;
@@ -71,24 +71,24 @@ pub fn terminate(pid: u32) -> io::Result<()> {
     }
 }
 
-/// What a process has of its own when it starts [`apart`].
+/// Namespaces that a process started by [`apart`] does not share with the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Apart {
-    /// Mounts.
+    /// Mount namespace.
     Mounts,
-    /// Mounts and a network, which has nothing in it.
+    /// Mount and network namespaces. The network has no devices but a loopback that is down.
     MountsAndNetwork,
 }
 
-/// `program` in namespaces of its own, which end with it; the commands of the shell in `prepare` are run there first.
-/// The process that is started becomes the program. Arguments are added by the caller.
+/// Returns a command that runs `program` in new namespaces, after the shell commands in `prepare`. The process that is
+/// started becomes the program, so that its id stays the same. The caller adds the arguments.
 ///
 /// # Errors
-/// The system will not tell who runs the tests.
+/// Returns [`ProcessError`] if `id` cannot be run.
 pub fn apart(program: &Path, apart: Apart, prepare: &str) -> Result<Command, ProcessError> {
     let user = run(Command::new("id").arg("-u"), Duration::from_secs(20))?;
     let mut command = Command::new("unshare");
-    // Who is not root is root in a user namespace.
+    // A user who is not root becomes root in a user namespace.
     if user.stdout.trim() != "0" {
         command.arg("-r");
     }
@@ -101,7 +101,7 @@ pub fn apart(program: &Path, apart: Apart, prepare: &str) -> Result<Command, Pro
     Ok(command)
 }
 
-/// A running process with piped stdin, stdout and stderr; killed and reaped when dropped.
+/// Running process with pipes for stdin, stdout and stderr. Dropping it kills and reaps the process.
 #[derive(Debug)]
 pub struct Process {
     program: String,
@@ -115,7 +115,7 @@ impl Process {
     /// Starts `command`.
     ///
     /// # Errors
-    /// [`ProcessError::Start`] with the program's name.
+    /// Returns [`ProcessError::Start`] if the program cannot be started.
     pub fn start(command: &mut Command) -> Result<Self, ProcessError> {
         let program = command.get_program().to_string_lossy().into_owned();
         command
@@ -139,25 +139,25 @@ impl Process {
         })
     }
 
-    /// The process id.
+    /// Id of the process.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it writes to stdout.
+    /// Output on stdout.
     pub fn stdout(&self) -> &Console {
         &self.stdout
     }
 
-    /// What it writes to stderr.
+    /// Output on stderr.
     pub fn stderr(&self) -> &Console {
         &self.stderr
     }
 
-    /// Writes to its stdin.
+    /// Writes to stdin of the process.
     ///
     /// # Errors
-    /// The system's error, also when stdin was closed.
+    /// Returns the error of the operating system. It is an error if stdin was closed.
     pub fn type_in(&mut self, text: &str) -> io::Result<()> {
         use std::io::Write;
         let stdin = self.stdin.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
@@ -165,27 +165,27 @@ impl Process {
         stdin.flush()
     }
 
-    /// Closes its stdin.
+    /// Closes stdin of the process.
     pub fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// Whether it is still running.
+    /// Whether the process is still running.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Kills it (SIGKILL) and reaps it.
+    /// Kills the process with SIGKILL and reaps it.
     pub fn kill(&mut self) {
-        // Both fail only where the process is gone already, which is what is wanted.
+        // Both fail only if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Waits for its end; kills it at the deadline.
+    /// Waits for the process to end, and kills it at the deadline.
     ///
     /// # Errors
-    /// [`ProcessError::TimedOut`] with all that it wrote, or the system's error.
+    /// Returns [`ProcessError::TimedOut`] with the output if the deadline passes, or [`ProcessError::Wait`].
     pub fn wait(&mut self, limit: Duration) -> Result<Ended, ProcessError> {
         let deadline = Instant::now() + limit;
         loop {
@@ -202,7 +202,7 @@ impl Process {
         }
     }
 
-    /// The pipes may be kept open by a grandchild: what is not there a moment after the end is not waited for.
+    /// Collects the output. A grandchild can keep the pipes open, so this waits only a moment for their end.
     fn ended(&self, status: ExitStatus) -> Ended {
         self.stdout.wait_end(Duration::from_secs(2));
         self.stderr.wait_end(Duration::from_secs(2));
@@ -233,7 +233,7 @@ impl Drop for Process {
 /// Runs a command to its end.
 ///
 /// # Errors
-/// As [`Process::start`] and [`Process::wait`].
+/// Returns the errors of [`Process::start`] and [`Process::wait`].
 pub fn run(command: &mut Command, limit: Duration) -> Result<Ended, ProcessError> {
     let mut process = Process::start(command)?;
     process.close_stdin();

@@ -1,9 +1,9 @@
-//! Stands between the two sides of a migration and breaks the connection on purpose.
+//! Proxy between the two sides of a migration that injects faults.
 //!
-//! The source is told the proxy's endpoint, the proxy connects on to the destination and passes
-//! every byte unchanged until a [`Fault`] fires: a cut, a silence, a flipped bit or another header, at an
-//! offset, at a sequence of bytes, at a frame, or at a moment the test chooses. Each fault fires once, so that a second
-//! try through the same proxy meets an honest connection.
+//! The source connects to the proxy, and the proxy connects to the destination. It relays every byte unchanged until a
+//! [`Fault`] fires: it cuts the connection, stalls it, flips a bit or replaces the header, at an offset, at a sequence
+//! of bytes, at a frame, or when the test says so. Each fault fires once, so that a second migration through the same
+//! proxy succeeds.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -16,52 +16,52 @@ use crate::endpoint::{Endpoint, Listener, Stream};
 use crate::frames::{Frames, Tag};
 use crate::header::{self, Change};
 
-/// Which way bytes go.
+/// Direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// From the source, who connects.
+    /// From the source, which connects.
     ToDestination,
-    /// From the destination, who listens.
+    /// From the destination, which listens.
     ToSource,
 }
 
-/// When a fault fires, in the bytes of one direction of one connection.
+/// Position at which a fault fires, in one direction of one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trigger {
     /// Before the byte at this offset, counted from 0.
     Offset(u64),
     /// Before the first byte of this sequence.
     Sequence(Vec<u8>),
-    /// Before the frame of this kind that has so many of its kind before it.
+    /// Before the frame with this tag that has this number of frames with the same tag before it.
     Frame(Tag, usize),
 }
 
-/// What a fault does.
+/// Effect of a fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Ends the connection in both directions.
+    /// Closes the connection in both directions.
     Cut,
-    /// Passes nothing more in either direction; the connections stay open.
+    /// Stops relaying in both directions. The connections stay open.
     Stall,
-    /// Inverts these bits of the byte and goes on.
+    /// Inverts these bits of the byte and goes on relaying.
     Flip(u8),
-    /// Passes another header on instead of the source's. Fires once the header is complete, whatever
-    /// its trigger; a header that cannot be changed so ends the connection.
+    /// Changes the header of the source. Fires when the header is complete, whatever its trigger. If the header cannot
+    /// be changed, the connection is closed.
     Rewrite(Change),
 }
 
-/// One thing that goes wrong.
+/// Fault to inject.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// Which way the bytes go that it looks at.
+    /// Direction that the trigger refers to.
     pub direction: Direction,
-    /// When it fires.
+    /// Position at which the fault fires.
     pub trigger: Trigger,
-    /// What it does.
+    /// Effect of the fault.
     pub action: Action,
 }
 
-/// A running proxy. Dropping it cuts its connections and frees its endpoint.
+/// Running proxy. Dropping it closes its connections and frees its endpoint.
 #[derive(Debug)]
 pub struct Proxy {
     endpoint: Endpoint,
@@ -82,15 +82,15 @@ struct State {
     fired: usize,
     stalled: bool,
     closed: bool,
-    /// Both ends of every connection, to be cut.
+    /// Both ends of every connection, for closing them.
     open: Vec<Stream>,
 }
 
 impl Proxy {
-    /// Listens at `listen` and passes connections on to `target`. A TCP port 0 becomes a free one.
+    /// Starts a proxy that listens on `listen` and relays to `target`. TCP port 0 stands for any free port.
     ///
     /// # Errors
-    /// The system's error when it cannot listen.
+    /// Returns the error of the operating system if it cannot listen.
     pub fn start(listen: &Endpoint, target: Endpoint, faults: Vec<Fault>) -> io::Result<Self> {
         let listener = listen.listen()?;
         let endpoint = listener.endpoint()?;
@@ -107,48 +107,49 @@ impl Proxy {
         Ok(Self { endpoint, shared })
     }
 
-    /// Where the source has to connect.
+    /// Returns the endpoint to which the source connects.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// Bytes passed on so far, over all connections.
+    /// Returns the number of bytes relayed so far over all connections.
     pub fn passed(&self, direction: Direction) -> u64 {
         self.shared.counter(direction).load(Ordering::Acquire)
     }
 
-    /// How many faults have fired.
+    /// Returns the number of faults that have fired.
     pub fn fired(&self) -> usize {
         self.shared.lock().fired
     }
 
-    /// Adds a fault; it looks only at bytes that come from now on, but counts from the connection's first.
+    /// Adds a fault. It fires only at bytes that arrive from now on; offsets still count from the start of the
+    /// connection.
     pub fn add(&self, fault: Fault) {
         self.shared.lock().faults.push(fault);
     }
 
-    /// Cuts all connections now.
+    /// Closes all connections.
     pub fn cut(&self) {
         self.shared.cut(&mut self.shared.lock());
     }
 
-    /// Passes nothing more in either direction, without closing anything.
+    /// Stops relaying in both directions without closing a connection.
     pub fn stall(&self) {
         self.shared.lock().stalled = true;
     }
 
-    /// Ends a silence; what was held back is passed on.
+    /// Resumes relaying after a stall, beginning with the bytes that were held back.
     pub fn resume(&self) {
         self.shared.lock().stalled = false;
         self.shared.changed.notify_all();
     }
 
-    /// Waits until so many bytes were passed on; says whether that happened in time.
+    /// Waits until this number of bytes has been relayed. Returns false if it takes longer than the limit.
     pub fn wait_passed(&self, direction: Direction, bytes: u64, limit: Duration) -> bool {
         wait_until(limit, || self.passed(direction) >= bytes)
     }
 
-    /// Waits until so many faults have fired; says whether that happened in time.
+    /// Waits until this number of faults has fired. Returns false if it takes longer than the limit.
     pub fn wait_fired(&self, count: usize, limit: Duration) -> bool {
         wait_until(limit, || self.fired() >= count)
     }
@@ -160,10 +161,10 @@ impl Drop for Proxy {
         state.closed = true;
         self.shared.cut(&mut state);
         drop(state);
-        // The listening thread sleeps in accept: one more connection lets it see that it is over.
+        // The listening thread blocks in accept; a connection wakes it up, so that it can end.
         drop(self.endpoint.connect());
         if let Endpoint::Unix(path) = &self.endpoint {
-            // Somebody may have removed it already.
+            // The socket may have been removed already.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -192,7 +193,7 @@ impl Shared {
         }
     }
 
-    /// Connections end, a silence too; new connections are taken as before.
+    /// Closes all connections and ends a stall. New connections are still accepted.
     fn cut(&self, state: &mut State) {
         state
             .open
@@ -207,7 +208,7 @@ impl Shared {
             if self.lock().closed {
                 return;
             }
-            // A destination that is not there shows as what it is: the connection ends at once.
+            // If no destination listens, the source sees its connection close at once.
             match target
                 .connect()
                 .and_then(|destination| self.join(&source, &destination))
@@ -239,7 +240,7 @@ impl Shared {
                     return;
                 }
             }
-            // The end of one direction is passed on as such; the other may still have bytes.
+            // Only this direction has ended; the other can still carry bytes.
             if lane.release(&mut to).is_ok() {
                 to.shutdown(Shutdown::Write);
             }
@@ -247,13 +248,13 @@ impl Shared {
     }
 }
 
-/// One direction of one connection.
+/// Relay for one direction of one connection.
 struct Lane {
     shared: Arc<Shared>,
     direction: Direction,
-    /// Of the next byte to be passed on.
+    /// Offset of the next byte to relay.
     offset: u64,
-    /// Bytes that may be the beginning of a sequence that is waited for.
+    /// Bytes held back because they can begin a sequence of a trigger.
     held: Vec<u8>,
     frames: Frames,
 }
@@ -270,7 +271,7 @@ impl Lane {
         }
     }
 
-    /// Passes bytes on, up to the first fault that ends the connection.
+    /// Relays bytes up to the first fault that closes the connection.
     fn pass(&mut self, bytes: &[u8], to: &mut Stream) -> io::Result<()> {
         self.held.extend_from_slice(bytes);
         self.frames.feed(bytes);
@@ -282,14 +283,14 @@ impl Lane {
         self.forward(certain, to)
     }
 
-    /// Passes on what was held back: no more will come.
+    /// Relays the bytes that were held back, because no more bytes will arrive.
     fn release(&mut self, to: &mut Stream) -> io::Result<()> {
         self.forward(self.held.len(), to)
     }
 
-    /// Takes the fault that fires first in the held bytes, and how many bytes stand before it.
+    /// Removes the fault that fires first in the held bytes. Returns it with the number of bytes before it.
     fn due(&mut self) -> Option<(Fault, usize)> {
-        // Forgets the frames that have been passed on.
+        // Drops the frames that have been relayed.
         self.frames.starts_from(self.offset);
         let mut state = self.shared.lock();
         let places = state
@@ -328,19 +329,19 @@ impl Lane {
         }
     }
 
-    /// The length of the header, when all of it is held.
+    /// Returns the length of the header if it is complete.
     fn header(&self) -> Option<usize> {
         let length = header::complete_length(&self.held)?;
         (self.offset == 0).then_some(length)
     }
 
-    /// The place of an offset among the held bytes.
+    /// Returns the position of an offset within the held bytes.
     fn within(&self, offset: u64) -> Option<usize> {
         let at = usize::try_from(offset.checked_sub(self.offset)?).ok()?;
         (at < self.held.len()).then_some(at)
     }
 
-    /// Length of the longest end of the held bytes that begins a sequence that is waited for.
+    /// Returns the length of the longest suffix of the held bytes that is a prefix of a trigger's sequence.
     fn undecided(&self) -> usize {
         let state = self.shared.lock();
         let own = state
@@ -379,7 +380,7 @@ impl Lane {
         Err(io::ErrorKind::ConnectionAborted.into())
     }
 
-    /// Offsets go on as those of the source's bytes.
+    /// Replaces the header. Offsets keep counting the bytes of the source.
     fn rewrite(&mut self, change: &Change, to: &mut Stream) -> io::Result<()> {
         let length = self.header().unwrap_or_default();
         let Ok(other) = header::changed(&self.held[..length], change) else {
@@ -434,7 +435,7 @@ mod tests {
     const SOON: Duration = Duration::from_millis(100);
     const LATE: Duration = Duration::from_secs(10);
 
-    /// A destination that echoes, and tells afterwards what it received.
+    /// Starts a destination that echoes. It returns the bytes that it received.
     fn echo(endpoint: &Endpoint) -> (Endpoint, Receiver<Vec<u8>>) {
         let listener = endpoint.listen().unwrap();
         let place = listener.endpoint().unwrap();
@@ -471,11 +472,11 @@ mod tests {
         }
     }
 
-    /// Sends, closes, and returns what came back until the end.
+    /// Sends bytes, closes the direction, and returns all bytes that come back.
     fn converse(proxy: &Proxy, bytes: &[u8]) -> Vec<u8> {
         let mut stream = proxy.endpoint().connect().unwrap();
         stream.set_read_timeout(Some(LATE)).unwrap();
-        // Both may fail where the proxy cuts: what counts is what came back.
+        // Both can fail if the proxy closes the connection; the test checks only the bytes that came back.
         let _ = stream.write_all(bytes);
         stream.shutdown(Shutdown::Write);
         let mut back = Vec::new();

@@ -1,5 +1,5 @@
-//! QEMU as the peer of a comparison: a microvm with the same PVH guest, migrated live over
-//! loopback TCP with multifd.
+//! Runs QEMU for comparisons: a microvm with the same PVH guest, migrated live over TCP on the loopback interface with
+//! multifd.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -15,26 +15,26 @@ use crate::machine::Machine;
 use crate::process::{Ended, Process, ProcessError};
 use crate::qmp::{Qmp, QmpError};
 
-/// Connections of a multifd migration.
+/// Number of multifd connections.
 pub const CHANNELS: u32 = 2;
-/// How long the destination may take to run a guest that has arrived.
+/// Time limit for the destination to run a guest that has arrived.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
-/// Why QEMU did not do what was asked.
+/// Error of a QEMU process or of its migration.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuError {
-    /// The process did not start or did not end.
+    /// The process could not be started or did not end.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// The control connection failed; QEMU's own words follow.
+    /// The QMP connection failed.
     #[error("{source}; QEMU says: {stderr}")]
     Qmp {
-        /// What failed.
+        /// The error of the connection.
         source: QmpError,
-        /// QEMU's stderr.
+        /// Output of QEMU on stderr.
         stderr: String,
     },
-    /// No folder for the control socket.
+    /// The temporary directory for the QMP socket cannot be made.
     #[error("no folder for QEMU's control socket")]
     Folder(#[from] io::Error),
     /// An answer lacks a field.
@@ -42,30 +42,30 @@ pub enum QemuError {
     Field {
         /// The field.
         field: &'static str,
-        /// The whole answer.
+        /// The complete answer.
         answer: Value,
     },
     /// The migration failed.
     #[error("the migration ended as {0}")]
     Migration(Value),
-    /// The migration was still at work at its deadline.
+    /// The migration was still running at its deadline.
     #[error("the migration is not complete after {0:?}")]
     Overdue(Duration),
 }
 
-/// The limits that QEMU works to.
+/// Migration limits of QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limits {
-    /// What QEMU does when nothing is said: at most 128 MiB/s, a downtime of at most 300 ms.
+    /// Default settings of QEMU: at most 128 MiB/s and a downtime of at most 300 ms.
     Defaults,
-    /// No limit on the bandwidth, and this downtime aimed at.
+    /// No limit on the bandwidth, and this limit on the downtime.
     Downtime(Duration),
 }
 
 impl Limits {
-    /// As QEMU's parameters; nothing is said for the defaults.
+    /// Returns the migration parameters of QEMU, or none for the default settings.
     fn parameters(self) -> Value {
-        /// 1 TiB/s: more than any machine has.
+        /// 1 TiB/s, which is more than any machine reaches.
         const UNLIMITED: u64 = 1 << 40;
         match self {
             Self::Defaults => json!({}),
@@ -80,7 +80,7 @@ impl Limits {
 /// Figures of one migration.
 #[derive(Clone, Copy, Debug)]
 pub struct Migrated {
-    /// From the command to the event `completed`, by our clock.
+    /// Time from the command to the event `completed`, by the clock of the test.
     pub wall: Duration,
     /// `total-time` as QEMU reports it.
     pub total: Duration,
@@ -90,14 +90,14 @@ pub struct Migrated {
     pub bytes: u64,
 }
 
-/// Which process is meant, for `-incoming`.
+/// Role of a QEMU process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Source,
     Destination,
 }
 
-/// A running QEMU.
+/// Running QEMU process.
 #[derive(Debug)]
 pub struct Qemu {
     process: Process,
@@ -106,18 +106,18 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts a guest.
+    /// Starts QEMU with a guest.
     ///
     /// # Errors
-    /// [`QemuError`] with QEMU's own words.
+    /// Returns [`QemuError`] with the messages of QEMU if it does not start.
     pub fn start(machine: &Machine) -> Result<Self, QemuError> {
         Self::launch(machine, Side::Source)
     }
 
-    /// Starts a process that waits for the guest of [`Qemu::migrate`].
+    /// Starts QEMU as the destination of [`Qemu::migrate`].
     ///
     /// # Errors
-    /// [`QemuError`] with QEMU's own words.
+    /// Returns [`QemuError`] with the messages of QEMU if it does not start.
     pub fn start_incoming(machine: &Machine) -> Result<Self, QemuError> {
         Self::launch(machine, Side::Destination)
     }
@@ -142,32 +142,32 @@ impl Qemu {
         }
     }
 
-    /// The guest's serial output.
+    /// Serial output of the guest.
     pub fn serial(&self) -> &Console {
         self.process.stdout()
     }
 
-    /// Types into the guest's serial port.
+    /// Types into the serial port of the guest.
     ///
     /// # Errors
-    /// The system's error.
+    /// Returns the error of the operating system.
     pub fn type_in(&mut self, text: &str) -> io::Result<()> {
         self.process.type_in(text)
     }
 
-    /// Waits for the process's end, which the guest brings about.
+    /// Waits for the process to end after its guest has ended.
     ///
     /// # Errors
-    /// [`QemuError`] when it is still running at the deadline.
+    /// Returns [`QemuError`] if the process is still running at the deadline.
     pub fn wait(&mut self, limit: Duration) -> Result<Ended, QemuError> {
         Ok(self.process.wait(limit)?)
     }
 
-    /// Migrates the running guest to `destination` and measures it.
+    /// Migrates the running guest to `destination` and returns the figures of the migration.
     ///
     /// # Errors
-    /// [`QemuError::Overdue`] when it is not complete within `patience`; [`QemuError`] when either side
-    /// refuses, or the migration fails.
+    /// Returns [`QemuError::Overdue`] if the migration is not complete within `patience`, or another [`QemuError`] if a
+    /// side refuses or the migration fails.
     pub fn migrate(
         &mut self,
         destination: &mut Self,
@@ -191,7 +191,7 @@ impl Qemu {
         })
     }
 
-    /// What both sides must agree on.
+    /// Sets the capabilities and parameters that must be equal on both sides.
     fn set_multifd(&mut self) -> Result<(), QemuError> {
         let on = |name| json!({"capability": name, "state": true});
         let capabilities = json!({"capabilities": [on("multifd"), on("events")]});
@@ -203,7 +203,7 @@ impl Qemu {
         Ok(())
     }
 
-    /// Opens the destination's port; QEMU picks a free one.
+    /// Lets the destination listen on a free port that QEMU chooses.
     fn listen(&mut self) -> Result<SocketAddr, QemuError> {
         self.set_multifd()?;
         self.call("migrate-incoming", &json!({"uri": "tcp:127.0.0.1:0"}))?;
@@ -239,7 +239,7 @@ impl Qemu {
         }
     }
 
-    /// What is typed before the destination has taken over its serial port would be lost.
+    /// Waits until the destination serves the serial port. Input that is typed earlier is lost.
     fn wait_running(&mut self) -> Result<(), QemuError> {
         let deadline = Instant::now() + START_LIMIT;
         loop {
@@ -268,7 +268,8 @@ impl Qemu {
     }
 }
 
-/// QEMU's command line. The microvm has what the guest needs: serial port, PIC, PIT and no ACPI.
+/// Returns the command line of QEMU. The microvm has the devices that the guest needs: serial port, PIC and PIT, and no
+/// ACPI.
 fn command(machine: &Machine, socket: &Path, side: Side) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command

@@ -1,4 +1,4 @@
-//! A minimal client of QMP, QEMU's control protocol: JSON lines over a Unix socket.
+//! Minimal client for QMP, the control protocol of QEMU: JSON lines over a Unix socket.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
@@ -9,29 +9,29 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// How long an answer may take.
+/// Time limit for an answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// Why a QMP call gave no result.
+/// Why a QMP command has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
-    /// The socket failed, or nothing came in time.
+    /// The socket failed, or no answer arrived in time.
     #[error("QMP: {doing}")]
     Socket {
-        /// What was being done.
+        /// The operation that failed.
         doing: String,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// QEMU closed the connection.
     #[error("QMP: QEMU closed the connection while {0}")]
     Closed(String),
-    /// A line is no JSON.
+    /// A line is not JSON.
     #[error("QMP: not JSON: {line:?}")]
     Malformed {
         /// The line.
         line: String,
-        /// Where it is wrong.
+        /// The error of the JSON parser.
         source: serde_json::Error,
     },
     /// QEMU refused the command.
@@ -39,12 +39,12 @@ pub enum QmpError {
     Refused {
         /// The command.
         command: String,
-        /// QEMU's reason.
+        /// The message of QEMU.
         reason: String,
     },
 }
 
-/// A connection with capabilities negotiated.
+/// Connection whose capabilities have been negotiated.
 #[derive(Debug)]
 pub struct Qmp {
     stream: BufReader<UnixStream>,
@@ -52,10 +52,10 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects, waiting for the socket to appear.
+    /// Waits for the socket to appear, and connects to it.
     ///
     /// # Errors
-    /// [`QmpError`] when nobody answers within `limit`.
+    /// Returns [`QmpError`] if QEMU does not answer within `limit`.
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, QmpError> {
         let deadline = Instant::now() + limit;
         let stream = loop {
@@ -80,7 +80,7 @@ impl Qmp {
     /// Runs a command and returns its result.
     ///
     /// # Errors
-    /// [`QmpError::Refused`] with QEMU's reason, or what failed on the way.
+    /// Returns [`QmpError::Refused`] if QEMU refuses the command, or another [`QmpError`] if the connection fails.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
         let mut request = json!({"execute": command, "arguments": arguments}).to_string();
         request.push('\n');
@@ -107,10 +107,10 @@ impl Qmp {
         }
     }
 
-    /// Waits for the next event, among those already received too.
+    /// Returns the next event, and waits for one if none has been received yet.
     ///
     /// # Errors
-    /// [`QmpError::Socket`] when none comes within `limit`.
+    /// Returns [`QmpError::Socket`] if no event arrives within `limit`.
     pub fn event(&mut self, limit: Duration) -> Result<Value, QmpError> {
         if let Some(event) = self.events.pop_front() {
             return Ok(event);
@@ -119,7 +119,7 @@ impl Qmp {
     }
 
     fn line(&mut self, doing: &str, deadline: Instant) -> Result<Value, QmpError> {
-        // A timeout of zero would mean none.
+        // A timeout of zero means no timeout.
         let left = deadline
             .saturating_duration_since(Instant::now())
             .max(Duration::from_millis(1));
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    /// Plays QEMU: greets, and gives these lines for each request.
+    /// Stands in for QEMU: sends a greeting, and these lines for each request.
     fn serve(path: &Path, answers: &'static [&'static str]) {
         let listener = UnixListener::bind(path).unwrap();
         thread::spawn(move || {

@@ -1,8 +1,8 @@
-//! What the system says about a running process.
+//! Memory figures of a running process from `/proc`.
 
 use std::{fs, io};
 
-/// Resident memory of a process by kind, in KiB.
+/// Resident memory of a process by type, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Resident {
     /// Anonymous memory (`RssAnon`): heap, stacks.
@@ -17,7 +17,7 @@ impl Resident {
     /// Reads `/proc/PID/status`.
     ///
     /// # Errors
-    /// The system's error; `InvalidData` when a line is missing.
+    /// Returns the error of the operating system, or `InvalidData` if a line is missing.
     pub fn of(pid: u32) -> io::Result<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let field = |name: &str| {
@@ -35,7 +35,7 @@ impl Resident {
         })
     }
 
-    /// The monitor's own memory beyond guest RAM, provided that guest RAM is a memfd.
+    /// Returns the memory of the monitor beyond guest RAM. Guest RAM must be a memfd.
     pub fn beyond_guest_kib(&self) -> u64 {
         self.anonymous_kib + self.file_kib
     }

@@ -1,6 +1,6 @@
-//! A tap opened here, to be passed to a monitor.
+//! Opens tap devices that a test passes to a monitor as file descriptors.
 //!
-//! It has `unsafe` because a tap is attached by an ioctl, for which there is no safe interface.
+//! It uses `unsafe` because a tap device is attached by an ioctl that has no safe interface.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,14 +11,14 @@ use std::thread;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// Makes a tap `name` in a network of its own, and opens it. Nothing else is in that network.
+/// Creates the tap device `name` in a new network namespace and opens it.
 ///
 /// # Errors
-/// The system's.
+/// Returns the error of the operating system.
 pub fn open_apart(name: &str) -> io::Result<OwnedFd> {
     let name = name.to_owned();
     let apart = thread::spawn(move || {
-        // SAFETY: this thread leaves its network, which nobody else shares with it by its descriptors.
+        // SAFETY: only the network namespace of this thread changes; its descriptors stay shared.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET)? };
         open(&name)
     });
@@ -27,17 +27,17 @@ pub fn open_apart(name: &str) -> io::Result<OwnedFd> {
         .map_err(|_| io::Error::other("the thread that made the tap panicked"))?
 }
 
-/// Opens the tap `name`, which is there already, as a monitor wants it. The programs that are started from now on get it,
-/// by the same number.
+/// Opens the existing tap device `name` with the flags that a monitor needs. Programs that are started from now on
+/// inherit the descriptor under the same number.
 ///
 /// # Errors
-/// The system's.
+/// Returns the error of the operating system.
 pub fn open(name: &str) -> io::Result<OwnedFd> {
     let file = File::options()
         .read(true)
         .write(true)
         .open("/dev/net/tun")?;
-    // SAFETY: zeros are valid in all of its fields.
+    // SAFETY: all fields of the structure may be zero.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *place = byte.cast_signed();

@@ -1,8 +1,8 @@
-//! The vmlinux inside a bzImage.
+//! Extracts the vmlinux from a bzImage.
 //!
-//! The setup header (Linux `Documentation/arch/x86/boot.rst`, protocol 2.08 and later) says where
-//! in the protected-mode part the compressed kernel lies; its first bytes say how it is compressed.
-//! The payload ends with four bytes of the uncompressed size, which no tool expects.
+//! The setup header (Linux `Documentation/arch/x86/boot.rst`, protocol 2.08 and later) holds the offset of the
+//! compressed kernel in the protected-mode part. The first bytes of this payload identify its compression. The last
+//! four bytes are the uncompressed size, which decompressors do not expect.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,22 +16,22 @@ const HEADER_MAGIC: usize = 0x202;
 const VERSION: usize = 0x206;
 const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
-/// Protocol 2.08 brought the payload's place.
+/// First version of the boot protocol with the fields for the payload.
 const OLDEST: u16 = 0x0208;
 const SECTOR: usize = 512;
-/// Bytes of the uncompressed size at the payload's end.
+/// Size of the uncompressed size at the end of the payload in bytes.
 const SIZE_FIELD: usize = 4;
 
-/// How Debian's kernels are compressed: the payload's first bytes and the program that reads them.
+/// Compressions of Debian's kernels: the first bytes of the payload and the program that decompresses it.
 const COMPRESSIONS: [(&[u8], &str); 4] = [
     (b"\xfd7zXZ\0", "xz"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
-    // The old frame format, the only one that the kernel's build makes.
+    // The legacy frame format, which the build of the kernel uses.
     (b"\x02\x21\x4c\x18", "lz4"),
     (b"\x1f\x8b", "gzip"),
 ];
 
-/// Why no vmlinux could be had.
+/// Why the vmlinux could not be extracted.
 #[derive(Debug, thiserror::Error)]
 pub enum VmlinuxError {
     /// The image or the result cannot be read or written.
@@ -39,35 +39,35 @@ pub enum VmlinuxError {
     File {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// It is no bzImage of protocol 2.08 or later.
+    /// The file is not a bzImage of protocol 2.08 or later.
     #[error("no bzImage of boot protocol 2.08 or later: {0}")]
     NoImage(&'static str),
-    /// The payload has an unknown compression.
+    /// The compression of the payload is unknown.
     #[error("the payload starts with {0:02x?}, which is neither xz, zstd, lz4 nor gzip")]
     UnknownCompression(Vec<u8>),
-    /// The decompressor refused it.
+    /// The decompressor refused the payload.
     #[error("{program} refuses the payload: {reason}")]
     Decompress {
         /// The program.
         program: &'static str,
-        /// What it says.
+        /// Its message.
         reason: String,
     },
-    /// What came out is no ELF file.
+    /// The decompressed payload is not an ELF file.
     #[error("the payload holds no ELF file; it starts with {0:02x?}")]
     NoElf(Vec<u8>),
-    /// The decompressor did not run.
+    /// The decompressor could not be run.
     #[error(transparent)]
     Process(#[from] ProcessError),
 }
 
-/// Writes the vmlinux inside the bzImage `image` to `target`.
+/// Extracts the vmlinux from the bzImage `image` to the file `target`.
 ///
 /// # Errors
-/// [`VmlinuxError`] with the reason; nothing is left at `target` then.
+/// Returns [`VmlinuxError`] if the image or its compression is not supported. `target` does not exist then.
 pub fn extract(image: &Path, target: &Path) -> Result<(), VmlinuxError> {
     let bytes = fs::read(image).map_err(|source| file(image, source))?;
     let payload = payload(&bytes)?;
@@ -75,7 +75,7 @@ pub fn extract(image: &Path, target: &Path) -> Result<(), VmlinuxError> {
     let packed = target.with_extension("packed");
     fs::write(&packed, payload).map_err(|source| file(&packed, source))?;
     let outcome = decompress(program, &packed, target).and_then(|()| check_elf(target));
-    // Only a left-over of ours: the outcome counts.
+    // The file is temporary; failing to remove it does not change the result.
     let _ = fs::remove_file(&packed);
     if outcome.is_err() {
         let _ = fs::remove_file(target);
@@ -90,7 +90,7 @@ fn payload(image: &[u8]) -> Result<&[u8], VmlinuxError> {
     if u16::from_le_bytes([image[VERSION], image[VERSION + 1]]) < OLDEST {
         return Err(VmlinuxError::NoImage("an older protocol"));
     }
-    // Zero means four, for the oldest loaders' sake.
+    // Zero means four, for compatibility with old boot loaders.
     let sectors = match image[SETUP_SECTS] {
         0 => 4,
         count => usize::from(count),
@@ -155,7 +155,7 @@ fn file(path: &Path, source: io::Error) -> VmlinuxError {
 mod tests {
     use super::*;
 
-    /// A bzImage with two setup sectors and this payload.
+    /// Returns a bzImage with two setup sectors and this payload.
     fn image(payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 3 * SECTOR + 16];
         image[SETUP_SECTS] = 2;

@@ -1,12 +1,11 @@
-//! Long runs, left out of the everyday tests: many migrations in a row, by the demo that verifies
-//! each of them.
+//! Long runs, which the everyday subset leaves out: many migrations in a row by the demo, which verifies each of them.
 
 use std::time::Duration;
 
 use ferry_tests::ferry;
 use serde_json::Value;
 
-/// Half of the hundred for each transport.
+/// Migrations for each of the two transports.
 const MIGRATIONS: u32 = 50;
 const LIMIT: Duration = Duration::from_secs(60);
 

@@ -1,7 +1,7 @@
-//! Faults in the middle of a migration, made by the proxy or by killing a side.
+//! Faults during a migration: injected by the proxy, or by killing a side.
 //!
-//! After each of them exactly one side runs the guest, nothing that it wrote is lost, and a second
-//! try succeeds. Names of states are those of the progress report.
+//! After each fault exactly one side runs the guest, no write is lost, and a second migration succeeds. Phases have the
+//! names of the API.
 
 use ferry_tests::api;
 use ferry_tests::dirtier::{
@@ -16,7 +16,7 @@ use ferry_tests::process::{self, Ended};
 use ferry_tests::proxy::{Action, Direction, Fault, Proxy, Trigger};
 use serde_json::json;
 
-/// vCPUs of the guests here.
+/// Number of vCPUs of the guests.
 const CPUS: u32 = 2;
 const UNCONFIRMED: &str = "handed-over-unconfirmed";
 
@@ -24,7 +24,7 @@ fn any_port() -> Endpoint {
     Endpoint::Tcp(([127, 0, 0, 1], 0).into())
 }
 
-/// A destination, and a proxy before it that does what the fault says.
+/// Starts a destination, and a proxy in front of it that injects the fault.
 fn broken(fault: Option<Fault>) -> (Ferry, Proxy) {
     broken_with(&[], fault)
 }
@@ -48,7 +48,8 @@ fn cut_before(direction: Direction, tag: Tag) -> Fault {
     at_frame(direction, tag, Action::Cut)
 }
 
-/// Silence where the first round's acknowledgement should come: the rounds last until the test goes on.
+/// Returns a fault that stalls before the acknowledgement of the first round, so that the rounds last until the test
+/// resumes the proxy.
 fn held_in_the_rounds() -> Fault {
     at_frame(Direction::ToSource, Tag::RoundAck, Action::Stall)
 }
@@ -59,7 +60,7 @@ fn try_to_send(source: &Ferry, proxy: &Proxy) -> Ended {
     source.try_ctl(&call, LIMIT).unwrap()
 }
 
-/// The call failed with these words, and the guest is the source's as before.
+/// Asserts that the call failed with this message and that the source still runs the guest.
 fn assert_stayed(source: &mut Ferry, destination: &mut Ferry, answer: &Ended, words: &str) {
     assert!(!answer.status.success(), "{answer:?}");
     assert!(answer.stderr.contains(words), "no {words:?} in {answer:?}");
@@ -70,14 +71,14 @@ fn assert_stayed(source: &mut Ferry, destination: &mut Ferry, answer: &Ended, wo
     assert!(resolve.contains("nothing to resolve"), "{resolve}");
 }
 
-/// A second try, to a destination that is whole.
+/// Migrates the guest to a new destination without a fault.
 fn second_try_succeeds(source: Ferry) {
     let endpoint = Endpoint::free_tcp().unwrap();
     let destination = Ferry::receive(&endpoint).unwrap();
     arrives(source, destination, &endpoint);
 }
 
-/// The guest goes to `destination` and is whole there; neither process leaves anything behind.
+/// Migrates the guest to `destination` and audits it there. Both processes end cleanly.
 fn arrives(mut source: Ferry, mut destination: Ferry, endpoint: &Endpoint) {
     source.send_migration(endpoint, &PATIENT).unwrap();
     assert_ends(&mut source);
@@ -86,7 +87,7 @@ fn arrives(mut source: Ferry, mut destination: Ferry, endpoint: &Endpoint) {
     audit(&mut destination);
 }
 
-/// A fault before COMMIT: told to the caller, and the source runs on as if nothing had been.
+/// Tests a fault before COMMIT: the call fails, and the source keeps running the guest.
 fn source_survives(fault: Fault) {
     let mut source = dirtier::start(CPUS);
     let (mut destination, proxy) = broken(Some(fault.clone()));
@@ -141,14 +142,14 @@ fn a_cut_before_the_header_and_before_its_answer() {
 fn a_silence_in_the_rounds_is_reported() {
     let mut source = dirtier::start(CPUS);
     let (mut destination, proxy) = broken(Some(held_in_the_rounds()));
-    // Returns because the source gives up, not because the silence ends: that it does not.
+    // The call returns because the source gives up. The proxy does not resume.
     let answer = try_to_send(&source, &proxy);
     assert_eq!(proxy.fired(), 1);
     assert_stayed(&mut source, &mut destination, &answer, "connection failed");
     second_try_succeeds(source);
 }
 
-/// One source and one destination for all of them: a refusal harms neither.
+/// Tries several faults with one source and one destination, because a refusal must harm neither.
 fn all_refused(options: &[&str], faults: Vec<(Option<Fault>, &str)>) -> (Ferry, Ferry, Proxy) {
     let mut source = dirtier::start(CPUS);
     let (mut destination, proxy) = broken_with(options, None);
@@ -164,7 +165,7 @@ fn all_refused(options: &[&str], faults: Vec<(Option<Fault>, &str)>) -> (Ferry, 
 
 #[test]
 fn one_flipped_bit_in_each_kind_of_frame_is_refused() {
-    // Not zero pages: this guest has none, and what was never touched is not sent at all.
+    // There are no zero pages to flip: this guest has none, and unpopulated pages are not sent.
     let tags = [Tag::Pages, Tag::RoundEnd, Tag::State, Tag::Finish];
     let flips = tags.map(|tag| {
         let flip = at_frame(Direction::ToDestination, tag, Action::Flip(0x40));
@@ -270,8 +271,9 @@ fn a_cancelled_migration_leaves_the_source_running() {
     second_try_succeeds(source);
 }
 
-/// COMMIT or its confirmation is lost: the source does not run its guest until somebody says that it
-/// may, and does nothing else with it either.
+/// Tests the loss of COMMIT or of its confirmation: the source neither runs its guest nor does anything else with it
+/// until
+/// `migration-resolve` decides.
 fn in_doubt(fault: Fault) -> (Ferry, Ferry) {
     let source = dirtier::start(CPUS);
     let (destination, proxy) = broken(Some(fault));
@@ -322,8 +324,8 @@ fn a_paused_guest_stays_paused_when_its_lost_commit_is_resolved() {
     second_try_succeeds(source);
 }
 
-/// From the first round on nobody can run the guest at the source but a failed migration itself: also not between
-/// the destination's confirmation and the end of the source's process.
+/// From the first round on, only a failed migration can make the source run its guest again. That includes the time
+/// between the confirmation of the destination and the end of the source process.
 #[test]
 fn a_guest_that_leaves_cannot_be_resumed_at_the_source() {
     let source = dirtier::start(CPUS);
@@ -334,7 +336,7 @@ fn a_guest_that_leaves_cannot_be_resumed_at_the_source() {
         assert!(proxy.wait_fired(1, LIMIT));
         let resuming = scope.spawn(move || {
             let mut accepted = 0;
-            // Until the process has ended.
+            // The calls fail when the process has ended.
             while let Ok(answer) = api::request(&socket, "PUT", "/api/v1/vm.resume", "") {
                 accepted += usize::from(answer.status < 300);
             }
@@ -352,7 +354,7 @@ fn a_guest_that_leaves_cannot_be_resumed_at_the_source() {
     audit(&mut destination);
 }
 
-/// SIGTERM in the rounds ends the guest here; it does not go away meanwhile.
+/// SIGTERM during the rounds ends the guest at the source; it must not arrive at the destination.
 #[test]
 fn a_signal_in_the_rounds_cancels_and_ends_the_source() {
     let mut source = dirtier::start(CPUS);
@@ -381,7 +383,7 @@ fn a_signal_in_doubt_is_no_success() {
 
 #[test]
 fn a_damaged_commit_is_the_destinations_refusal() {
-    // Not in doubt: the destination says that it does not run the guest.
+    // The migration is not in doubt: the destination reports that it does not run the guest.
     let flip = Action::Flip(0x40);
     source_survives(at_frame(Direction::ToDestination, Tag::Commit, flip));
 }
@@ -392,7 +394,7 @@ fn a_lost_done_is_resolved_by_discarding_the_source() {
     assert_only_runs(&mut destination, &mut source);
     source.ctl(&["migration-resolve", "discard"]).unwrap();
     assert_ends(&mut source);
-    // The guest goes on from there as from anywhere.
+    // The guest can be migrated from there again.
     second_try_succeeds(destination);
 }
 
@@ -457,8 +459,8 @@ fn a_guest_that_stays_too_long_in_the_rounds_stays() {
     let answer = std::thread::scope(|scope| {
         let sending = scope.spawn(|| source.try_ctl(&call, LIMIT).unwrap());
         assert!(proxy.wait_fired(1, LIMIT));
-        // The first round lasts longer than all of them may, and the guest writes meanwhile: what is
-        // left then does not fit into a millisecond at the rate that such a round shows.
+        // The first round takes longer than the limit for all rounds, and the guest writes during it. The rest does
+        // not fit into a millisecond at the bandwidth of that round.
         std::thread::sleep(std::time::Duration::from_millis(1500));
         proxy.resume();
         sending.join().unwrap()

@@ -1,4 +1,4 @@
-//! Bad input: each refusal names the thing, nothing panics, and nothing is left over.
+//! Bad input: each error message names the offending value, nothing panics, and no file or process is left behind.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
@@ -14,7 +14,7 @@ use ferry_tests::paths;
 use ferry_tests::process::{self, Apart, Ended};
 use ferry_tests::proxy::{Action, Direction, Fault, Proxy, Trigger};
 
-/// A refusal in words that name the thing, without a panic.
+/// Asserts that `ferry` refuses these arguments with a message that contains these words, and does not panic.
 fn assert_refused(ended: &Ended, named: &str) {
     let text = &ended.stderr;
     assert!(!ended.status.success(), "{ended:?}");
@@ -30,7 +30,7 @@ fn hello() -> String {
     paths::guest("hello.elf").unwrap().display().to_string()
 }
 
-/// `ferry run` with a good kernel and these options.
+/// Returns the arguments of `ferry run` with a valid kernel and these options.
 fn run(options: &[&str]) -> Ended {
     let kernel = hello();
     invoke(&[&["run", "--kernel", &kernel][..], options].concat())
@@ -43,9 +43,9 @@ fn flags_of_run_out_of_range_are_named() {
         (&["--memory", "lots"], "--memory"),
         (&["--memory", "-1"], "-1"),
         (&["--memory", "4097"], "4097"),
-        // More than any address space holds.
+        // Larger than any guest-physical address space.
         (&["--memory", "16777216G"], "guest memory"),
-        // Of these there are never so many.
+        // More devices than the limit.
         (&["--memory", "4T,hugepages=on"], "nr_hugepages"),
         (&["--memory", "64M,hugepages=maybe"], "hugepages=maybe"),
         (&["--memory", "64M,zones=on"], "zones=on"),
@@ -155,7 +155,7 @@ fn flags_of_receive_and_demo_out_of_range_are_named() {
             &["receive", "tcp:127.0.0.1:0", "--net", "tap=t,mtu=1"],
             "net[0].mtu",
         ),
-        // Plain TCP beyond loopback.
+        // Plain TCP to an address that is not loopback.
         (&["receive", "tcp:0.0.0.0:0"], "0.0.0.0"),
         (&["demo", "--memory", "0"], "--memory"),
         (&["demo", "--hot", "600M"], "--hot"),
@@ -270,7 +270,7 @@ fn a_configuration_is_refused_with_the_fields_path() {
     assert_refused(&invoke(&["run", "--config", "/no/such"]), "/no/such");
 }
 
-/// Nobody writes to it: a monitor that waited for that would wait for ever.
+/// No process writes to the FIFO, so a monitor that opened it blockingly would hang.
 #[test]
 fn a_pipe_is_no_kernel_and_no_initramfs() {
     let folder = tempfile::tempdir().unwrap();
@@ -329,7 +329,7 @@ fn a_port_in_use_is_named() {
     drop(owner);
 }
 
-/// `ferry` in a mount namespace of its own, where `prepare` was run before.
+/// Returns a command for `ferry` in a new mount namespace, after the shell commands in `prepare`.
 fn without_kvm(prepare: &str, arguments: &[&str]) -> Ended {
     let ferry = paths::ferry().unwrap();
     let mut command = process::apart(&ferry, Apart::Mounts, prepare).unwrap();
@@ -359,7 +359,7 @@ fn without_a_usable_kvm_one_message_names_cause_and_remedy() {
     }
 }
 
-/// One call to the API of a running monitor.
+/// API request to a running monitor.
 fn call(ferry: &Ferry, method: &str, name: &str, body: &str) -> Answer {
     let path = format!("/api/v1/{name}");
     api::request(&ferry.api_socket(), method, &path, body).unwrap()
@@ -374,7 +374,7 @@ fn assert_answers(ferry: &Ferry, calls: &[(&str, &str, &str, u16, &str)]) {
     }
 }
 
-/// A wish to migrate with these fields besides the destination.
+/// Returns the body of `vm.send-migration` with these fields besides the destination.
 fn wish(fields: &str) -> String {
     format!(r#"{{"destination_url":"unix:/no/such/socket",{fields}}}"#)
 }

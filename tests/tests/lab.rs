@@ -1,4 +1,4 @@
-//! The lab itself: what later tests take for granted. Runs on any machine, in emulation.
+//! Tests of the lab itself, on which the other tests rely. They run on any machine.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,7 +10,7 @@ use ferry_tests::linux_guest::{CMDLINE, READY};
 use ferry_tests::paths;
 use ferry_tests::process::Process;
 
-/// A lab host or a guest boots in seconds; a machine that is busy otherwise needs more.
+/// Time limit for a boot. It takes seconds on an idle machine, and longer on a busy one.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 fn probe(series: Series) {
@@ -79,8 +79,8 @@ fn a_run_that_takes_too_long_is_ended() {
     assert!(matches!(run, Err(LabError::Qemu(_))), "{run:?}");
 }
 
-/// Tells a broken guest from a broken monitor: QEMU boots the same files with the same command line
-/// on a machine without ACPI and PCI.
+/// Boots the files of the Linux guest in QEMU, with the same command line and without ACPI and PCI. If this works and
+/// `ferry run` fails, the monitor is at fault and not the guest.
 fn boots_in_qemu(kernel: &str) {
     let mut command = Command::new("qemu-system-x86_64");
     command

@@ -1,5 +1,5 @@
-//! All of Debian, with its own kernel, initramfs and systemd, started by the lines that stand in README.md. Runs inside
-//! the lab, as root.
+//! A whole Debian with its own kernel, initramfs and systemd, started by the commands in README.md. Runs inside the lab
+//! as root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use ferry_tests::linux_shell::SHELL_LIMIT;
 use ferry_tests::process::{self, Process};
 
 const README: &str = include_str!("../../README.md");
-/// Between an initramfs that looks for the root file system and a login there are minutes of an emulated host.
+/// Time limit for the boot from the initramfs to the login, which takes minutes in the lab.
 const LOGIN_LIMIT: Duration = Duration::from_secs(300);
 
-/// README's commands from the file system to the guest.
+/// Returns the commands of the README, from making the file system to starting the guest.
 fn readme_lines() -> String {
     let lines = README.lines();
     let lines = lines.skip_while(|line| !line.starts_with("    mkfs.ext4 "));
@@ -26,7 +26,7 @@ fn readme_lines() -> String {
     lines.join("\n")
 }
 
-/// The Debian that `tests/run` made, as README's lines want to find it.
+/// Puts the Debian that `tests/run fetch` made where the commands of the README expect it.
 fn debian() -> tempfile::TempDir {
     let given = PathBuf::from(std::env::var_os("FERRY_DEBIAN").unwrap());
     let folder = tempfile::tempdir().unwrap();
@@ -38,7 +38,7 @@ fn debian() -> tempfile::TempDir {
         archive.display(),
         tree.display()
     ));
-    // It takes as much memory as a guest of the lab.
+    // Reduces the memory to that of a guest in the lab.
     fs::remove_file(archive).unwrap();
     for file in ["vmlinuz", "initrd.img"] {
         fs::copy(given.join(file), folder.path().join(file)).unwrap();
@@ -49,7 +49,7 @@ fn debian() -> tempfile::TempDir {
 struct Debian(Process);
 
 impl Debian {
-    /// Types a command and waits for what only the guest can have said.
+    /// Types a command and waits for an answer that only the guest can have printed.
     fn ask(&mut self, command: &str, answer: &str) {
         let mark = self.0.stdout().mark();
         self.0.type_in(&format!("{command}\n")).unwrap();
@@ -73,7 +73,7 @@ fn is_whole(image: &Path) {
 #[test]
 fn debian_is_started_by_the_lines_of_the_readme() {
     let folder = debian();
-    // Not busybox's shell, to which `ip` is its own.
+    // Uses dash, because busybox's shell runs its own `ip`.
     let mut lines = Command::new("dash");
     lines
         .args(["-e", "-c", &readme_lines()])

@@ -1,5 +1,5 @@
-//! The virtio devices of `ferry run`, driven by stock Debian kernels. Runs inside the lab, as root: it makes taps
-//! and mounts file systems there.
+//! The virtio devices of `ferry run` with the drivers of stock Debian kernels. Runs inside the lab as root, because it
+//! creates tap devices and mounts file systems.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -16,12 +16,12 @@ use ferry_tests::linux_disk::{Images, machine};
 use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
 
 const MIB: u64 = 1 << 20;
-/// What is sent to a guest and comes back.
+/// Number of bytes that are sent to a guest and echoed.
 const ECHOED: usize = 64 << 20;
-/// Twice [`ECHOED`] through two emulated kernels.
+/// Time limit for sending [`ECHOED`] bytes both ways through two emulated kernels.
 const ECHO_LIMIT: Duration = Duration::from_secs(60);
 
-/// A file system that is soon full.
+/// Mount point of a small file system on the host, which fills up soon.
 struct SmallFileSystem(PathBuf);
 
 impl SmallFileSystem {
@@ -41,7 +41,8 @@ impl Drop for SmallFileSystem {
     }
 }
 
-/// The guest's own statistics are in requests and in sectors of 512 bytes (Linux Documentation/block/stat.rst).
+/// Asserts that the counters of the device agree with the statistics of the guest, which count requests and sectors of
+/// 512 bytes (Linux Documentation/block/stat.rst).
 fn the_disk_was_counted_as_the_guest_did(guest: &mut LinuxShell) {
     guest.ask(
         "dd if=/dev/vdb of=/dev/null bs=1M skip=16 count=4; echo looked: $?",
@@ -99,7 +100,7 @@ fn disks_keep_what_was_written_and_fail_by_request(series: &str) {
         "\n64",
     );
 
-    // A file that became too short, and a file system that became full.
+    // I/O errors: an image that was truncated, and a host file system that is full.
     File::options()
         .write(true)
         .open(images.path("short"))
@@ -141,7 +142,7 @@ fn disks_of_6_12_keep_what_was_written_and_fail_by_request() {
     disks_keep_what_was_written_and_fail_by_request("6.12");
 }
 
-/// What the tap sent the device received. A packet may pass between two looks.
+/// Asserts that the counters of the device agree with those of the tap. A packet can pass between two readings.
 fn the_interface_was_counted_as_its_tap_did(guest: &LinuxShell, tap: &HostTap) {
     for (of_device, of_tap, least) in [
         ("rx_frames", "tx_packets", 6),
@@ -226,7 +227,7 @@ fn a_6_12_guest_is_reached_by_tap_and_vsock() {
     the_guest_is_reached_by_tap_and_vsock("6.12");
 }
 
-/// 16 bytes that stand in every page of the file `/tmp/fill` of 150 MiB, and in no other.
+/// 16 bytes that every page of the 150 MiB file `/tmp/fill` contains, and no other page.
 const LINE: &[u8] = b"ferry was here!\n";
 const FILL: &str = "yes 'ferry was here!' | head -c 1048576 > /tmp/line; \
                     for i in $(seq 150); do cat /tmp/line; done > /tmp/fill; echo filled: $?";
@@ -238,7 +239,7 @@ fn resident_mib(guest: &LinuxShell) -> u64 {
     guest.ferry.resident().unwrap().shared_kib / 1024
 }
 
-/// Waits until 100 MiB less than `full` are resident.
+/// Waits until at least 100 MiB less than `full` are resident.
 fn shrinks_from(full: u64, guest: &LinuxShell) {
     let deadline = Instant::now() + SHELL_LIMIT;
     while resident_mib(guest) + 100 > full {
@@ -249,7 +250,7 @@ fn shrinks_from(full: u64, guest: &LinuxShell) {
     println!("{full} MiB became {}", resident_mib(guest));
 }
 
-/// Asks the guest for a balloon of so many pages, and waits until it says that it has it.
+/// Sets the target size of the balloon in pages, and waits until the guest reports that size.
 fn resize(guest: &LinuxShell, pages: u64) {
     let balloon = (pages * PAGE).to_string();
     guest.ferry.ctl(&["resize", "--balloon", &balloon]).unwrap();
@@ -265,7 +266,7 @@ fn a_balloon_gives_memory_back(series: &str) {
     let images = Images::with_root();
     let root = images.option("root");
     let balloon = "size=192M,deflate_on_oom=on,free_page_reporting=on";
-    // The guest's kernel does not zero what it gives away: what is zero afterwards is so because of the host.
+    // The guest does not zero pages that it gives to the balloon. If they are zero afterwards, the host discarded them.
     let mut machine = machine(series, 512, 1);
     machine.cmdline += " init_on_alloc=0";
     let mut guest = LinuxShell::boot(&machine, &["--disk", &root, "--balloon", balloon]);
@@ -275,7 +276,7 @@ fn a_balloon_gives_memory_back(series: &str) {
         "\ngrown: 0",
     );
 
-    // What the guest frees leaves by its report alone.
+    // Free page reporting: the guest reports free pages, and the host discards them without a balloon.
     guest.ask(FILL, "\nfilled: 0");
     let full = resident_mib(&guest);
     let [inflated, reported] =
@@ -285,7 +286,7 @@ fn a_balloon_gives_memory_back(series: &str) {
     assert_eq!(guest.counter("_balloon0", "inflated_pages"), inflated);
     guest.counts("_balloon0", "reported_pages", reported + 100 * MIB / PAGE);
 
-    // Without its driver the guest has all of its memory, and fills it.
+    // After the driver is unbound, the guest has all of its memory, and fills it.
     guest.ask("rmmod virtio_balloon; echo gone: $?", "\ngone: 0");
     guest.ask(FILL, "\nfilled: 0");
     let full = resident_mib(&guest);
@@ -308,7 +309,7 @@ fn a_balloon_gives_memory_back(series: &str) {
     let gone = memory.absent(&stale).unwrap();
     assert!(gone.len() as u64 >= 100 * MIB / PAGE, "{}", gone.len());
 
-    // What comes back holds nothing of what it held, and the guest can use it.
+    // Pages that return from the balloon have lost their contents, and the guest can use them.
     let deflated = guest.counter("_balloon0", "deflated_pages");
     for pages in [BALLOON_PAGES / 3, 0] {
         resize(&guest, pages);

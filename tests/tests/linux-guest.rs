@@ -1,5 +1,5 @@
-//! Stock, unmodified Debian kernels as guests of `ferry run`. Runs inside the lab: the native
-//! host's KVM emulates ring 0 and knows too few instructions for them.
+//! Unmodified Debian kernels as guests of `ferry run`. Runs inside the lab, because a native host whose KVM emulates
+//! ring 0 lacks instructions that these kernels use.
 
 use ferry_tests::dirtier::PATIENT;
 use ferry_tests::endpoint::Endpoint;
@@ -28,7 +28,7 @@ fn sees_the_time(linux: &mut LinuxShell) {
     );
 }
 
-/// A bzImage with little memory, up to its power-off.
+/// Boots a bzImage with little memory, and powers it off.
 fn a_small_guest_switches_itself_off(series: &str) {
     let mut linux = boot(&format!("{series}/vmlinuz"), 1, 128, &[]);
     linux.ask("echo $((6*7)) is the answer", "\n42 is the answer");
@@ -61,7 +61,8 @@ fn too_little_memory_for_a_kernel_to_unpack_itself_is_said() {
     }
 }
 
-/// A vmlinux with more memory than the lab host has: it reboots within the same monitor, and obeys the power button.
+/// Boots a vmlinux with more memory than the lab host has. It reboots within the same monitor and obeys the power
+/// button.
 fn a_large_guest_reboots_and_obeys_its_power_button(series: &str) {
     let mut linux = boot(&format!("{series}/vmlinux"), 2, 5 * 1024, &[]);
     linux.sees_its_cpus_and_memory();
@@ -91,7 +92,7 @@ fn vmlinux_6_12_reboots_and_obeys_its_power_button() {
     a_large_guest_reboots_and_obeys_its_power_button("6.12");
 }
 
-/// Four vCPUs; a reboot that is to be the end.
+/// Boots a guest with four vCPUs whose monitor ends at a reboot.
 fn a_guest_with_four_vcpus_ends_at_its_reset(series: &str, generation_id: &str) {
     let mut linux = boot(&format!("{series}/vmlinux"), 4, 256, &["--no-reboot"]);
     linux.sees_its_cpus_and_memory();
@@ -103,7 +104,7 @@ fn a_guest_with_four_vcpus_ends_at_its_reset(series: &str, generation_id: &str) 
 
 #[test]
 fn vmlinux_6_1_runs_on_four_vcpus() {
-    // This kernel has no driver for it.
+    // This kernel has no driver for the device.
     a_guest_with_four_vcpus_ends_at_its_reset("6.1", "ls /sys/bus/acpi/devices/");
 }
 
@@ -112,7 +113,7 @@ fn vmlinux_6_12_runs_on_four_vcpus_and_knows_its_generation_id() {
     a_guest_with_four_vcpus_ends_at_its_reset("6.12", "ls /sys/bus/platform/drivers/vmgenid/");
 }
 
-/// Its clock goes on at the destination, no lockup is seen, and the devices that came with it still reach it.
+/// Asserts that the clock continues at the destination, that the kernel reports no lockup, and that the devices work.
 #[test]
 fn vmlinux_6_12_is_carried_and_obeys_its_power_button_there() {
     let mut linux = boot("6.12/vmlinux", 2, 128, &[]);
@@ -126,8 +127,8 @@ fn vmlinux_6_12_is_carried_and_obeys_its_power_button_there() {
         "a=$(date +%s); sleep 2; b=$(date +%s); echo clock goes: $((2 <= b - a && b - a <= 5))",
         "\nclock goes: 1",
     );
-    // The clock watchdog is not asked: on an emulated host that is busy, the time stamp counter is at times some
-    // milliseconds off kvm-clock after the move, and why is not known.
+    // The clock watchdog is off: on a busy emulated host the time stamp counter is sometimes a few milliseconds off
+    // kvm-clock after the migration, for an unknown reason.
     linux.ask(
         "dmesg | grep -E 'soft lockup|hard LOCKUP|rcu.*stall' || echo quiet: $?",
         "\nquiet: 1",

@@ -1,6 +1,6 @@
-//! The life of a stock Debian guest on its disk: it boots, starts anew, obeys its power button, and moves to another
-//! monitor with a device of every kind; what it wrote is there, and its file system is whole. Runs inside the lab, as
-//! root.
+//! Life cycle of a stock Debian guest with its root file system on a disk: it boots, reboots, obeys its power button,
+//! and migrates with a device of every kind. Its writes persist, and its file system stays consistent. Runs inside the
+//! lab as root.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -16,14 +16,14 @@ use ferry_tests::linux_disk::{Images, machine};
 use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
 use ferry_tests::{paths, tap};
 
-/// Joins the network of the host's side.
+/// Shell commands that connect the guest to the network of the host.
 const JOIN: &str = "ip addr add 10.7.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 10.7.0.1";
 
-/// Within one monitor.
+/// Boots, reboots and powers off the guest within one monitor.
 fn a_guest_starts_anew_and_obeys_its_power_button(series: &str) {
     let images = Images::with_root();
     let root = images.option("root");
-    // The tap is passed, and serves the guest in each of its lives.
+    // The tap device is passed as a descriptor, and serves the guest after every reboot.
     let _tap = HostTap::with_address("ferry0", "10.7.0.1/24");
     let passed = tap::open("ferry0").unwrap();
     let net = format!("fd={}", passed.as_raw_fd());
@@ -34,7 +34,7 @@ fn a_guest_starts_anew_and_obeys_its_power_button(series: &str) {
     guest.sees_its_cpus_and_memory();
     guest.uses_every_cpu();
     guest.ask(JOIN, "1 packets received");
-    // A writer that does not stop by itself, in a page cache that was not written back.
+    // Starts a process that writes until the shutdown, and leaves dirty pages in the page cache.
     guest.ask(
         "echo first > /lives; touch /tmp/before; (while :; do echo again >> /busy; done) & echo noted",
         "\nnoted",
@@ -69,7 +69,7 @@ fn a_6_12_guest_starts_anew_and_obeys_its_power_button() {
 const BALLOON_KIB: u64 = 64 << 10;
 const MEMORY_KIB: &str = "awk '/^MemTotal/ { print $2 }' /proc/meminfo";
 
-/// The options of one side, whose files have its name.
+/// Returns the device options of one side. Its files are named after the side.
 fn options(images: &Images, side: &str, net: &str) -> Vec<String> {
     let named = |what: &str| images.path(&format!("{what}-{side}")).display().to_string();
     [
@@ -89,7 +89,7 @@ fn options(images: &Images, side: &str, net: &str) -> Vec<String> {
     .collect()
 }
 
-/// The other side is gone: nothing more comes, and what is said reaches nobody.
+/// Asserts that the peer has closed or reset the connection.
 fn is_over(mut stream: UnixStream) {
     let mut byte = [0];
     match stream.read(&mut byte) {
@@ -99,7 +99,7 @@ fn is_over(mut stream: UnixStream) {
     }
 }
 
-/// Nobody else gets the disks of a guest.
+/// Asserts that no other monitor can open the disks of a running guest.
 fn another_guest_with_its_disk_is_refused(series: &str, images: &Images) {
     let kernel = paths::linux_guest(&format!("{series}/vmlinux")).unwrap();
     let kernel = kernel.to_str().unwrap();
@@ -113,7 +113,7 @@ fn another_guest_with_its_disk_is_refused(series: &str, images: &Images) {
     assert!(refused.stderr.contains(&why), "{refused:?}");
 }
 
-/// To where something is missing, before the guest stops.
+/// Tries to migrate to a destination without an entropy device, which must refuse the guest before it stops.
 fn a_move_without_the_rng_is_refused(guest: &LinuxShell, images: &Images, net: &str) {
     let without = options(images, "refused", net);
     let without: Vec<&str> = without.iter().map(String::as_str).collect();
@@ -159,7 +159,7 @@ fn a_guest_with_every_device_is_carried(series: &str) {
     );
     another_guest_with_its_disk_is_refused(series, &images);
 
-    // The tap of the other side is passed to it.
+    // The tap device of the destination is passed as a descriptor.
     let passed = tap::open("ferry1").unwrap();
     let net = format!("fd={}", passed.as_raw_fd());
     let other = options(&images, "there", &net);
@@ -193,7 +193,7 @@ fn a_guest_with_every_device_is_carried(series: &str) {
     serial
         .wait_for("vsock-echo: Connection reset by peer", SHELL_LIMIT)
         .unwrap();
-    // Who waited for a connection still does.
+    // A process in the guest that waited for a connection still does.
     let new = connect(&images.path("vsock-there"), 2);
     new.set_read_timeout(Some(SHELL_LIMIT)).unwrap();
     echoes(new.try_clone().unwrap(), new, &bytes);

@@ -1,4 +1,4 @@
-//! A stock Debian guest within limits: of rates, and of memory in huge pages. Runs inside the lab, as root.
+//! Rate limits and huge-page memory of a stock Debian guest. Runs inside the lab as root.
 
 use std::fs;
 use std::net::TcpStream;
@@ -12,20 +12,20 @@ use ferry_tests::linux_shell::{LinuxShell, SHELL_LIMIT};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// What a disk may move in a second, and at once after a pause.
+/// Rate limit of the disk: bytes per second, which is also the size of the token bucket.
 const DISK_RATE: u64 = 4 * MIB;
-/// What goes over an interface in a second, each way, and half of it at once.
+/// Rate limit of the network interface in bytes per second for each direction. The token bucket has half that size.
 const NET_RATE: u64 = 2 * MIB;
-/// A packet with segmentation offload is no larger than IP's length field, and an Ethernet header.
+/// Largest packet with segmentation offload: the maximum of the IP length field and an Ethernet header.
 const PACKET_MOST: u64 = 65_535 + 14;
 
-/// The least time in which `bytes` move: the bucket is full at the beginning, and the last operation may begin as soon
-/// as one token is there.
+/// Returns the shortest time for transferring `bytes`. The bucket is full at the beginning, and the last operation can
+/// start as soon as one token is there.
 fn least(bytes: u64, rate: u64, burst: u64, operation: u64) -> Duration {
     Duration::from_millis((bytes - burst - operation) * 1000 / rate)
 }
 
-/// Boots the guest whose configuration has this memory and these devices.
+/// Boots a guest with this memory and these devices in its configuration.
 fn boot(images: &Images, memory: &Value, mut config: Value) -> LinuxShell {
     let mib = memory["size"].as_u64().unwrap() / MIB;
     let machine = machine("6.12", mib.try_into().unwrap(), 1);
@@ -99,7 +99,7 @@ fn a_limited_disk_and_interface_keep_their_rates_and_go_on_afterwards() {
     images.root_is_whole();
 }
 
-/// Huge pages of the host, given back at the end.
+/// Huge page pool of the host. Dropping it releases the pages.
 struct HugePages;
 
 impl HugePages {
@@ -121,18 +121,18 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        // A host that keeps them is short of memory, not wrong.
+        // The host can fail to release pages, which is harmless.
         let _kept = fs::write(Self::COUNT, "0");
     }
 }
 
-/// Longer than it takes to fill what was emptied.
+/// Longer than the guest takes to refill the pages that were released.
 const STANDS: Duration = Duration::from_secs(4);
 
 const FILL: &str = "dd if=/dev/urandom of=/tmp/one bs=1M count=1; for i in $(seq 150); do cat /tmp/one; done > /tmp/fill; \
                     cmp -n 1048576 /tmp/one /tmp/fill; echo filled: $?";
 
-/// Waits until so many huge pages of the host are free.
+/// Waits until this number of huge pages is free on the host.
 fn gives_back(least: u64) {
     let deadline = Instant::now() + SHELL_LIMIT;
     loop {
@@ -165,11 +165,11 @@ fn a_guest_in_huge_pages_gives_back_whole_ones() {
     let free = HugePages::of_host("HugePages_Free:");
     guest.ask("rm /tmp/fill; echo empty: $?", "\nempty: 0");
     gives_back(free + 50);
-    // The guest can use what comes back.
+    // The guest can use the memory that returns from the balloon.
     guest.ask(FILL, "\nfilled: 0");
     assert_eq!(guest.counter("_balloon0", "errors"), 0);
 
-    // Where somebody else has taken it meanwhile, the guest stands until there is more.
+    // If another process has taken the huge pages in the meantime, the guest blocks until some are free.
     guest.ask("rm /tmp/fill; echo empty: $?", "\nempty: 0");
     gives_back(free + 50);
     let used = pages - HugePages::of_host("HugePages_Free:");

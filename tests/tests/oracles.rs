@@ -1,8 +1,7 @@
-//! The hardware formats of `ferry-ept` against memory management units that nobody here wrote: see
-//! [`ferry_tests::oracle::proof`].
+//! The hardware formats of `ferry-ept` against emulated memory management units: see [`ferry_tests::oracle::proof`].
 //!
-//! What stands here about a format is from its manual, and in no case from the crate: how far addresses reach,
-//! which leaves there are, what they can say, and how a processor tells why it refused an access.
+//! The properties of the formats in this file come from the manuals, and never from the crate under test: address
+//! widths, leaf sizes, permissions, memory types, and fault syndromes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -29,14 +28,14 @@ const RWX: Permissions = Permissions::ALL;
 const MIB2: u32 = 1;
 const GIB: u32 = 2;
 
-/// For each of the formats of a machine.
+/// Number of rounds for each format.
 const EFFORT: Effort = Effort {
     rounds: 9,
     operations: 420,
     probes: 1500,
 };
 
-/// With accessed and dirty flags, and the log of dirtied pages. Bochs has no EPT of five levels.
+/// EPT with accessed and dirty flags and page-modification logging. Bochs has no five-level EPT.
 #[test]
 fn intel_ept() {
     prove(
@@ -78,8 +77,8 @@ fn intel_ept() {
     );
 }
 
-/// The exit qualification of an EPT violation (SDM volume 3, 27.2.1): the access, the rights that the walk has
-/// found, and that there was a linear address, of whose page it was.
+/// Returns the exit qualification of an EPT violation (SDM volume 3, 27.2.1): the access, the permissions found by the
+/// walk, and that the access translated a valid linear address.
 fn ept_qualification(access: Access, refusal: Refusal) -> u64 {
     const OF_LINEAR: u64 = 3 << 7;
     let accessed = match access {
@@ -123,14 +122,14 @@ fn amd_npt() {
             syndrome: npt_exit_info,
             syndrome_mask: u64::MAX,
             logs: false,
-            // QEMU marks a leaf of 1 GiB on its way, as it does with tables.
+            // QEMU sets the accessed flag of a 1 GiB leaf during the walk, as for tables.
             marks_refused: Some(GIB),
         };
         prove(&subject, EFFORT);
     }
 }
 
-/// The root, the host's CR4 with LA57 for five levels, and EFER.NXE.
+/// Returns the control registers: the root, the host's CR4 with LA57 for five levels, and EFER.NXE.
 fn npt_control(format: &Npt, TableId(root): TableId) -> [u64; 4] {
     let cr4 = match format {
         Npt::FourLevels => 0,
@@ -139,7 +138,7 @@ fn npt_control(format: &Npt, TableId(root): TableId) -> [u64; 4] {
     [root, cr4, 1, 0]
 }
 
-/// EXITINFO1 of a nested page fault (APM volume 2, 15.25.6).
+/// Returns EXITINFO1 of a nested page fault (APM volume 2, 15.25.6).
 fn npt_exit_info(access: Access, refusal: Refusal) -> u64 {
     const OF_FINAL_ADDRESS: u64 = 1 << 32;
     const USER: u64 = 1 << 2;
@@ -151,7 +150,7 @@ fn npt_exit_info(access: Access, refusal: Refusal) -> u64 {
     OF_FINAL_ADDRESS | USER | access | u64::from(refusal.permissions.is_some())
 }
 
-/// Hardware sets the access flag and the dirty state. The roots are two tables, one, and 16.
+/// Hardware updates the access flag and the dirty state. The roots consist of two tables, one, and 16.
 #[test]
 fn arm_stage_2() {
     for (ipa_bits, root_level, root_entries) in [(40, GIB, 1024), (48, 3, 512), (34, MIB2, 8192)] {
@@ -186,15 +185,15 @@ fn arm_stage_2() {
     }
 }
 
-/// What is not the format's in VTCR_EL2: RES1, 48 bits of physical address (PS), and table walks through caches,
-/// inner shareable (SH0, ORGN0, IRGN0).
+/// Fields of VTCR_EL2 that the format does not determine: RES1, 48-bit physical addresses (PS), and cacheable, inner
+/// shareable table walks (SH0, ORGN0, IRGN0).
 const ARM_REST_OF_VTCR: u64 = 1 << 31 | 0b101 << 16 | 0b11 << 12 | 0b01 << 10 | 0b01 << 8;
 
-/// What [`arm_syndrome`] tells.
+/// Bits of the syndrome that [`arm_syndrome`] determines.
 const ARM_SYNDROME_MASK: u64 = 0x3f << 26 | 1 << 6 | 0x3f;
 
-/// ESR_EL2 of an abort: the exception class, whether it was a write, and the fault status with the level, which
-/// Arm counts downwards.
+/// Returns ESR_EL2 of an abort: the exception class, the write flag, and the fault status with the level, which Arm
+/// counts from the root down.
 fn arm_syndrome(access: Access, refusal: Refusal) -> u64 {
     const TRANSLATION_FAULT: u64 = 0b0001 << 2;
     const PERMISSION_FAULT: u64 = 0b0011 << 2;
@@ -210,7 +209,7 @@ fn arm_syndrome(access: Access, refusal: Refusal) -> u64 {
     class << 26 | write | fault | u64::from(3 - refusal.level)
 }
 
-/// The machine's guest runs at EL1, where XN\[1:0\] may be 0b01 as well as 0b10: that would allow EL0 to execute.
+/// The guest runs at EL1, where XN\[1:0\] can be 0b01 or 0b10 with the same effect; 0b01 would allow EL0 to execute.
 #[test]
 fn arm_execute_never_is_for_everybody() {
     let format = ArmStage2::new(48, ArmFlags::AccessedDirty).unwrap();
@@ -223,16 +222,16 @@ fn arm_execute_never_is_for_everybody() {
     }
 }
 
-/// Leaves of 2 MiB and of 1 GiB, whose pages are tried in the emulator while changes of them wait for their flush.
+/// Table with 2 MiB and 1 GiB leaves. The emulator accesses their pages while changes to them wait for their flush.
 struct Breaking<'m> {
     stage2: &'m Stage2<'m, ArmStage2>,
     words: &'m [AtomicU64],
 }
 
-/// Each leaf: its level, where the guest sees it, and where it is. The frames are in both.
+/// Leaves: level, guest-physical address and host-physical address. Both contain the frames.
 const LEAVES: [(u32, u64, u64); 2] = [(MIB2, 4 << 30, 0x4400_0000), (GIB, 8 << 30, 0x4000_0000)];
 
-/// A frame in each, as a distance from its first byte.
+/// Offset of a frame within each leaf.
 const PROBED: [u64; 2] = [0x1_f000, 0x400_5000];
 
 impl Breaking<'_> {
@@ -254,11 +253,11 @@ impl Breaking<'_> {
         }
     }
 
-    /// What becomes of an access to the probed page of each leaf.
+    /// Returns the outcome of an access to the probed page of each leaf.
     fn ask(&self, access: Access) -> Vec<Outcome> {
         let words = self.words.iter().map(|word| word.load(Ordering::SeqCst));
         let words: Vec<u64> = words.collect();
-        // These are left to software, belong to features that are off, or are RES0.
+        // These bits are ignored by hardware, belong to features that are off, or are RES0.
         let odd = words.iter().find(|&&raw| raw & 1 == 1 && raw >> 57 != 0);
         assert_eq!(odd, None, "an entry says more than it should");
         let TableId(root) = self.stage2.root_id();
@@ -275,7 +274,7 @@ impl Breaking<'_> {
         oracle::Arm.ask(&scenario).unwrap().outcomes
     }
 
-    /// Both leaves are there.
+    /// Asserts that both leaves are mapped.
     fn check_reads(&self, when: &str) {
         let done = |((_, _, hpa), offset)| Outcome::Done {
             value: hpa + offset,
@@ -284,7 +283,7 @@ impl Breaking<'_> {
         assert_eq!(self.ask(Access::Read), expected, "{when}");
     }
 
-    /// Both leaves refuse an access, at these levels.
+    /// Asserts that both leaves refuse an access, at these levels.
     fn check_refused(
         &self,
         access: Access,
@@ -307,7 +306,7 @@ impl Breaking<'_> {
         assert!(syndromes.eq(levels.map(refused)), "{when}");
     }
 
-    /// For the hardware there is nothing where the leaves were; for the crate there is what was there before.
+    /// Asserts that the hardware finds no leaves, while the crate still reports the old ones.
     fn check_broken(&self, when: &str) {
         self.check_refused(Access::Read, [MIB2, GIB], None, when);
         for ((_, gpa, hpa), offset) in LEAVES.into_iter().zip(PROBED) {
@@ -320,7 +319,7 @@ impl Breaking<'_> {
         }
     }
 
-    /// A change of both leaves, whose flush is not done.
+    /// Changes both leaves without doing the flush.
     fn change<'f>(&self, how: impl Fn(GpaRange, Level) -> Changed<'f>) -> Vec<Owed<'f>> {
         let change = |(level, gpa, _): (u32, u64, u64)| {
             let range = GpaRange::from_pages(gpa >> 12, model::pages(level)).unwrap();
@@ -343,14 +342,14 @@ fn memory_for_arm() -> Vec<AtomicU64> {
     (0..64 * 512).map(|_| AtomicU64::new(0)).collect()
 }
 
-/// An empty table for 40 bits, in memory that the machine has at its place for tables.
+/// Returns an empty table for 40-bit addresses in the table memory of the machine.
 fn arm_table(words: &[AtomicU64]) -> Stage2<'_, ArmStage2> {
     let format = ArmStage2::new(40, ArmFlags::AccessedDirty).unwrap();
     let base = Hpa(oracle::Arm.layout().tables);
     Stage2::new(format, words, base).unwrap()
 }
 
-/// DDI 0487, D8.16.1: what was split or collapsed is invalid until what was cached of it is forgotten.
+/// DDI 0487, D8.16.1 (break-before-make): a split or collapsed entry stays invalid until its flush.
 #[test]
 fn arm_breaks_before_it_makes() {
     let words = memory_for_arm();
@@ -378,7 +377,7 @@ fn arm_breaks_before_it_makes() {
     flushed(owed);
     breaking.check_reads("collapsed and flushed");
 
-    // Whoever broke an entry makes it, whatever was changed below it meanwhile.
+    // The flush of the change that broke an entry makes it valid, even if entries below it changed in the meantime.
     let owed = breaking.change(split);
     flushed(breaking.change(read_only));
     breaking.check_broken("split, and what was changed since is flushed");
@@ -387,7 +386,7 @@ fn arm_breaks_before_it_makes() {
     let below = [MIB2 - 1, GIB - 1];
     breaking.check_refused(Access::Write, below, Some(R), "split and changed");
 
-    // Whoever broke it last makes it.
+    // The flush of the last change that broke the entry makes it valid.
     flushed(breaking.change(collapse));
     let first = breaking.change(split);
     let second = breaking.change(collapse);
@@ -398,7 +397,7 @@ fn arm_breaks_before_it_makes() {
     breaking.check_refused(Access::Write, [MIB2, GIB], Some(R), "split and collapsed");
 }
 
-/// A write fault splits, and what it splits is out of reach until it is flushed.
+/// A write fault splits a leaf, and the split entry is invalid until its flush.
 #[test]
 fn arm_breaks_for_a_write_fault() {
     let words = memory_for_arm();
@@ -426,7 +425,7 @@ fn arm_breaks_for_a_write_fault() {
     flushed(owed);
     breaking.check_reads("flushed");
     breaking.check_refused(Access::Write, [0, 0], Some(RX), "still tracked");
-    // Nothing is left to be split.
+    // All leaves are split already.
     let owed: Vec<_> = pages.iter().map(|page| fault(*page)).collect();
     for (page, flush) in pages.iter().zip(&owed) {
         let released = GpaRange::from_pages(page >> 12, 1).unwrap();
@@ -436,7 +435,7 @@ fn arm_breaks_for_a_write_fault() {
     flushed(owed);
 }
 
-/// The upper half of the addresses too, which QEMU takes for negative.
+/// The upper half of the address space, which QEMU treats as negative, is included.
 #[test]
 fn riscv_g_stage() {
     const VMID: u64 = 0x2a5;

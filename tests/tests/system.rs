@@ -1,4 +1,4 @@
-//! Whole-system tests that hold on every host with a KVM: the native one and the lab's.
+//! Whole-system tests that run on every KVM host: the native host and the lab.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use ferry_tests::ferry::{self, Ferry};
 use ferry_tests::paths;
 use ferry_tests::process::{self, Process};
 
-/// What the monitor may need beyond guest RAM.
+/// Upper limit for the memory of the monitor beyond guest RAM.
 const MONITOR_MOST_KIB: u64 = 8 * 1024;
 
 #[test]
@@ -121,7 +121,7 @@ fn migrate(endpoint: &Endpoint, cpus: u32) {
     let mut source = dirtier::start(cpus);
     let mut destination = Ferry::receive(endpoint).unwrap();
     source.send_migration(endpoint, &PATIENT).unwrap();
-    // The source, its guest handed over.
+    // The source process ends after it has handed over its guest.
     assert_ends(&mut source);
     assert_only_runs(&mut destination, &mut source);
     audit(&mut destination);
@@ -186,7 +186,7 @@ fn a_guest_that_arrived_cannot_be_rebooted_and_lives_on() {
     audit(&mut destination);
 }
 
-/// The demo with few pages, its temporary files in a folder of their own.
+/// Returns a command for the demo with a small guest and its temporary files in `folder`.
 fn small_demo(folder: &Path) -> Command {
     let mut command = Command::new(paths::ferry().unwrap());
     let shape = ["--memory", "64M", "--hot", "8M", "--cold", "8M"];
@@ -195,7 +195,7 @@ fn small_demo(folder: &Path) -> Command {
     command
 }
 
-/// Processes whose command lines name the folder: their ids, and the command lines.
+/// Returns the ids and command lines of the processes whose command lines contain `folder`.
 fn processes_in(folder: &Path) -> Vec<(u32, String)> {
     let name = folder.display().to_string();
     let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
@@ -231,7 +231,7 @@ fn a_terminated_demo_leaves_no_process() {
         thread::sleep(Duration::from_millis(10));
     }
     let left = processes_in(folder.path());
-    // Whatever the verdict: no guest may go on at full speed behind it.
+    // Even if the test fails, no guest may keep running at full speed.
     left.iter()
         .for_each(|(pid, _)| process::terminate(*pid).unwrap());
     assert_eq!(left, []);

@@ -1,5 +1,4 @@
-//! `ferry top` on a terminal: what it draws, how it listens, and that it leaves the terminal as it found it. Holds on
-//! every host with a KVM.
+//! `ferry top` on a pseudo-terminal: its screen, its keys, and that it restores the terminal. Runs on every KVM host.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -15,13 +14,13 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 
-/// What takes a terminal, and what gives it back: the other screen (xterm's control sequences, 1049), the cursor (25).
+/// Control sequences of xterm that switch to the alternate screen and back (mode 1049) and show the cursor (mode 25).
 const OTHER_SCREEN: &str = "\u{1b}[?1049h";
 const OWN_SCREEN: &str = "\u{1b}[?1049l";
 const CURSOR: &str = "\u{1b}[?25h";
 const CLEAR: &str = "\u{1b}[2J";
 
-/// A pseudo-terminal: `person` is who sits before it, `terminal` what programs run on.
+/// Pseudo-terminal. `person` is the side of the user, `terminal` the side of the programs.
 struct Terminal {
     person: File,
     terminal: File,
@@ -47,7 +46,7 @@ impl Terminal {
         new
     }
 
-    /// Its size changes; returns a mark in what is drawn before that.
+    /// Changes the size of the terminal. Returns a mark in the output before the change.
     fn becomes(&self, rows: u16, columns: u16) -> usize {
         let mark = self.screen.mark();
         let size = Winsize {
@@ -68,11 +67,11 @@ impl Terminal {
         io::Write::write_all(&mut &self.person, keys.as_bytes()).unwrap();
     }
 
-    /// Starts `ferry top`, and waits until it has drawn.
+    /// Starts `ferry top` and waits for its first screen.
     fn watch(&self, socket: &Path) -> Child {
         let mark = self.screen.mark();
         let stdio = || Stdio::from(self.terminal.try_clone().unwrap());
-        // In a session of its own, whose terminal this is.
+        // setsid makes the pseudo-terminal the controlling terminal of a new session.
         let top = Command::new("setsid")
             .arg("--ctty")
             .arg(paths::ferry().unwrap())
@@ -90,7 +89,7 @@ impl Terminal {
         top
     }
 
-    /// The view has ended, and the terminal is as it was before.
+    /// Asserts that `ferry top` ends and restores the terminal.
     fn is_left(&self, mut top: Child, mark: usize, before: &Termios) {
         let deadline = Instant::now() + LIMIT;
         let status = loop {
@@ -125,7 +124,7 @@ fn assert_same(now: &Termios, before: &Termios) {
     assert_eq!(modes(now), modes(before));
 }
 
-/// The row that a cursor was sent to, of all that were drawn behind `mark`, that is the lowest.
+/// Returns the lowest row to which the output moves the cursor.
 fn lowest_row(drawn: &str) -> u16 {
     let sequences = drawn.split("\u{1b}[").skip(1);
     let rows = sequences.filter_map(|sequence| {
@@ -151,14 +150,14 @@ fn top_draws_follows_the_terminals_size_and_leaves_it_as_it_was() {
 
     let mark = terminal.screen.mark();
     let top = terminal.watch(&socket);
-    // Keys come one by one, and are not echoed.
+    // The terminal is in raw mode: keys arrive one by one and are not echoed.
     assert!(
         !terminal
             .modes()
             .local_modes
             .intersects(LocalModes::ICANON | LocalModes::ECHO)
     );
-    // Figures of the guest that is watched: it has two vCPUs, and dirties memory all the time.
+    // The screen shows the guest: it has two vCPUs and dirties memory all the time.
     for drawn in ["Running, 2 vCPUs, 128 MiB", "vcpu0", "vcpu1", "_serial"] {
         terminal.screen.wait_after(mark, drawn, LIMIT).unwrap();
     }
@@ -171,17 +170,17 @@ fn top_draws_follows_the_terminals_size_and_leaves_it_as_it_was() {
         .unwrap();
     assert_eq!(lowest_row(&terminal.screen.text_after(resized)), 40);
 
-    // Smaller than all of it: it draws what there is room for.
+    // If the terminal is too small, the view draws as much as fits.
     let resized = terminal.becomes(3, 10);
     terminal
         .screen
         .wait_after(resized, "Devices", LIMIT)
         .unwrap();
-    // What was drawn before it saw that goes with the clearing of the screen.
+    // Output for the old size ends with the clearing of the screen.
     let drawn = terminal.screen.text_after(resized);
     let (_, drawn) = drawn.rsplit_once(CLEAR).unwrap();
     assert!(lowest_row(drawn) <= 3, "{drawn:?}");
-    // A key that is none of its own is no end.
+    // An unknown key does not end the view.
     terminal.type_in("x");
     let resized = terminal.becomes(24, 80);
     terminal
@@ -192,7 +191,7 @@ fn top_draws_follows_the_terminals_size_and_leaves_it_as_it_was() {
     terminal.type_in("q");
     terminal.is_left(top, asked, &before);
 
-    // Control-C is a key to a program that reads them one by one; a signal ends the view as well.
+    // In raw mode, Control-C is a key like any other. SIGTERM ends the view, too.
     let top = terminal.watch(&socket);
     let asked = terminal.screen.mark();
     terminal.type_in("\u{3}");

@@ -1,4 +1,4 @@
-//! Disks of stock Debian guests whose queues `qemu-storage-daemon` serves. Runs inside the lab.
+//! vhost-user disks of stock Debian guests with `qemu-storage-daemon` as the back end. Runs inside the lab.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -19,15 +19,15 @@ use ferry_tests::process::{self, Process};
 
 const MIB: u64 = 1 << 20;
 const SERIES: &str = "6.12";
-/// What `/sys/bus/virtio/devices/*/status` says of a device at work, and of one that needs a reset (virtio 1.2, 2.1).
+/// Contents of `/sys/bus/virtio/devices/*/status` for a device that works and one that needs a reset (virtio 1.2, 2.1).
 const AT_WORK: &str = "0x0000000f";
 const NEEDS_RESET: &str = "0x0000004f";
 
-/// A folder with an image, and what is served of it.
+/// Temporary directory with disk images and the sockets of their back ends.
 struct Images(tempfile::TempDir);
 
 impl Images {
-    /// With a copy of the guest's root file system.
+    /// Makes a directory with a copy of the root file system of the guest.
     fn new() -> Self {
         let images = Self(tempfile::tempdir().unwrap());
         fs::copy(paths::linux_guest("root.img").unwrap(), images.path("root")).unwrap();
@@ -45,17 +45,17 @@ impl Images {
             .unwrap();
     }
 
-    /// The option for the image `name` as a file of ferry's own.
+    /// Returns the `--disk` option for an image that ferry serves itself.
     fn option(&self, name: &str) -> String {
         format!("path={}", self.path(name).display())
     }
 
-    /// The option for a back end's socket `name`.
+    /// Returns the `--disk` option for the socket of a back end.
     fn vhost_user(&self, name: &str) -> String {
         format!("vhost_user=on,socket={}", self.path(name).display())
     }
 
-    /// Serves the image `name` on each of `sockets`: a back end each, in one process, which has the image once.
+    /// Starts one daemon with a back end for each of `sockets`. It opens the image once.
     fn serve(&self, name: &str, sockets: &[&str]) -> Process {
         let mut command = Command::new("qemu-storage-daemon");
         let image = self.path(name);
@@ -90,7 +90,7 @@ impl Images {
         assert!(checked.status.success(), "{checked:?}");
     }
 
-    /// A file of the root file system, read without the guest.
+    /// Reads a file of the root file system with debugfs, without the guest.
     fn of_root(&self, file: &str) -> String {
         let mut read = Command::new("debugfs");
         read.args(["-R", &format!("cat {file}")])
@@ -109,7 +109,7 @@ fn machine(memory_mib: u32) -> Machine {
     }
 }
 
-/// Runs a command of the lab host, which must succeed.
+/// Runs a shell command on the lab host. It must succeed.
 fn host(command: &str) {
     let mut shell = Command::new("sh");
     let done = process::run(shell.args(["-c", command]), SHELL_LIMIT).unwrap();
@@ -120,7 +120,7 @@ fn switches_off(guest: LinuxShell) {
     guest.switches_itself_off("sync; mount -o remount,ro /; poweroff -f");
 }
 
-/// Pages that back ends have dirtied, as the tracker of this guest counts them.
+/// Returns the number of pages that back ends have dirtied, according to the dirty tracker.
 fn dirtied_by_back_ends(ferry: &Ferry) -> u64 {
     let counters = ferry.ctl_json(&["counters"]).unwrap();
     let pages = &counters["tracker"]["dirtied_by_vhost_user_pages"];
@@ -152,13 +152,13 @@ fn a_guest_lives_on_a_disk_of_another_process() {
         "dd if=/witness of=/dev/vdb bs=64k conv=fsync; echo copied: $?",
         "\ncopied: 0",
     );
-    // Flushed: it is in the host's file while the guest runs.
+    // The guest has flushed the data, so the file on the host has it while the guest runs.
     let mut copied = vec![0; 1 << 20];
     let mut file = File::open(images.path("data")).unwrap();
     file.read_exact(&mut copied).unwrap();
     assert!(copied.starts_with(b"ferry was here\nferry was here\n"));
 
-    // The write cache is the driver's to switch.
+    // The driver can switch the write cache.
     let cache = "/sys/block/vdb/cache_type";
     guest.ask(
         &format!(
@@ -167,13 +167,13 @@ fn a_guest_lives_on_a_disk_of_another_process() {
         "\nwas write through, is write back",
     );
 
-    // Its monitor connects to both back ends anew.
+    // The monitor reconnects to both back ends.
     guest.ask("sync; echo synced", "\nsynced");
     let mark = guest.ferry.serial().mark();
     guest.ferry.ctl(&["reboot"]).unwrap();
     guest.is_ready(mark);
 
-    // Stopped and started again while requests come.
+    // The back end is stopped and restarted while the guest sends requests.
     guest.ask(
         "(for i in 1 2 3 4 5 6; do dd if=/witness of=/dev/vdb bs=64k seek=32 conv=fsync; done; echo all written) 2>/dev/null &",
         "/ # ",
@@ -284,7 +284,7 @@ fn what_is_no_back_end_for_a_disk_is_refused_by_its_socket() {
         "{refused}"
     );
 
-    // A back end serves one guest at a time.
+    // A back end serves only one guest at a time.
     let _root = images.serve("root", &["root.sock"]);
     let disk = images.vhost_user("root.sock");
     let guest = LinuxShell::boot(&machine(192), &["--disk", &disk]);
@@ -294,13 +294,13 @@ fn what_is_no_back_end_for_a_disk_is_refused_by_its_socket() {
     images.root_is_whole();
 }
 
-/// The back end writes what the guest reads into its memory, while that is sent.
+/// Migrates a guest while the back end writes into its memory.
 #[test]
 fn a_guest_whose_back_end_writes_its_memory_is_carried() {
     let images = Images::new();
     let pattern: Vec<u8> = (0..2_097_152_u32).flat_map(u32::to_le_bytes).collect();
     fs::write(images.path("data"), &pattern).unwrap();
-    // Two back ends, of which one serves at a time, over an image that is opened once.
+    // There are two back ends for one image, and only one of them serves at a time.
     let _data = images.serve("data", &["here.sock", "there.sock"]);
     let _root = images.serve("root", &["root-here.sock", "root-there.sock"]);
     let disks = |root: &str, data: &str| {
@@ -349,14 +349,14 @@ fn a_guest_whose_back_end_writes_its_memory_is_carried() {
         let sending = scope.spawn(|| source.send_migration(&endpoint, &PATIENT));
         let mut most = before;
         while !sending.is_finished() {
-            // The source is gone at the end.
+            // The call fails when the source has ended.
             if let Ok(counters) = source.ctl_json(&["counters"]) {
                 let pages = counters["tracker"]["dirtied_by_vhost_user_pages"].as_u64();
                 most = most.max(pages.unwrap_or_default());
             }
             thread::sleep(Duration::from_millis(200));
         }
-        // With PATIENT, the digests of all memory were equal, or it would have failed.
+        // PATIENT compares the digests of all memory, so a difference would have failed the migration.
         sending.join().unwrap().unwrap();
         most
     });
@@ -413,7 +413,7 @@ fn a_guest_stays_when_the_back_end_at_the_destination_is_lost() {
         "{refused}"
     );
     drop(destination);
-    // Its own back end was stopped for the last pass, and is at work again.
+    // The back end of the source was stopped for the last round, and serves again.
     guest.ask(
         "kill %1; wait; yes again | dd of=/dev/vdb bs=64k count=4 iflag=fullblock conv=fsync 2>/dev/null; echo written: $?",
         "\nwritten: 0",
@@ -429,7 +429,8 @@ fn a_guest_stays_when_the_back_end_at_the_destination_is_lost() {
     assert!(other.iter().all(|byte| *byte == 0));
 }
 
-/// A back end that says what it is, to a guest that never uses it: without VHOST_F_LOG_ALL.
+/// Back end without VHOST_F_LOG_ALL. It answers only the requests for its configuration, because the guest never uses
+/// it.
 fn back_end_without_a_log(socket: &Path) {
     const FEATURES: u64 = 1 << 32 | 1 << 30;
     const CONFIG: u64 = 1 << 9;
@@ -444,7 +445,7 @@ fn back_end_without_a_log(socket: &Path) {
             });
             let mut body = vec![0; usize::try_from(bytes).unwrap()];
             stream.read_exact(&mut body).unwrap();
-            // GET_FEATURES, GET_PROTOCOL_FEATURES, GET_CONFIG: all else wants no answer.
+            // Only GET_FEATURES, GET_PROTOCOL_FEATURES and GET_CONFIG need an answer.
             let answer = match request {
                 1 => FEATURES.to_ne_bytes().to_vec(),
                 15 => CONFIG.to_ne_bytes().to_vec(),
@@ -462,7 +463,7 @@ fn back_end_without_a_log(socket: &Path) {
     });
 }
 
-/// Refused before anything begins: nobody listens where it would go.
+/// Asserts that the migration is refused before it starts. No process listens at the destination.
 #[test]
 fn a_guest_whose_back_end_cannot_log_is_not_sent() {
     let folder = tempfile::tempdir().unwrap();
@@ -489,7 +490,7 @@ fn a_guest_whose_back_end_cannot_log_is_not_sent() {
     assert_eq!(info["state"], "Running", "{info}");
 }
 
-/// The pause of this guest is bounded, whatever its back end does: here it stands still.
+/// The time to pause a guest is bounded even if its back end does not respond.
 #[test]
 fn a_back_end_that_stands_still_holds_nobody_up_for_ever() {
     let images = Images::new();

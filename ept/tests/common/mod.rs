@@ -1,11 +1,14 @@
-//! A naive model of a tracker, and ways to generate what it is compared with.
+//! Regions, ranges and checks that the suites of the tracker share. They compare it with [`model`].
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
-use std::collections::BTreeSet;
+#[path = "../model/mod.rs"]
+pub(crate) mod model;
+
 use std::sync::Arc;
 
 use ept::{Gpa, GpaRange, Harvest, Region, RegionKind, Tracker};
+use model::PageSet;
 use proptest::prelude::*;
 
 /// Pages in the 64-bit space.
@@ -53,20 +56,11 @@ pub(crate) fn tracked(regions: &[Region], page: u64) -> bool {
 }
 
 /// The pages of `range` that lie in `regions`.
-pub(crate) fn tracked_pages(regions: &[Region], range: GpaRange) -> BTreeSet<u64> {
+pub(crate) fn tracked_pages(regions: &[Region], range: GpaRange) -> PageSet {
     let parts = regions
         .iter()
         .filter_map(|region| region.range.intersection(&range));
-    parts
-        .flat_map(|part| part.first_page()..part.end_page())
-        .collect()
-}
-
-/// The members of `set` in `range`.
-pub(crate) fn within(set: &BTreeSet<u64>, range: GpaRange) -> BTreeSet<u64> {
-    set.range(range.first_page()..range.end_page())
-        .copied()
-        .collect()
+    parts.collect()
 }
 
 /// A page in or near one of the ragged regions.
@@ -79,8 +73,8 @@ pub(crate) fn any_range(most: u64) -> impl Strategy<Value = GpaRange> {
     (any_page(), 1..=most).prop_map(|(first, count)| pages(first, (first + count).min(SPACE)))
 }
 
-/// The pages of a harvest, after checking that every view of it agrees with every other.
-pub(crate) fn read(harvest: &Harvest, window: GpaRange) -> BTreeSet<u64> {
+/// Returns the pages of a harvest, after checking that all methods of the harvest agree about them.
+pub(crate) fn read(harvest: &Harvest, window: GpaRange) -> PageSet {
     let runs: Vec<GpaRange> = harvest.runs().collect();
     for pair in runs.windows(2) {
         assert!(
@@ -88,35 +82,24 @@ pub(crate) fn read(harvest: &Harvest, window: GpaRange) -> BTreeSet<u64> {
             "{pair:?} are not maximal and in order"
         );
     }
-    let set: BTreeSet<u64> = runs
-        .iter()
-        .flat_map(|run| run.first_page()..run.end_page())
-        .collect();
-    assert_eq!(set.len() as u64, harvest.pages());
-    assert_eq!(harvest.is_empty(), set.is_empty());
-    let ends = (runs.first(), runs.last());
-    let hull = match ends {
-        (Some(first), Some(last)) => Some(first.hull(last)),
-        _ => None,
-    };
-    assert_eq!(harvest.interval(), hull);
+    let set: PageSet = runs.iter().copied().collect();
+    assert_eq!(set.count(), harvest.pages());
+    assert_eq!(harvest.is_empty(), set.count() == 0);
+    assert_eq!(harvest.interval(), set.hull());
 
     let words: Vec<u64> = harvest.words_in(window).collect();
     assert_eq!(words.len() as u64, window.pages().div_ceil(64));
     for offset in 0..words.len() as u64 * 64 {
         let bit = words[usize::try_from(offset / 64).unwrap()] >> (offset % 64) & 1 == 1;
         let page = window.first_page() + offset;
-        let inside = page < window.end_page() && set.contains(&page);
+        let inside = page < window.end_page() && set.contains(page);
         assert_eq!(bit, inside, "bit of page {page:#x}");
     }
     for page in window.first_page()..window.end_page() {
-        assert_eq!(harvest.contains(gpa(page)), set.contains(&page));
+        assert_eq!(harvest.contains(gpa(page)), set.contains(page));
     }
-    let cut: BTreeSet<u64> = harvest
-        .runs_in(window)
-        .flat_map(|run| run.first_page()..run.end_page())
-        .collect();
-    assert_eq!(cut, within(&set, window));
+    let cut: PageSet = harvest.runs_in(window).collect();
+    assert_eq!(cut, set.within(window));
     set
 }
 

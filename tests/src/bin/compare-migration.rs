@@ -1,8 +1,8 @@
-//! Runs live migrations of Ferry and of QEMU in turns and says which thresholds hold.
+//! Compares live migration by Ferry and by QEMU, and judges the results by thresholds.
 //!
-//! All carry the same guest over the same loopback TCP. QEMU runs twice: as it comes, and with its limit
-//! on the bandwidth lifted. After each migration the guest audits its memory at the destination. Exit
-//! status 0 only if every threshold holds.
+//! Both migrate the same guest over TCP on the loopback interface, in turns. QEMU runs twice: with its default
+//! settings, and without its bandwidth limit. After each migration the guest audits its memory at the destination. The
+//! exit status is 0 only if every threshold holds.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -37,19 +37,19 @@ and its contender is not asked again for this guest.
 Thresholds, of medians: sparse: at most 0.3 s, and at most a tenth of qemu's; populated: at most
 qemu-unlimited's.")]
 struct Arguments {
-    /// Migrations of each guest by each contender.
+    /// Number of migrations of each guest by each contender.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Only this guest instead of both.
+    /// Run only this guest.
     #[arg(long)]
     guest: Option<Guest>,
-    /// Only this contender; no threshold is judged then.
+    /// Run only this contender, and judge no threshold.
     #[arg(long)]
     only: Option<Contender>,
-    /// The guest program (a PVH ELF file) instead of the project's dirtier.
+    /// Guest program (a PVH ELF file) to run instead of the dirtier.
     #[arg(long)]
     kernel: Option<PathBuf>,
-    /// One JSON object a line instead of a table.
+    /// Print one JSON object per line instead of a table.
     #[arg(long)]
     json: bool,
 }
@@ -67,11 +67,11 @@ enum Guest {
     Populated,
 }
 
-/// What all aim at: what both programs do when nothing is said.
+/// Downtime limit of all contenders: the default of Ferry and of QEMU.
 const DOWNTIME: Duration = Duration::from_millis(300);
-/// When a migration that does not converge is given up.
+/// Time limit for a migration that does not converge.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long the guest may take to populate its memory: up to 45 µs a page, and a slow day.
+/// Time limit for the guest to populate its memory, which takes up to 45 µs a page.
 const READY_LIMIT: Duration = Duration::from_secs(90);
 const AUDIT_LIMIT: Duration = Duration::from_secs(60);
 const MEMORY_MIB: u32 = 1024;
@@ -111,7 +111,7 @@ impl Guest {
     fn populated_mib(self) -> u32 {
         match self {
             Self::Sparse => 64,
-            // What the guest itself and its machine leave of 1 GiB.
+            // The guest and its devices use the rest of 1 GiB.
             Self::Populated => 1016,
         }
     }
@@ -133,10 +133,10 @@ impl Guest {
     }
 }
 
-/// One migration.
+/// Result of one migration.
 struct Measured {
     total: Duration,
-    /// None where it did not come to an end.
+    /// None if the migration did not complete.
     downtime: Option<Duration>,
 }
 
@@ -190,7 +190,7 @@ fn compare(arguments: &Arguments) -> Outcome<bool> {
     Ok(all_hold)
 }
 
-/// What is compared, so that the figures can be read without this file.
+/// Prints the setup, so that the figures can be read without this file.
 fn describe(arguments: &Arguments) -> Outcome<()> {
     let version = process::run(
         Command::new("qemu-system-x86_64").arg("--version"),
@@ -225,8 +225,8 @@ fn describe(arguments: &Arguments) -> Outcome<()> {
     Ok(())
 }
 
-/// In turns, so that a noisy moment of the machine meets all, and each time another one first. Returned in the
-/// order of [`Contender::ALL`].
+/// Runs the contenders in turns, so that a noisy moment of the machine affects all of them, and starts each turn with
+/// another one. Returns the results in the order of [`Contender::ALL`].
 fn measure(arguments: &Arguments, guest: Guest) -> Outcome<[Figures; 3]> {
     let machine = guest.machine(arguments)?;
     let mut all: [Figures; 3] = Default::default();
@@ -241,17 +241,17 @@ fn measure(arguments: &Arguments, guest: Guest) -> Outcome<[Figures; 3]> {
     Ok(all)
 }
 
-/// Takes as much memory as a destination can need, writes to all of it and frees it again.
+/// Allocates as much memory as a destination can need, writes to all of it and frees it.
 ///
-/// On a machine that is itself a guest, memory that has lain free is given back to its host within seconds, and
-/// getting it again takes ten times as long as copying to it: seconds for a GiB, and whoever happens to be given
-/// such memory would be measured slow. So all are given what was just in use.
+/// If this machine is itself a guest, it returns free memory to its host within seconds. Getting that memory back takes
+/// ten times as long as copying to it, seconds for a GiB, and would slow down whichever contender gets it. After this
+/// call, all contenders get memory that was just in use.
 fn have_memory_at_hand() {
     let bytes = vec![1_u8; (MEMORY_MIB as usize + MEMORY_MIB as usize / 2) << 20];
     drop(std::hint::black_box(bytes));
 }
 
-/// From the start of `ferry ctl send-migration` to its end, what a user waits for.
+/// Measures the time that a user waits: from the start of `ferry ctl send-migration` to its end.
 fn migrate_ferry(machine: &Machine) -> Outcome<Measured> {
     let mut source = Ferry::run(machine)?;
     source.serial().wait_for("dirtier: ready", READY_LIMIT)?;
@@ -267,7 +267,7 @@ fn migrate_ferry(machine: &Machine) -> Outcome<Measured> {
     let started = Instant::now();
     let answer = source.send_migration(&endpoint, &options)?;
     let total = started.elapsed();
-    // Not while the guest audits: the source frees its memory meanwhile.
+    // Measured before the audit of the guest, during which the source frees its memory.
     source.wait(AUDIT_LIMIT)?;
     destination.type_in("q")?;
     let ended = destination.wait(AUDIT_LIMIT)?;
@@ -355,7 +355,7 @@ fn judge(arguments: &Arguments, guest: Guest, figures: &[Figures; 3]) -> bool {
     let found = ferry.total.median();
     let mut all_hold = true;
     for (text, limit) in thresholds(guest, qemu, unlimited) {
-        // Not a number holds no threshold.
+        // NaN fails every threshold.
         let holds = found <= limit;
         all_hold &= holds;
         if arguments.json {
@@ -379,7 +379,7 @@ fn judge(arguments: &Arguments, guest: Guest, figures: &[Figures; 3]) -> bool {
     all_hold
 }
 
-/// What Ferry's median must not exceed, in milliseconds.
+/// Upper limit for the median of Ferry, in milliseconds.
 fn thresholds(guest: Guest, qemu: &Figures, unlimited: &Figures) -> Vec<(&'static str, f64)> {
     match guest {
         Guest::Sparse => vec![

@@ -1,7 +1,7 @@
-//! Works a guest's disk and network as fast as it can, and says how much went through, for `ferry bench devices`.
+//! Loads the disk and the network of a guest at full speed and prints the throughput, for `ferry bench devices`.
 //!
-//! One line a load: `ferry-bench: NAME operations=N us=N`, or `bytes=N` where large requests are made; at the end
-//! `ferry-bench: end`. It is built as a static program, because the guest has no libraries.
+//! It prints one line for each load, `ferry-bench: NAME operations=N us=N`, or `bytes=N` for large requests, and
+//! `ferry-bench: end` at the end. It is linked statically, because the guest has no shared libraries.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -14,21 +14,21 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
-/// Works a disk and a network, and says how much went through.
+/// Loads a disk and a network, and prints the throughput.
 #[derive(Parser)]
 struct Arguments {
-    /// The disk; what is on it is overwritten.
+    /// Disk. Its contents are overwritten.
     #[arg(long)]
     disk: Option<PathBuf>,
-    /// Where `ferry bench devices` waits.
+    /// Address on which `ferry bench devices` listens.
     #[arg(long)]
     host: Option<SocketAddr>,
-    /// Seconds for each load.
+    /// Duration of each load in seconds.
     #[arg(long, default_value_t = 3)]
     seconds: u64,
 }
 
-/// What the disk and its page cache take at once; buffers of direct I/O are aligned to it.
+/// Block size of the disk and of its page cache. Buffers for direct I/O are aligned to it.
 const ALIGNMENT: usize = 4096;
 
 #[derive(Clone, Copy)]
@@ -43,7 +43,7 @@ enum Order {
     Sequential,
 }
 
-/// A way to work a disk: so many threads, each with one request at a time.
+/// Load on a disk: a number of threads, each with one request in flight.
 #[derive(Clone, Copy)]
 struct DiskLoad {
     name: &'static str,
@@ -81,7 +81,7 @@ const DISK_LOADS: [DiskLoad; 6] = {
     ]
 };
 
-/// What went through in which time.
+/// Throughput: an amount and the time it took.
 struct Done {
     what: What,
     time: Duration,
@@ -164,7 +164,7 @@ fn work_disk(disk: &Path, load: DiskLoad, time: Duration) -> io::Result<Done> {
     })
 }
 
-/// Of a block device the file system says nothing: its end does.
+/// Returns the size of a block device by seeking to its end, because its metadata has no size.
 fn size_of_disk(disk: &Path) -> io::Result<u64> {
     io::Seek::seek(&mut File::open(disk)?, io::SeekFrom::End(0))
 }
@@ -204,7 +204,7 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
-/// Says with its first byte what the connection is for.
+/// Opens a connection and sends its purpose as the first byte.
 fn connect(host: SocketAddr, purpose: u8) -> io::Result<TcpStream> {
     let mut stream = TcpStream::connect(host)?;
     stream.set_nodelay(true)?;
@@ -212,7 +212,7 @@ fn connect(host: SocketAddr, purpose: u8) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// What counts is what the host says that it got.
+/// Measures sending by the number of bytes that the host reports as received.
 fn send(host: SocketAddr, time: Duration) -> io::Result<Done> {
     let mut stream = connect(host, b's')?;
     let buffer = vec![0x5a; 128 << 10];

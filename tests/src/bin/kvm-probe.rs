@@ -1,9 +1,9 @@
-//! Says what the KVM of this host can do, and proves it by running a few guest instructions.
+//! Prints the KVM capabilities of this host, and checks KVM by running a few guest instructions.
 //!
-//! Test runs print it, so that a result can be told from the host it was had on. Exit status 0
-//! only if the guest's instructions ran.
+//! Test runs print the report, so that a log shows which host it comes from. The exit status is 0 only if the guest
+//! instructions ran.
 
-// Registering guest memory is unsafe in kvm-ioctls; this is the only such place in this package.
+// Registering guest memory is unsafe in kvm-ioctls.
 #![allow(unsafe_code)]
 
 use std::error::Error;
@@ -14,7 +14,7 @@ use kvm_bindings::{self as bindings, KVM_API_VERSION, kvm_userspace_memory_regio
 use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-/// Where the guest's code lies.
+/// Guest-physical address of the code.
 const CODE_START: u64 = 0x1000;
 const MEMORY_BYTES: usize = 0x4000;
 /// `mov dx, 0x3f8; mov al, 6; mov bl, 7; mul bl; out dx, al; hlt`, in 16-bit real mode.
@@ -23,7 +23,7 @@ const CODE: [u8; 11] = [
 ];
 const ANSWER: u8 = 42;
 
-/// Capabilities that Ferry chooses its ways by.
+/// Capabilities on which Ferry's choices depend.
 const CAPABILITIES: [(&str, u32); 19] = [
     ("USER_MEMORY", bindings::KVM_CAP_USER_MEMORY),
     ("READONLY_MEM", bindings::KVM_CAP_READONLY_MEM),
@@ -55,7 +55,7 @@ const CAPABILITIES: [(&str, u32); 19] = [
     ("PRE_FAULT_MEMORY", bindings::KVM_CAP_PRE_FAULT_MEMORY),
 ];
 
-/// Parameters of the KVM modules that say how the second stage works.
+/// Parameters of the KVM modules that control second-stage translation.
 const PARAMETERS: [&str; 4] = [
     "kvm/parameters/tdp_mmu",
     "kvm_amd/parameters/npt",

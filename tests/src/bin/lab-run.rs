@@ -1,7 +1,7 @@
 //! Runs commands in the lab: `lab-run --kernel 6.12 --program target/debug/ferry:/bin/ferry -- ferry --version`.
 //!
-//! The output of the commands goes to stdout as it was, the exit status is that of the first
-//! command that failed, and a lab that cannot be had is status 125.
+//! Prints the output of the commands to stdout. The exit status is that of the first command that failed, or 125 if the
+//! lab itself failed.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,33 +12,33 @@ use ferry_tests::errors;
 use ferry_tests::kernels::Series;
 use ferry_tests::lab::{Lab, Report};
 
-/// Runs shell commands in the lab: a Debian kernel with a real KVM, in emulation.
+/// Runs shell commands in the lab: an emulated KVM host with a Debian kernel.
 #[derive(Parser)]
 #[command(
     after_help = "Example: lab-run --kernel 6.1 'cat /sys/module/kvm_amd/parameters/npt' 'ls /dev/kvm'"
 )]
 struct Arguments {
-    /// The lab host's kernel: 6.1 or 6.12.
+    /// Kernel of the lab host: 6.1 or 6.12.
     #[arg(long, default_value = "6.12")]
     kernel: Series,
-    /// The lab host's memory in MiB.
+    /// Memory of the lab host in MiB.
     #[arg(long, default_value_t = 3072)]
     memory_mib: u32,
-    /// Seconds after which the run is ended as a failure.
+    /// Time limit of the run in seconds.
     #[arg(long, default_value_t = 120)]
     limit_s: u64,
-    /// A program to put in with its libraries: HERE:THERE.
+    /// Copy a program with its shared libraries into the lab host.
     #[arg(long, value_name = "HERE:THERE", value_parser = placement)]
     program: Vec<(PathBuf, String)>,
-    /// A file to put in: HERE:THERE.
+    /// Copy a file into the lab host.
     #[arg(long, value_name = "HERE:THERE", value_parser = placement)]
     file: Vec<(PathBuf, String)>,
-    /// The commands, each one argument, run one after the other.
+    /// Shell commands to run one after the other, each as one argument.
     #[arg(required = true)]
     commands: Vec<String>,
 }
 
-/// The lab itself failed, not a command in it.
+/// Exit status if the lab itself failed.
 const NO_LAB: u8 = 125;
 
 fn main() -> ExitCode {
@@ -65,7 +65,7 @@ fn prepared(arguments: Arguments) -> Lab {
     arguments.commands.into_iter().fold(lab, Lab::command)
 }
 
-/// Prints what the commands printed; returns the first exit status that is not 0.
+/// Prints the output of the commands. Returns the first exit status that is not 0.
 fn print(report: &Report) -> u8 {
     for outcome in &report.outcomes {
         print!("{}", outcome.output);

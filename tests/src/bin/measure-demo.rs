@@ -1,6 +1,6 @@
-//! Runs the demo again and again, measures the monitor's own memory, and says which limits hold.
+//! Runs the demo repeatedly, measures the memory of the monitor, and judges both by limits.
 //!
-//! Exit status 0 only if every run was verified and every limit holds.
+//! The exit status is 0 only if every run was verified and every limit holds.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -15,7 +15,7 @@ use ferry_tests::machine::Machine;
 use ferry_tests::{errors, paths};
 use serde_json::Value;
 
-/// Measures `ferry demo` with its defaults, and the monitor's memory beyond guest RAM.
+/// Measures `ferry demo` with its defaults, and the memory of the monitor beyond guest RAM.
 #[derive(Parser)]
 #[command(after_help = "\
 Limits: the median downtime at most the demo's target, 50 ms; the median pause, which is the stop of the
@@ -23,17 +23,17 @@ vCPUs alone, at most 5 ms; every run verified; the monitor's resident memory bey
 RssFile; guest RAM is a memfd of 512 MiB and counts as RssShmem) at most 8 MiB, at rest and at its highest
 during a migration, on both sides.")]
 struct Arguments {
-    /// Runs of the demo.
+    /// Number of runs of the demo.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
 }
 
-/// The demo's own default target.
+/// Default downtime limit of the demo.
 const DOWNTIME_MOST_MS: f64 = 50.0;
 const PAUSE_MOST_MS: f64 = 5.0;
 const MONITOR_MOST_KIB: u64 = 8 * 1024;
 const LIMIT: Duration = Duration::from_secs(60);
-/// How often a process's memory is looked at during a migration.
+/// Interval between readings of the memory of a process during a migration.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -55,7 +55,7 @@ fn measure(arguments: &Arguments) -> Outcome<bool> {
     Ok(verified && small)
 }
 
-/// The demo, as the README's first command runs it.
+/// Runs the demo as the first command of the README does.
 fn demos(runs: u32) -> Outcome<bool> {
     let [mut downtime, mut pause, mut total] = [const { Series::new() }; 3];
     let mut unverified = 0;
@@ -96,7 +96,7 @@ fn demos(runs: u32) -> Outcome<bool> {
     Ok(holds)
 }
 
-/// Of the source at rest, and of both sides during a migration under the demo's load.
+/// Measures the memory of the source at rest, and of both sides during a migration under the load of the demo.
 fn monitors_memory() -> Outcome<bool> {
     let machine = Machine {
         kernel: paths::guest("dirtier.elf")?,
@@ -114,7 +114,7 @@ fn monitors_memory() -> Outcome<bool> {
     thread::scope(|scope| {
         let sending = scope.spawn(|| source.send_migration(&endpoint, &["--verify"]));
         while !sending.is_finished() {
-            // A process that has just ended has no memory: the highest before counts.
+            // A process that has just ended has no memory; its highest figure before counts.
             let now = source.resident().unwrap_or_default();
             source_most = source_most.max(now.beyond_guest_kib());
             let now = destination.resident().unwrap_or_default();
@@ -146,7 +146,7 @@ fn number(kib: u64) -> f64 {
 }
 
 fn judge(what: &str, found: f64, most: f64) -> bool {
-    // Not a number holds no limit.
+    // NaN fails every limit.
     let holds = found <= most;
     let verdict = if holds { "holds" } else { "MISSED" };
     println!("{what}: {found:.2} of at most {most}: {verdict}");

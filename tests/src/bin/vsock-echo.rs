@@ -1,8 +1,8 @@
-//! Echoes what comes over a vsock connection, in a guest: `vsock-echo listen PORT` waits for one connection of the
-//! host, `vsock-echo connect PORT` makes one to it. Ends when the other side has no more to say.
+//! Echoes the bytes of a vsock connection in a guest: `vsock-echo listen PORT` accepts one connection from the host,
+//! `vsock-echo connect PORT` connects to the host. It ends when the peer closes its side.
 //!
-//! It is built as a static program, because the guest has no libraries. It has `unsafe` because neither the standard
-//! library nor rustix knows the addresses of this family.
+//! It is linked statically, because the guest has no shared libraries. It uses `unsafe` because neither the standard
+//! library nor rustix supports vsock addresses.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,9 +11,9 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
-/// Any address of the machine, as `VMADDR_CID_ANY` of include/uapi/linux/vm_sockets.h.
+/// Any local address: `VMADDR_CID_ANY` in include/uapi/linux/vm_sockets.h.
 const ANY: u32 = u32::MAX;
-/// The host, as `VMADDR_CID_HOST`.
+/// Address of the host: `VMADDR_CID_HOST`.
 const HOST: u32 = 2;
 
 fn main() -> ExitCode {
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Echoes until the end, and returns how much it was.
+/// Echoes until the peer closes its side. Returns the number of bytes.
 fn echo(mut connection: &File) -> io::Result<u64> {
     let mut buffer = vec![0; 64 * 1024];
     let mut bytes = 0;
@@ -52,7 +52,7 @@ fn echo(mut connection: &File) -> io::Result<u64> {
 fn listen(port: u32) -> io::Result<File> {
     let socket = socket()?;
     let address = address(ANY, port);
-    // SAFETY: the kernel reads one address of the size that is said.
+    // SAFETY: the kernel reads one address of the given size.
     checked(unsafe {
         libc::bind(
             socket.as_raw_fd(),
@@ -60,10 +60,10 @@ fn listen(port: u32) -> io::Result<File> {
             ADDRESS_BYTES,
         )
     })?;
-    // SAFETY: no memory is involved.
+    // SAFETY: the call accesses no memory of this process.
     checked(unsafe { libc::listen(socket.as_raw_fd(), 1) })?;
     println!("vsock-echo: listening");
-    // SAFETY: no address is asked for.
+    // SAFETY: the kernel writes no address, because none is requested.
     let accepted = checked(unsafe {
         libc::accept(
             socket.as_raw_fd(),
@@ -71,7 +71,7 @@ fn listen(port: u32) -> io::Result<File> {
             std::ptr::null_mut(),
         )
     })?;
-    // SAFETY: the kernel has just made this descriptor.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(accepted) }))
 }
 
@@ -79,15 +79,15 @@ fn connect(port: u32) -> io::Result<File> {
     let socket = socket()?;
     let address = address(HOST, port);
     let (fd, address) = (socket.as_raw_fd(), (&raw const address).cast());
-    // SAFETY: the kernel reads one address of the size that is said.
+    // SAFETY: the kernel reads one address of the given size.
     checked(unsafe { libc::connect(fd, address, ADDRESS_BYTES) })?;
     Ok(File::from(socket))
 }
 
 fn socket() -> io::Result<OwnedFd> {
-    // SAFETY: no memory is involved.
+    // SAFETY: the call accesses no memory of this process.
     let socket = checked(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) })?;
-    // SAFETY: the kernel has just made this descriptor.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(socket) })
 }
 
@@ -95,7 +95,7 @@ fn socket() -> io::Result<OwnedFd> {
 const ADDRESS_BYTES: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
 fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
-    // SAFETY: zeros are valid in all of its fields.
+    // SAFETY: all fields of the structure may be zero.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).unwrap_or_default();
     address.svm_cid = cid;

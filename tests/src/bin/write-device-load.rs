@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use ferry_tests::{device_load, errors};
 
-/// Writes an initramfs for Debian's cloud kernels that works its disk and its network, for `ferry bench devices`.
+/// Writes the initramfs that `ferry bench devices` boots with a Debian cloud kernel.
 #[derive(Parser)]
 struct Arguments {
-    /// The initramfs.
+    /// File to write the initramfs to.
     file: PathBuf,
 }
 

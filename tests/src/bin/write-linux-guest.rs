@@ -1,4 +1,4 @@
-//! Writes the stock Linux guest into a folder: `write-linux-guest FOLDER`.
+//! Writes the files of the stock Linux guest into a directory: `write-linux-guest FOLDER`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use ferry_tests::{errors, linux_guest};
 /// Writes Debian's cloud kernels, as bzImage and as vmlinux, and an initramfs with a shell.
 #[derive(Parser)]
 struct Arguments {
-    /// The folder; made if it is not there.
+    /// Directory to write to. It is created if it does not exist.
     folder: PathBuf,
 }
 

@@ -1,5 +1,5 @@
-//! What every machine here stands on: a folder to work in, a stub made of its source, an emulator that ends in
-//! time, and words as bytes.
+//! Shared parts of the machines: a working directory, an assembled stub, an emulator with a time limit, and conversions
+//! between words and bytes.
 
 use std::io::{self, Error, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -14,47 +14,47 @@ use crate::errors::chain;
 use crate::oracle::{Access, Layout, Scenario};
 use crate::process::{self, Ended, ProcessError};
 
-/// Bytes of a page.
+/// Size of a page in bytes.
 pub(super) const PAGE: u64 = 4096;
 
-/// How long an emulator may take: what needs longer does not end at all.
+/// Time limit for an emulator. A run that takes longer hangs.
 pub(super) const EMULATOR_LIMIT: Duration = Duration::from_secs(120);
 
-/// How long an assembler or a linker may take.
+/// Time limit for an assembler or a linker.
 const TOOL_LIMIT: Duration = Duration::from_secs(30);
 
-/// A program for the machine, in the words of its assembler and its linker.
+/// Program for the machine, as assembler source.
 pub(super) struct Stub<'a> {
     /// The source.
     pub(super) source: &'a str,
     /// The assembler and its options.
     pub(super) assembler: &'a [&'a str],
-    /// What the source leaves to be defined: numbers by name.
+    /// Symbols that the source leaves undefined, with their values.
     pub(super) symbols: &'a [(&'a str, u64)],
     /// The linker and its options.
     pub(super) linker: &'a [&'a str],
 }
 
-/// The folder that one scenario is played in. It goes when this is dropped.
+/// Temporary working directory of one scenario.
 pub(super) struct Folder(TempDir);
 
 impl Folder {
-    /// A new one, empty.
+    /// Makes an empty directory.
     pub(super) fn new() -> io::Result<Self> {
         tempfile::tempdir().map(Self)
     }
 
-    /// Where a file is, or would be.
+    /// Returns the path of a file in the directory.
     pub(super) fn file(&self, name: &str) -> PathBuf {
         self.path().join(name)
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub(super) fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// Makes the file `stub`.
+    /// Assembles and links the program `stub`.
     pub(super) fn build(&self, stub: &Stub<'_>) -> io::Result<()> {
         std::fs::write(self.file("stub.s"), stub.source)?;
         let mut assembler = command(stub.assembler);
@@ -66,14 +66,15 @@ impl Folder {
         self.succeed(linker.args(["-o", "stub", "stub.o"]), TOOL_LIMIT)
     }
 
-    /// Runs an emulator to its end, whatever its status is. One at a time, as each keeps a processor busy.
+    /// Runs an emulator to its end; any exit status is accepted. Threads of one process take turns, because each
+    /// emulator keeps a processor busy.
     pub(super) fn emulate(&self, emulator: &mut Command, limit: Duration) -> io::Result<Ended> {
         static TURN: Mutex<()> = Mutex::new(());
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         self.run(emulator, limit)
     }
 
-    /// Runs a program that must succeed.
+    /// Runs a program that must end with status 0.
     fn succeed(&self, program: &mut Command, limit: Duration) -> io::Result<()> {
         let ended = self.run(program, limit)?;
         if ended.status.success() {
@@ -82,19 +83,19 @@ impl Folder {
         Err(failure(&program.get_program().to_string_lossy(), &ended))
     }
 
-    /// Runs a program in the folder to its end.
+    /// Runs a program in the directory to its end.
     fn run(&self, program: &mut Command, limit: Duration) -> io::Result<Ended> {
         process::run(program.current_dir(self.path()), limit).map_err(not_run)
     }
 }
 
-/// An error about a program that ended as it should not, with the last of what it said.
+/// Returns an error for a program that failed, with the last lines of its output.
 pub(super) fn failure(program: &str, ended: &Ended) -> Error {
     let said = said(&ended.stdout, &ended.stderr);
     Error::other(format!("{program}: {}{said}", ended.status))
 }
 
-/// An error about a program that did not start or did not end.
+/// Returns an error for a program that did not start or did not end.
 fn not_run(error: ProcessError) -> Error {
     match error {
         ProcessError::TimedOut {
@@ -121,7 +122,7 @@ fn said(stdout: &str, stderr: &str) -> String {
     )
 }
 
-/// A program and its options, as a command.
+/// Returns a command for a program and its options.
 pub(super) fn command(words: &[&str]) -> Command {
     let (program, options) = words.split_first().unwrap_or((&"", &[]));
     let mut command = Command::new(program);
@@ -129,8 +130,8 @@ pub(super) fn command(words: &[&str]) -> Command {
     command
 }
 
-/// Refuses a scenario that no machine with this layout can play: tables that are not whole pages or do not fit,
-/// too many probes, and probes that are not at a page's start or have more than `gpa_bits` bits.
+/// Returns an error for a scenario that a machine with this layout cannot run: tables that are not whole pages or do
+/// not fit, too many probes, and probes that are not page-aligned or have more than `gpa_bits` bits.
 pub(super) fn check(
     scenario: &Scenario,
     layout: &Layout,
@@ -153,7 +154,7 @@ pub(super) fn check(
     }
 }
 
-/// An error about a scenario.
+/// Returns an error for an invalid scenario.
 pub(super) fn unusable(what: String) -> Error {
     Error::new(
         ErrorKind::InvalidInput,
@@ -161,12 +162,12 @@ pub(super) fn unusable(what: String) -> Error {
     )
 }
 
-/// An error about an answer.
+/// Returns an error for an invalid answer.
 pub(super) fn senseless(what: String) -> Error {
     Error::new(ErrorKind::InvalidData, format!("no answer: {what}"))
 }
 
-/// An access, as all stubs number them.
+/// Returns the number of an access in all stubs.
 pub(super) const fn access_code(access: Access) -> u64 {
     match access {
         Access::Read => 0,
@@ -175,12 +176,12 @@ pub(super) const fn access_code(access: Access) -> u64 {
     }
 }
 
-/// Little-endian bytes.
+/// Returns words as little-endian bytes.
 pub(super) fn bytes(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-/// Words of little-endian bytes; what is no whole word at their end is left out.
+/// Returns little-endian bytes as words, without an incomplete word at the end.
 pub(super) fn words(bytes: &[u8]) -> Vec<u64> {
     let (words, _) = bytes.as_chunks();
     words.iter().copied().map(u64::from_le_bytes).collect()

@@ -1,12 +1,12 @@
-//! Memory management units that nobody here wrote, asked what they make of a stage-2 table.
+//! Emulated memory management units as oracles for stage-2 tables.
 //!
-//! A [`Scenario`] holds a table, as bytes, and the accesses to try. A machine behind an [`Oracle`] is a small
-//! program in an emulator: it takes the scenario, lets a guest try each access, and gives an [`Answer`]: what
-//! became of each, and the tables as the emulated hardware left them.
+//! A [`Scenario`] holds a table, as bytes, and accesses to try. The machine behind an [`Oracle`] is a small program in
+//! an emulator. It loads the scenario, lets a guest try each access, and returns an [`Answer`]: the outcome of each
+//! access, and the tables as the emulated hardware left them.
 //!
-//! Guest memory ("frames") is a window of host-physical memory in which every 4 KiB frame says where it is:
-//! bytes 0 to 7 hold the frame's own host-physical address, little endian, and from byte 8 on stands code
-//! that leaves the guest. A read of a guest-physical page so tells where it is mapped to.
+//! Guest memory ("frames") is a window of host-physical memory. Bytes 0 to 7 of every 4 KiB frame hold the
+//! host-physical address of the frame, little endian, and byte 8 begins code that exits from the guest. So a read of a
+//! guest-physical page returns the address that it is mapped to.
 //!
 //! | machine | tables | emulator |
 //! |---------|--------|----------|
@@ -15,15 +15,18 @@
 //! | [`Arm`] | Arm's stage 2 | QEMU |
 //! | [`RiscvGStage`] | RISC-V's G-stage | QEMU |
 //!
-//! Each needs its emulator and its architecture's assembler and linker; its module says what it takes, where
-//! things are in it, and what it makes otherwise than the manual has it. A [`proof`] lets a
-//! [`model`] judge what the machine makes of the tables that `ferry-ept` writes.
+//! Each machine needs its emulator and the assembler and linker of its architecture. Its module documents its input,
+//! its memory layout, and where the emulator deviates from the manual. A [`proof`] compares what the machine does with
+//! the tables of `ferry-ept` with a [`model`].
 
 pub mod arm;
 mod emulator;
 pub mod ept;
 pub mod model;
 pub mod npt;
+// The model of pages is shared with the suites of ept.
+#[path = "../../../ept/tests/model/mod.rs"]
+mod page_model;
 pub mod proof;
 pub mod riscv;
 
@@ -34,115 +37,115 @@ pub use ept::Ept;
 pub use npt::Npt;
 pub use riscv::RiscvGStage;
 
-/// What a guest does to an address.
+/// Access of a guest to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
-    /// Reads eight bytes at the page's start.
+    /// Reads eight bytes at the start of the page.
     Read,
-    /// Writes eight bytes at the page's byte 16: the probe's number, counted from 1.
+    /// Writes the number of the probe, counted from 1, as eight bytes at byte 16 of the page.
     Write,
-    /// Runs the code at the page's byte 8.
+    /// Executes the code at byte 8 of the page.
     Execute,
 }
 
 /// One access to one guest-physical page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// The page's first address.
+    /// Guest-physical address of the page.
     pub gpa: u64,
-    /// What to do there.
+    /// Access to try.
     pub access: Access,
 }
 
-/// What became of a probe.
+/// Outcome of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was done. A read gives what it read, others 0.
+    /// The access was done.
     Done {
-        /// Eight bytes.
+        /// The eight bytes that were read; 0 for other accesses.
         value: u64,
     },
-    /// Stage 2 refused it.
+    /// Stage 2 refused the access.
     Violation {
-        /// The guest-physical address that the hardware reported, down to the page at least.
+        /// Guest-physical address that the hardware reported, exact to the page at least.
         gpa: u64,
-        /// The hardware's own syndrome, unchanged.
+        /// Syndrome of the hardware, unchanged.
         syndrome: u64,
     },
-    /// Stage 2 said that the entry itself is invalid, where the hardware tells that apart.
+    /// Stage 2 found an invalid entry, if the hardware distinguishes that from a refusal.
     Misconfiguration {
-        /// As above.
+        /// Guest-physical address that the hardware reported.
         gpa: u64,
     },
     /// Something else happened.
     Other {
-        /// What, in the hardware's words.
+        /// Syndrome or exit reason of the hardware.
         syndrome: u64,
     },
 }
 
-/// A guest-physical page that the machine's guest needs for itself: the scenario maps it, with all rights
-/// and with 4 KiB leaves, and does not probe it.
+/// Guest-physical page that the guest of the machine needs for its code and data. The scenario must map it with all
+/// permissions by a 4 KiB leaf, and must not probe it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestPage {
-    /// Where the guest sees it.
+    /// Guest-physical address.
     pub gpa: u64,
-    /// Where it is.
+    /// Host-physical address.
     pub hpa: u64,
 }
 
-/// Where things are in a machine's host-physical memory.
+/// Layout of the host-physical memory of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// First byte of the tables, 64 KiB-aligned.
+    /// Address of the tables, aligned to 64 KiB.
     pub tables: u64,
-    /// Bytes of room for tables.
+    /// Size of the memory for tables in bytes.
     pub tables_bytes: u64,
-    /// First byte of the frames, 2 MiB-aligned.
+    /// Address of the frames, aligned to 2 MiB.
     pub frames: u64,
-    /// Bytes of frames, a multiple of 2 MiB.
+    /// Size of all frames in bytes, a multiple of 2 MiB.
     pub frames_bytes: u64,
-    /// What the guest needs for itself.
+    /// Pages that the guest needs for its code and data.
     pub guest_pages: &'static [GuestPage],
-    /// Guest-physical addresses have at most so many bits here.
+    /// Width of guest-physical addresses in bits.
     pub gpa_bits: u32,
 }
 
-/// A table and what to try on it.
+/// Table and accesses to try with it.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// The registers that switch the table on, whatever they are called here; see the machine.
+    /// Values of the registers that enable the table. The machine documents which ones.
     pub control: [u64; 4],
-    /// What to try, in this order.
+    /// Accesses to try, in order.
     pub probes: Vec<Probe>,
-    /// The tables, from [`Layout::tables`] on; a multiple of 4096 bytes.
+    /// Contents of the table memory from [`Layout::tables`] on, a multiple of 4096 bytes.
     pub tables: Vec<u8>,
 }
 
-/// What a machine made of a scenario.
+/// Answer of a machine to a scenario.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    /// One for each probe.
+    /// Outcomes of the probes, in order.
     pub outcomes: Vec<Outcome>,
-    /// The tables afterwards: as long as they were.
+    /// Contents of the table memory after all probes, of the same length.
     pub tables: Vec<u8>,
-    /// Byte 16 to 23 of each frame afterwards: the number of the last probe that wrote it, or 0.
+    /// Bytes 16 to 23 of each frame after all probes: the number of the last probe that wrote to it, or 0.
     pub writers: Vec<u64>,
-    /// Guest-physical addresses that the hardware logged as dirtied, in its order, where it keeps such a log.
+    /// Guest-physical addresses in the dirty log of the hardware, in its order, if it has such a log.
     pub log: Vec<u64>,
 }
 
-/// A machine that can be asked.
+/// Machine that answers scenarios.
 pub trait Oracle {
-    /// Its name, for messages.
+    /// Returns the name of the machine, for messages.
     fn name(&self) -> &'static str;
 
-    /// Where things are in it.
+    /// Returns the memory layout of the machine.
     fn layout(&self) -> Layout;
 
-    /// Lets it try everything. Each call starts the machine anew.
+    /// Runs a scenario on a newly started machine.
     ///
     /// # Errors
-    /// The emulator is missing, failed, or said something that is no answer.
+    /// Returns an error if the emulator is missing or fails, or if its output is not an answer.
     fn ask(&self, scenario: &Scenario) -> io::Result<Answer>;
 }

@@ -1,164 +1,167 @@
-//! What a stage-2 table must say after any operations and accesses.
+//! Model of a stage-2 table: its expected contents after any sequence of operations and accesses.
 //!
-//! The model is to be believed by reading it. It keeps leaves in a map by their first page, and goes from leaf
-//! to leaf; it knows nothing of entries, bits and walks, and shares no code with the crate that it judges, only
-//! the words for permissions and memory types.
+//! The model is simple enough to be checked by reading it. It keeps leaves in the model of pages that the suites of ept
+//! use, one run for each leaf, and goes from leaf to leaf. It knows nothing of entries, bits and walks, and shares no
+//! code with the crate under test but the types for permissions and memory types.
 //!
-//! It keeps a set of tables too, as two things depend on them: a table that has become empty keeps a larger leaf
-//! out of its place, and tables can run out.
+//! It also keeps the set of tables, because an empty table prevents a larger leaf in its place, and because tables can
+//! run out.
 //!
-//! Pages are numbered: page `n` is at address `n * 4096`. Levels are numbered from 0, where a leaf is one page;
-//! at each level above it is 512 times as long.
+//! Page `n` has the address `n * 4096`. Level 0 has leaves of one page; leaves of each level above are 512 times as
+//! large.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use ept::format::{MemoryType, Permissions};
 
 use crate::oracle::Access;
+use crate::oracle::page_model;
 
-/// Page numbers.
+/// Range of page numbers.
 pub type Pages = Range<u64>;
 
-/// Bytes of a page.
+/// Size of a page in bytes.
 const PAGE: u64 = 4096;
 
-/// Entries of a table.
+/// Number of entries in a table.
 const ENTRIES: u64 = 512;
 
-/// Pages of a leaf of this level.
+/// Returns the number of pages in a leaf of this level.
 pub const fn pages(level: u32) -> u64 {
     ENTRIES.pow(level)
 }
 
-/// What a kind of table can say, by its manual.
+/// Properties of a table format, according to its manual.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    /// The level of the root's entries.
+    /// Level of the entries in the root.
     pub root_level: u32,
-    /// How many entries the root has.
+    /// Number of entries in the root.
     pub root_entries: u64,
-    /// The highest level that has leaves.
+    /// Highest level with leaves.
     pub largest_leaf: u32,
-    /// The bits that a host-physical address may have.
+    /// Width of host-physical addresses in bits.
     pub hpa_bits: u32,
-    /// What leaves can allow.
+    /// Permissions that leaves can have.
     pub permissions: &'static [Permissions],
-    /// The memory types that leaves can have; not all need be listed.
+    /// Memory types that leaves can have. The list need not be complete.
     pub memory: &'static [MemoryType],
-    /// A memory type that leaves cannot have.
+    /// One memory type that leaves cannot have.
     pub no_memory: MemoryType,
-    /// Whether the translations of a leaf must be forgotten before a table may stand in its place, though it says
-    /// the same (break-before-make).
+    /// Whether the translations of a leaf must be flushed before a table with the same translations can replace it
+    /// (break-before-make).
     pub breaks: bool,
-    /// Whether a permission fault may be cached, so that what is allowed later faults until it is forgotten.
+    /// Whether the hardware can cache a permission fault, so that an access that is allowed later still faults until a
+    /// flush.
     pub caches_faults: bool,
 }
 
 impl Shape {
-    /// The page after the last that can be mapped.
+    /// Returns the page after the last one that can be mapped.
     pub const fn end(&self) -> u64 {
         self.root_entries * pages(self.root_level)
     }
 }
 
-/// A leaf.
+/// Leaf entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
-    /// Its level.
+    /// Level of the leaf.
     pub level: u32,
-    /// The first byte that it maps to.
+    /// Host-physical address that it maps to.
     pub hpa: u64,
-    /// What it is to allow.
+    /// Permissions of the leaf.
     pub permissions: Permissions,
-    /// How it is cached.
+    /// Memory type.
     pub memory: MemoryType,
-    /// Whether the guest has used it.
+    /// Accessed flag.
     pub accessed: bool,
-    /// Whether the guest has written to it.
+    /// Dirty flag.
     pub dirty: bool,
-    /// Whether the right to write, which is among `permissions`, is withheld until the guest uses it.
+    /// Whether writes are tracked: `permissions` contains the write permission, but the entry withholds it until the
+    /// guest writes.
     pub tracked: bool,
 }
 
-/// What holds for all that is mapped at once.
+/// Attributes of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attributes {
-    /// What the guest may do.
+    /// Permissions of the guest.
     pub permissions: Permissions,
-    /// How it is cached.
+    /// Memory type.
     pub memory: MemoryType,
-    /// The highest level to have leaves at.
+    /// Highest level of the leaves.
     pub largest: u32,
 }
 
-/// What can be done to a table.
+/// Operation on a table.
 #[derive(Clone, Debug)]
 pub enum Operation {
-    /// Maps pages of which none is mapped, with the largest leaves that fit.
+    /// Maps pages, none of which may be mapped, with the largest leaves that fit.
     Map {
         /// The pages.
         range: Pages,
-        /// The first byte to map to.
+        /// Host-physical address to map to.
         hpa: u64,
-        /// What holds for all of them.
+        /// Attributes of the mapping.
         attributes: Attributes,
     },
-    /// Maps nothing there any more.
+    /// Unmaps pages.
     Unmap {
         /// The pages.
         range: Pages,
     },
-    /// Allows just this for what is mapped.
+    /// Sets the permissions of mapped pages.
     Protect {
         /// The pages.
         range: Pages,
-        /// What the guest may do.
+        /// Permissions of the guest.
         permissions: Permissions,
     },
-    /// Splits what is larger.
+    /// Splits leaves of higher levels.
     Split {
         /// The pages.
         range: Pages,
-        /// The highest level to keep leaves at.
+        /// Highest level of leaves that stay.
         largest: u32,
     },
-    /// Makes leaves of whole tables that say what one leaf can say.
+    /// Collapses tables that one leaf can replace.
     Collapse {
         /// The pages.
         range: Pages,
-        /// The highest level to have leaves at.
+        /// Highest level of the leaves.
         to: u32,
     },
-    /// Records what is dirty, and makes it clean.
+    /// Records dirty leaves and clears their dirty flags.
     Clean {
         /// The pages.
         range: Pages,
     },
-    /// Records what was used, and makes it unused.
+    /// Records accessed leaves and clears their accessed flags.
     Age {
         /// The pages.
         range: Pages,
     },
-    /// Withholds the right to write, so that it is told when the guest uses it.
+    /// Begins to track writes by withholding the write permission.
     TrackWrites {
         /// The pages.
         range: Pages,
     },
-    /// Withholds it no longer.
+    /// Ends the tracking of writes.
     UntrackWrites {
         /// The pages.
         range: Pages,
     },
-    /// Tells that the guest's write to a page was refused.
+    /// Handles a refused write of the guest.
     WriteFault {
-        /// The one page.
+        /// The page, as a range of length 1.
         range: Pages,
     },
 }
 
 impl Operation {
-    /// The pages that it is about.
+    /// Returns the pages of the operation.
     pub const fn range(&self) -> &Pages {
         match self {
             Self::Map { range, .. }
@@ -174,7 +177,7 @@ impl Operation {
         }
     }
 
-    /// Its name.
+    /// Returns the name of the operation.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Map { .. } => "map",
@@ -190,7 +193,7 @@ impl Operation {
         }
     }
 
-    /// Whether nobody may use the translations meanwhile: not where the guest may only do more than before.
+    /// Whether a notifier range must be open during the operation. Operations that only add permissions need none.
     pub const fn needs_open(&self) -> bool {
         !matches!(
             self,
@@ -198,7 +201,7 @@ impl Operation {
         )
     }
 
-    /// The same about other pages; a write fault is about the last of them.
+    /// Returns the same operation on other pages. A write fault takes the last of them.
     #[must_use]
     pub fn at(mut self, pages: Pages) -> Self {
         match &mut self {
@@ -217,59 +220,59 @@ impl Operation {
     }
 }
 
-/// Why an operation was not, or not wholly, done. All before the page that is named was done.
+/// Why an operation failed or stopped. It is complete for all pages before the page in the error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Failure {
-    /// Nobody has said that these translations are unused.
+    /// The notifier range is not open.
     NotOpen,
-    /// The range is beyond what can be mapped.
+    /// The range exceeds the address space of the table.
     Beyond,
-    /// No leaf allows just this.
+    /// The format does not have these permissions.
     Permissions,
-    /// No leaf has this memory type.
+    /// The format does not have this memory type.
     Memory,
-    /// No leaf points there.
+    /// The host-physical address is unaligned or too large.
     Address,
     /// This page is mapped already.
     Occupied(u64),
-    /// No table was left at this page.
+    /// No free table was left for this page.
     Exhausted(u64),
 }
 
-/// What a refused write was about.
+/// Cause of a refused write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The right to write was withheld, and no longer is from these pages.
+    /// Writes to these pages were tracked. The pages are writable now.
     Released(Pages),
-    /// The page may be written.
+    /// The page is writable.
     Writable,
-    /// The page may not be written.
+    /// The page is read-only.
     Denied,
-    /// There is no page.
+    /// The page is not mapped.
     Absent,
 }
 
-/// What became of an operation.
+/// Result of an operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// Whether it was done.
+    /// Success or failure.
     pub result: Result<(), Failure>,
-    /// The smallest range with all that was changed: the translations to flush.
+    /// Smallest range that contains all changes: the translations to flush.
     pub interval: Option<Pages>,
-    /// The number of entries that were changed, splits apart. A table that goes counts as one, with all in it.
+    /// Number of changed entries, without splits. A removed table counts as one entry, whatever it contained.
     pub entries: u64,
-    /// The number of leaves that were split.
+    /// Number of split leaves.
     pub splits: u64,
-    /// The number of tables that went out of use.
+    /// Number of tables that were freed.
     pub tables: u64,
-    /// What was recorded, in ascending order, neighbours joined.
+    /// Recorded pages as maximal ranges in ascending order.
     pub recorded: Vec<Pages>,
-    /// What a write fault was about.
+    /// Cause of a write fault.
     pub fault: Option<Fault>,
 }
 
 impl Report {
-    /// With nothing changed.
+    /// Returns a report without changes.
     pub const fn new(result: Result<(), Failure>) -> Self {
         Self {
             result,
@@ -294,7 +297,7 @@ impl Report {
         self.touched(span);
     }
 
-    /// Records a range behind all others.
+    /// Records a range that lies after all others.
     pub fn record(&mut self, span: &Pages) {
         match self.recorded.last_mut() {
             Some(last) if last.end == span.start => last.end = span.end,
@@ -303,46 +306,46 @@ impl Report {
     }
 }
 
-/// What hardware must make of an access.
+/// Expected outcome of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is done, at this host-physical page.
+    /// The access is done.
     Allowed {
-        /// Its first byte.
+        /// Host-physical address of the page.
         hpa: u64,
-        /// The leaf's level.
+        /// Level of the leaf.
         level: u32,
-        /// Whether it is what makes the leaf dirty.
+        /// Whether the access sets the dirty flag.
         first_write: bool,
     },
-    /// It is refused.
+    /// The access is refused.
     Refused(Refusal),
 }
 
 /// Why an access is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The level at which the walk ends.
+    /// Level at which the walk ends.
     pub level: u32,
-    /// What the leaf allows now; `None` where there is none.
+    /// Effective permissions of the leaf, or `None` if there is no leaf.
     pub permissions: Option<Permissions>,
-    /// Whether just this right is withheld: the write is to be told, and then done.
+    /// Whether the write is refused only because writes are tracked.
     pub withheld: bool,
 }
 
-/// A table that does what it should.
+/// Model of a table.
 #[derive(Clone, Debug)]
 pub struct Model {
     shape: Shape,
-    /// By first page.
-    leaves: BTreeMap<u64, Leaf>,
-    /// All tables but the root: the level of the entry that a table stands at, and its first page.
+    /// Leaves; each is a run of its own.
+    leaves: page_model::Pages<Leaf>,
+    /// All tables but the root: the level of the entry that points to the table, and its first page.
     tables: BTreeSet<(u32, u64)>,
-    /// How many tables more there can be.
+    /// Number of free tables.
     free: u64,
 }
 
-/// What to do with a leaf.
+/// Change to a leaf.
 enum Step {
     Keep,
     Replace(Leaf),
@@ -351,38 +354,46 @@ enum Step {
 }
 
 impl Model {
-    /// An empty one, with room for so many tables besides the root.
+    /// Returns an empty table with this number of free tables besides the root.
     pub const fn new(shape: Shape, free: u64) -> Self {
         Self {
             shape,
-            leaves: BTreeMap::new(),
+            leaves: page_model::Pages::new(),
             tables: BTreeSet::new(),
             free,
         }
     }
 
-    /// How many tables more there can be.
+    /// Returns the number of free tables.
     pub const fn free(&self) -> u64 {
         self.free
     }
 
-    /// The leaf that maps a page, and its first page.
-    pub fn at(&self, page: u64) -> Option<(u64, &Leaf)> {
-        let (&first, leaf) = self.leaves.range(..=page).next_back()?;
-        (page < first + pages(leaf.level)).then_some((first, leaf))
+    /// Returns the leaf that maps a page, and the first page of the leaf.
+    pub fn at(&self, page: u64) -> Option<(u64, Leaf)> {
+        let (run, leaf) = self.leaves.run_at(page)?;
+        Some((run.start, leaf))
     }
 
-    /// The leaves that map any of these pages, each with its first page.
-    pub fn leaves(&self, range: Pages) -> impl Iterator<Item = (u64, &Leaf)> {
-        let start = self.at(range.start).map_or(range.start, |(first, _)| first);
-        self.leaves
-            .range(start..range.end)
-            .map(|(&first, leaf)| (first, leaf))
+    /// Returns the leaf that begins with this page.
+    fn starting_at(&self, first: u64) -> Option<Leaf> {
+        let (start, leaf) = self.at(first)?;
+        (start == first).then_some(leaf)
     }
 
-    /// The guest tries something.
+    fn put(&mut self, first: u64, leaf: Leaf) {
+        self.leaves.set(first..first + pages(leaf.level), leaf);
+    }
+
+    /// Returns the leaves that map any of these pages, each with its first page.
+    pub fn leaves(&self, range: Pages) -> impl Iterator<Item = (u64, Leaf)> {
+        let runs = self.leaves.runs_as_set(range);
+        runs.map(|(run, leaf)| (run.start, leaf))
+    }
+
+    /// Performs an access of the guest.
     pub fn access(&mut self, page: u64, access: Access) -> Verdict {
-        let Some((first, &leaf)) = self.at(page) else {
+        let Some((first, leaf)) = self.at(page) else {
             return Verdict::Refused(Refusal {
                 level: self.hole_level(page),
                 permissions: None,
@@ -405,14 +416,19 @@ impl Model {
         }
     }
 
-    /// Sets the flags of the leaf that begins at `first`, if there is one.
+    /// Sets the flags of the leaf that begins with page `first`, if there is one.
     pub fn set_flags(&mut self, first: u64, accessed: bool, dirty: bool) {
-        if let Some(leaf) = self.leaves.get_mut(&first) {
-            (leaf.accessed, leaf.dirty) = (accessed, dirty);
+        if let Some(leaf) = self.starting_at(first) {
+            let leaf = Leaf {
+                accessed,
+                dirty,
+                ..leaf
+            };
+            self.put(first, leaf);
         }
     }
 
-    /// Does it. Tables that go out of use are free afterwards.
+    /// Performs an operation. Tables that it empties are free afterwards.
     pub fn perform(&mut self, operation: &Operation) -> Report {
         let mut report = Report::new(Ok(()));
         report.result = self
@@ -422,7 +438,7 @@ impl Model {
         report
     }
 
-    /// What can be refused without looking at the table.
+    /// Checks the arguments of an operation.
     fn judge(&self, operation: &Operation) -> Result<(), Failure> {
         let range = operation.range();
         if range.end > self.shape.end() {
@@ -510,13 +526,13 @@ impl Model {
                 dirty: false,
                 tracked: false,
             };
-            self.leaves.insert(page, leaf);
+            self.put(page, leaf);
             page += pages(level);
         }
         Ok(())
     }
 
-    /// The level of the largest leaf for the first pages of `rest`, the first of which is not mapped.
+    /// Returns the level of the largest leaf that fits at the start of `rest`, whose first page is not mapped.
     fn largest_that_fits(&self, rest: &Pages, hpa: u64, largest: u32) -> u32 {
         let fits = |&level: &u32| {
             rest.start.is_multiple_of(pages(level))
@@ -528,7 +544,7 @@ impl Model {
         levels.rev().find(fits).unwrap_or(0)
     }
 
-    /// Makes the tables down to an entry of this level, from the root's on.
+    /// Makes the missing tables from the root down to an entry of this level.
     fn make_tables(&mut self, page: u64, level: u32) -> Result<(), Failure> {
         for above in (level + 1..=self.shape.root_level).rev() {
             let table = (above, page - page % pages(above));
@@ -561,7 +577,7 @@ impl Model {
         result
     }
 
-    /// Removes all tables that lie wholly in `range`.
+    /// Removes all tables that lie entirely within `range`.
     fn remove_tables(&mut self, range: &Pages, report: &mut Report) {
         let whole = |&(level, first): &(u32, u64)| within(&(first..first + pages(level)), range);
         for table in self.tables.extract_if(.., whole).collect::<Vec<_>>() {
@@ -573,13 +589,13 @@ impl Model {
         }
     }
 
-    /// Whether the table with the entry of this level for `page` is not the root, and lies wholly in `range`.
+    /// Whether the table with the entry of this level for `page` lies entirely within `range` and is not the root.
     fn in_whole_table(&self, page: u64, level: u32, range: &Pages) -> bool {
         let first = page - page % pages(level + 1);
         level < self.shape.root_level && within(&(first..first + pages(level + 1)), range)
     }
 
-    /// What is tracked stays so while it has the right that is withheld.
+    /// Sets permissions. Writes stay tracked if the new permissions contain the write permission.
     fn protect(
         &mut self,
         range: &Pages,
@@ -593,7 +609,7 @@ impl Model {
         })
     }
 
-    /// Replaces leaves, of which only what is in `range` changes.
+    /// Replaces leaves, and splits those that lie across an edge of `range`.
     fn replace(
         &mut self,
         range: &Pages,
@@ -612,11 +628,11 @@ impl Model {
         })
     }
 
-    /// Gives a page, or all of a leaf that cannot be split, the right to write back. Nothing need be forgotten for
-    /// that, so that it is no change to be flushed; but a split may be one.
+    /// Returns the write permission to a page, or to a whole leaf that cannot be split. Adding a permission needs no
+    /// flush, but a split can need one.
     fn write_fault(&mut self, page: u64, report: &mut Report) -> Fault {
         loop {
-            let Some((first, &leaf)) = self.at(page) else {
+            let Some((first, leaf)) = self.at(page) else {
                 return Fault::Absent;
             };
             if leaf.allows(Access::Write) {
@@ -640,7 +656,7 @@ impl Model {
                 tracked: false,
                 ..leaf
             };
-            self.leaves.insert(first, released);
+            self.put(first, released);
             report.record(&span);
             if self.shape.caches_faults {
                 report.touched(&span);
@@ -649,7 +665,7 @@ impl Model {
         }
     }
 
-    /// Records and clears a flag, of a leaf always as a whole.
+    /// Records and clears a flag. A leaf is always recorded as a whole.
     fn take(
         &mut self,
         range: &Pages,
@@ -658,7 +674,7 @@ impl Model {
     ) -> Result<(), Failure> {
         let mut taken = Report::new(Ok(()));
         self.each_leaf(range, report, |span, mut leaf| {
-            // Somebody may have taken the flag for another part of the leaf, and not flushed.
+            // Another caller can have cleared the flag by another part of the leaf, and not flushed yet.
             if span.start < range.start || span.end > range.end {
                 taken.touched(span);
             }
@@ -675,7 +691,7 @@ impl Model {
         Ok(())
     }
 
-    /// Does what `decide` says to each leaf that has a page in `range`, and to the parts of a split one again.
+    /// Applies `decide` to each leaf with a page in `range`, and again to the parts of a leaf that it splits.
     fn each_leaf(
         &mut self,
         range: &Pages,
@@ -695,11 +711,11 @@ impl Model {
                 }
                 Step::Keep => {}
                 Step::Replace(new) => {
-                    self.leaves.insert(first, new);
+                    self.put(first, new);
                     report.changed(&span);
                 }
                 Step::Remove => {
-                    self.leaves.remove(&first);
+                    self.leaves.clear(span.clone());
                     if !self.in_whole_table(first, leaf.level, range) {
                         report.changed(&span);
                     }
@@ -715,23 +731,23 @@ impl Model {
             return None;
         }
         let mut leaves = self.leaves(page..end);
-        leaves.next().map(|(first, leaf)| (first, *leaf))
+        leaves.next()
     }
 
-    /// Replaces a leaf by a table with its parts, for the sake of `page`.
+    /// Replaces a leaf by a table with its parts. `page` is the page in the error if no table is free.
     fn split(&mut self, first: u64, page: u64) -> Result<(), Failure> {
-        let Some(&leaf) = self.leaves.get(&first) else {
+        let Some(leaf) = self.starting_at(first) else {
             return Ok(());
         };
         self.take_table(page)?;
         self.tables.insert((leaf.level, first));
-        let parts =
-            (0..ENTRIES).map(|index| (first + index * pages(leaf.level - 1), leaf.part(index)));
-        self.leaves.extend(parts);
+        for index in 0..ENTRIES {
+            self.put(first + index * pages(leaf.level - 1), leaf.part(index));
+        }
         Ok(())
     }
 
-    /// Makes leaves of the tables of this level that lie wholly in `range`, where one leaf says the same.
+    /// Replaces the tables of this level within `range` by leaves if all entries of a table fit into one leaf.
     fn collapse(&mut self, range: &Pages, level: u32, report: &mut Report) {
         let tables = self.tables.range((level, range.start)..(level, range.end));
         let spans = tables.map(|&(_, first)| first..first + pages(level));
@@ -741,33 +757,30 @@ impl Model {
                 continue;
             };
             self.tables.remove(&(level, span.start));
-            self.leaves
-                .extract_if(span.clone(), |_, _| true)
-                .for_each(drop);
-            self.leaves.insert(span.start, leaf);
+            self.put(span.start, leaf);
             report.tables += 1;
             report.changed(&span);
         }
     }
 
-    /// The one leaf that says what is said about these pages. It is accessed or dirty if any part was.
+    /// Returns the leaf that can replace all entries of a table. It is accessed or dirty if any part is.
     fn together(&self, span: &Pages, level: u32) -> Option<Leaf> {
-        let first = self.leaves.get(&span.start)?;
+        let first = self.starting_at(span.start)?;
         if !first.hpa.is_multiple_of(pages(level) * PAGE) {
             return None;
         }
-        let mut whole = Leaf { level, ..*first };
+        let mut whole = Leaf { level, ..first };
         for index in 0..ENTRIES {
-            let part = self.leaves.get(&(span.start + index * pages(level - 1)))?;
+            let part = self.starting_at(span.start + index * pages(level - 1))?;
             let Leaf {
                 accessed, dirty, ..
-            } = *part;
+            } = part;
             let expected = Leaf {
                 accessed,
                 dirty,
                 ..whole.part(index)
             };
-            if *part != expected {
+            if part != expected {
                 return None;
             }
             whole.accessed |= accessed;
@@ -776,7 +789,7 @@ impl Model {
         Some(whole)
     }
 
-    /// The level of the entry that says that a page is not mapped.
+    /// Returns the level of the absent entry for a page that is not mapped.
     pub fn hole_level(&self, page: u64) -> u32 {
         let has_table = |&level: &u32| self.tables.contains(&(level, page - page % pages(level)));
         let levels = 1..=self.shape.root_level;
@@ -786,7 +799,7 @@ impl Model {
 }
 
 impl Leaf {
-    /// What it allows now.
+    /// Returns the effective permissions.
     pub const fn allowed(&self) -> Permissions {
         if self.tracked {
             self.permissions.without(Permissions::WRITE)
@@ -795,12 +808,12 @@ impl Leaf {
         }
     }
 
-    /// Whether it allows an access now.
+    /// Whether the leaf allows an access.
     pub const fn allows(&self, access: Access) -> bool {
         self.allowed().allows(needed(access))
     }
 
-    /// Its part `index`, one level lower.
+    /// Returns part `index` of the leaf, one level lower.
     const fn part(self, index: u64) -> Self {
         Self {
             level: self.level - 1,
@@ -814,7 +827,7 @@ fn within(span: &Pages, range: &Pages) -> bool {
     range.start <= span.start && span.end <= range.end
 }
 
-/// The permission that an access takes.
+/// Returns the permission that an access needs.
 const fn needed(access: Access) -> Permissions {
     match access {
         Access::Read => Permissions::READ,

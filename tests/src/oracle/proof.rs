@@ -1,27 +1,26 @@
-//! The proof of a hardware format of `ferry-ept`: what the crate writes into a table, hardware reads that nobody
-//! here wrote.
+//! Proof of a hardware format of `ferry-ept`: emulated hardware walks the tables that the crate writes.
 //!
-//! Three take part: the crate's [`Stage2`](ept::stage2::Stage2), in memory that stands for the machine's; the
-//! [`Model`], which says what must be; and the machine, which walks the bytes that the crate has written. A round
-//! is this:
+//! It compares three parties: [`Stage2`](ept::stage2::Stage2) of the crate, in memory that stands for that of the
+//! machine; the [`Model`], which defines the expected result; and the machine, which walks the bytes that the crate has
+//! written. One round:
 //!
-//! 1. Operations are done on the crate's table and on the model. After each both report the same, and have the
-//!    same leaves where it was done.
-//! 2. A guest probes addresses. The machine walks; the model says what becomes of each probe.
-//! 3. The machine's tables, with the flags that it has set, are loaded into the crate's memory. Each leaf, decoded
-//!    by the crate, is what the model says, flags included. The accessed flags that hardware sets in the entries
-//!    of tables stay, and must harm no later operation.
-//! 4. In every third round each refused write to a page whose writes are tracked is handled as a write fault. It is
-//!    tried again, as is a write to the page beside it, and 3 follows once more.
-//! 5. In every second round the crate cleans everything, and records just what the model says is dirty.
+//! 1. Performs operations on the table of the crate and on the model. After each operation both must report the same
+//!    result and have the same leaves in its range.
+//! 2. Lets a guest probe addresses. The machine walks the table, and the model predicts the outcome of each probe.
+//! 3. Loads the tables of the machine, with the flags that it has set, into the memory of the crate. Each leaf that the
+//!    crate decodes must equal that of the model, flags included. The accessed flags that hardware sets in table entries
+//!    stay, and must not affect later operations.
+//! 4. In every third round, handles each refused write to a tracked page as a write fault, repeats it, tries a write to
+//!    the neighbouring page, and repeats step 3.
+//! 5. In every second round, cleans the whole table. The crate must record exactly the dirty pages of the model.
 //!
-//! The next round goes on with the same table. The crate is never asked what is right.
+//! The next round continues with the same table. Expected results never come from the crate.
 //!
-//! What this cannot see: anything that hardware keeps, as each probe walks anew (what is to be flushed is compared
-//! with the model); what it meets before a flush is done (Arm's broken entries have tests of their own); what memory types do, as emulators do nothing with them; and what only another privilege level
-//! would meet.
+//! The proof does not cover stale translations, because each probe walks the table anew (the range to flush is compared
+//! with the model); accesses before a flush (Arm's broken entries have tests of their own); the effect of memory types,
+//! which emulators ignore; and other privilege levels.
 //!
-//! All is drawn from one number, which stands in every message. The variable `FERRY_SEED` sets it.
+//! All random choices derive from one seed, which every message contains. The variable `FERRY_SEED` sets it.
 
 mod answer;
 mod attempts;
@@ -49,51 +48,51 @@ use table::Table;
 
 const PAGE_SHIFT: u32 = 12;
 
-/// Tables besides the root: few enough to run out of.
+/// Number of tables besides the root, few enough to run out of them.
 const TABLES: u64 = 320;
 
 const TABLE_ENTRIES: u64 = 512;
 
-/// So many write faults are handled at once: each may take as many tables as there are levels.
+/// Maximum number of write faults in one round. Each can take as many tables as there are levels.
 const FAULTS: usize = 60;
 
 const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::Execute];
 
-/// A format, and the machine that walks its tables.
+/// Format under test, and the machine that walks its tables.
 pub struct Subject<'a, F> {
-    /// The machine.
+    /// Machine that walks the tables.
     pub machine: &'a dyn Oracle,
-    /// The format, in the crate's words.
+    /// Format of the crate.
     pub format: F,
-    /// The format, in the manual's words.
+    /// Properties of the format according to its manual.
     pub shape: Shape,
-    /// The machine's control words for a root.
+    /// Returns the control registers of the machine for a root.
     pub control: fn(&F, TableId) -> [u64; 4],
-    /// What the machine says of a refused access, in the bits of `syndrome_mask`.
+    /// Returns the expected syndrome of a refused access, in the bits of `syndrome_mask`.
     pub syndrome: fn(Access, Refusal) -> u64,
-    /// The bits of a syndrome that are known.
+    /// Bits of a syndrome that are compared.
     pub syndrome_mask: u64,
-    /// Whether the machine logs which pages become dirty.
+    /// Whether the machine has a log of dirtied pages.
     pub logs: bool,
-    /// The level of leaves that the machine may mark accessed although their rights refuse the access.
+    /// Level of leaves whose accessed flag the machine can set although it refuses the access.
     pub marks_refused: Option<u32>,
 }
 
-/// How much is tried.
+/// Extent of a proof.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Rounds.
+    /// Number of rounds.
     pub rounds: u32,
-    /// Operations in each, at least.
+    /// Minimum number of operations in each round.
     pub operations: u32,
-    /// Probes in each.
+    /// Number of probes in each round.
     pub probes: usize,
 }
 
-/// Plays all rounds.
+/// Runs all rounds.
 ///
 /// # Panics
-/// The crate or the machine is not what the model says, or so little happened that it would prove nothing.
+/// Panics if the crate or the machine deviates from the model, or if too few kinds of events occurred.
 pub fn prove<F: HardwareFormat>(subject: &Subject<'_, F>, effort: Effort) {
     let seed = chance::seed();
     let roots = subject.shape.root_entries.div_ceil(TABLE_ENTRIES);
@@ -122,7 +121,7 @@ struct Proof<'a, F> {
     ground: Ground,
     chance: Chance,
     seen: Seen,
-    /// What and where, for messages.
+    /// Description of the current step, for messages.
     context: String,
 }
 
@@ -134,14 +133,14 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
             table: Table::new(subject.format, words, layout.tables),
             model: Model::new(subject.shape, TABLES),
             ground: Ground::new(subject.shape, &layout),
-            // Otherwise formats of one machine would be tried with the same numbers.
+            // Gives each format of a machine its own sequence of random numbers.
             chance: Chance::new(seed ^ u64::from(subject.shape.root_level) << 32),
             seen: Seen::default(),
             context: format!("{}, FERRY_SEED={seed}", subject.machine.name()),
         }
     }
 
-    /// Maps what the machine needs for itself.
+    /// Maps the pages that the guest of the machine needs.
     fn map_reserved(&mut self) {
         for page in self.subject.machine.layout().guest_pages {
             let first = page.gpa >> PAGE_SHIFT;
@@ -159,7 +158,7 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         }
     }
 
-    /// Operations, and what the machine makes of it.
+    /// Runs one round.
     fn round(&mut self, effort: Effort, handles_faults: bool) {
         for _ in 0..effort.operations {
             self.operate();
@@ -177,9 +176,9 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         }
     }
 
-    /// Handles refused writes to pages whose writes are tracked, and lets the guest try again.
+    /// Handles refused writes to tracked pages as write faults, and lets the guest try again.
     fn handle(&mut self, mut refused: Vec<Probe>) {
-        // Others cannot be tried again.
+        // Pages that cannot be probed cannot be tried again.
         refused.sort_by_key(|probe| !self.leads_to_frames(probe.gpa >> PAGE_SHIFT));
         let mut again = Vec::new();
         for probe in &refused[..refused.len().min(FAULTS)] {
@@ -216,7 +215,7 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         }
     }
 
-    /// Does something with the crate's table and with the model.
+    /// Performs an operation on the table of the crate and on the model, and compares the results.
     fn attempt(&mut self, attempt: &Attempt) {
         let Attempt { operation, open } = attempt;
         let before = Leaves::of(&self.model, operation);
@@ -224,7 +223,7 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         let expected = self.expected(operation, open);
         self.note(operation, &expected, &before);
         if self.wanted_table(&expected) {
-            // A split that did not come about may be flushed, too.
+            // The crate can also flush the range of a split that failed.
             self.check_covers(operation, &report, &expected);
             report.interval.clone_from(&expected.interval);
         }
@@ -252,7 +251,7 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         }
     }
 
-    /// Whether a split did not come about for want of a table.
+    /// Whether a split failed because no table was free.
     fn wanted_table(&self, report: &Report) -> bool {
         match (&report.result, &report.fault) {
             (Err(Failure::Exhausted(_)), _) => true,
@@ -274,7 +273,7 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         );
     }
 
-    /// What an operation was about and what it changed, and a page on either side.
+    /// Returns the range of an operation and of its changes, and one page on either side.
     fn around(&self, range: &Pages, report: &Report) -> Pages {
         let changed = report.interval.as_ref().unwrap_or(range);
         let end = self.subject.shape.end();
@@ -316,29 +315,29 @@ impl<'a, F: HardwareFormat> Proof<'a, F> {
         }
     }
 
-    /// Compares the leaves that the crate decodes with the model's.
+    /// Compares the leaves that the crate decodes with those of the model.
     fn compare(&self, range: &Pages, when: &str) {
         let leaves = self.table.leaves(range);
         let expected: Vec<_> = self.model.leaves(range.clone()).collect();
         let context = &self.context;
         for ((first, leaf), (expected_first, expected)) in leaves.iter().zip(&expected) {
             assert_eq!(
-                (*first, leaf),
-                (*expected_first, *expected),
+                (first, leaf),
+                (expected_first, expected),
                 "{context}: a leaf (at page {first:#x}) {when}"
             );
         }
         assert_eq!(leaves.len(), expected.len(), "{context}: leaves {when}");
     }
 
-    /// Cleans everything.
+    /// Cleans the whole table.
     fn clean(&mut self) {
         let range = 0..self.subject.shape.end();
         self.attempt(&Attempt::new(Operation::Clean { range }));
     }
 }
 
-/// How many leaves there are in an operation's range.
+/// Numbers of leaves in the range of an operation, by level and tracking.
 struct Leaves(BTreeMap<(u32, bool), u64>);
 
 impl Leaves {

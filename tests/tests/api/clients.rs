@@ -1,4 +1,5 @@
-//! Real clients drive a guest through its life: one that nobody here wrote, curl, `ferry ctl`; and `ferry top` looks on.
+//! Third-party clients control a guest: the crate cloud-hypervisor-client, curl and `ferry ctl`, while `ferry top`
+//! watches.
 
 use std::fs;
 use std::path::Path;
@@ -93,7 +94,7 @@ async fn drive(ferry: &mut Ferry) {
     assert_eq!(client.vm_info_get().await.unwrap().state, VmState::Paused);
     let counters = client.vm_counters_get().await.unwrap();
     assert!(counters["vcpu1"]["stops"] >= 1, "{counters:?}");
-    // The kernel was written into the guest's memory by the monitor.
+    // The monitor wrote the kernel into guest memory.
     assert!(
         counters["tracker"]["dirtied_by_monitor_pages"] > 0,
         "{counters:?}"
@@ -127,7 +128,7 @@ async fn drive(ferry: &mut Ferry) {
     client.shutdown_vmm().await.unwrap();
 }
 
-/// One call by curl: the status, and the answer's body.
+/// Sends a request by curl. Returns the status and the body of the response.
 fn curl(socket: &Path, method: &str, name: &str, body: &str) -> (u16, String) {
     let mut command = Command::new("curl");
     command.args([
@@ -218,7 +219,8 @@ fn top_prints_one_look_and_refuses_to_draw_without_a_terminal() {
         let arguments = [&["top", "--api-socket", &socket][..], options].concat();
         ferry::invoke(&arguments, LIMIT).unwrap()
     };
-    let seen = top(&["--once", "--interval-ms", "200"]);
+    // Long enough for a vCPU to run in it even on a busy machine.
+    let seen = top(&["--once", "--interval-ms", "1000"]);
     assert!(seen.status.success(), "{seen:?}");
     assert!(
         seen.stdout.contains("Running, 2 vCPUs, 128 MiB"),

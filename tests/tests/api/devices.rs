@@ -1,4 +1,4 @@
-//! What the API does to a guest's devices: the balloon is changed, taps are passed.
+//! API calls about devices: resizing the balloon, and passing tap devices as descriptors.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,7 +30,7 @@ fn the_balloons_size_is_changed_while_the_guest_runs_and_lasts_over_a_reboot() {
     assert_eq!(call(&ferry, "PUT", "vm.boot", "").status, 204);
     let target = || {
         let info: Value = serde_json::from_str(&call(&ferry, "GET", "vm.info", "").body).unwrap();
-        // The guest has no driver for it, and so it keeps all its memory.
+        // The guest has no balloon driver, so it keeps all of its memory.
         assert_eq!(info["memory_actual_size"], info["config"]["memory"]["size"]);
         info["config"]["balloon"]["size"].as_u64().unwrap()
     };

@@ -1,4 +1,4 @@
-//! Where calls and events come in and go out: sockets and descriptors, and clients that misbehave.
+//! Sockets and descriptors of the API and of the events, and clients that misbehave.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -27,7 +27,7 @@ fn a_socket_that_was_left_open_for_it_is_answered_on() {
         &format!("fd={}", listener.as_raw_fd()),
     ]);
     let mut ferry = Process::start(&mut command).unwrap();
-    // Connections are queued by the kernel until it is up.
+    // The kernel queues connections until the monitor accepts them.
     let answer = api::request(&path, "GET", "/api/v1/vmm.ping", "").unwrap();
     assert!(
         answer.body.contains(&format!("\"pid\":{}", ferry.pid())),
@@ -67,16 +67,16 @@ fn idle_and_slow_clients_do_not_lock_the_operator_out() {
     let connect = || UnixStream::connect(ferry.api_socket()).unwrap();
     let mut held: Vec<UnixStream> = (0..100).map(|_| connect()).collect();
     for stream in &mut held {
-        // Some have been closed to make room.
+        // The monitor has closed some connections to make room.
         let _closed = stream.write_all(b"PUT /api/v1/vm.cre");
     }
     for _ in 0..3 {
         let began = Instant::now();
         assert_eq!(call(&ferry, "GET", "vmm.ping", "").status, 200);
-        // Long before any limit for idle or slow clients.
+        // This is far below the time limits for idle and slow clients.
         assert!(began.elapsed() < Duration::from_secs(4));
     }
-    // The last of the slow ones is told why it is closed.
+    // The last slow client receives the reason before its connection closes.
     let mut last = held.pop().unwrap();
     last.set_read_timeout(Some(LIMIT)).unwrap();
     let mut answer = String::new();

@@ -1,4 +1,4 @@
-//! What happens to a guest, as it is told to `--event-monitor`.
+//! Events of a guest on `--event-monitor`.
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{READY, booted, call, config, inherit, kernel, put, sample};
 
-/// The events in a file, as `source/event`; each line is looked at.
+/// Returns the names (`source/event`) and properties of the events in a file. Checks that timestamps never decrease.
 fn events(file: &Path) -> Vec<(String, Value)> {
     let text = fs::read_to_string(file).unwrap();
     let mut last = Duration::ZERO;
@@ -192,7 +192,7 @@ fn a_reader_of_events_that_stalls_or_goes_stops_no_guest() {
         let answer = api::request(&api, "PUT", &format!("/api/v1/{name}"), "").unwrap();
         assert_eq!(answer.status, 204, "{answer:?}");
     };
-    // More than the pipe's 64 KiB and the monitor's queue hold.
+    // More events than the pipe (64 KiB) and the queue of the monitor hold.
     for _ in 0..1500 {
         put("vm.pause");
         put("vm.resume");

@@ -1,4 +1,4 @@
-//! What is measured and counted: the dirty rate, and the metrics.
+//! The dirty rate and the metrics.
 
 use std::thread;
 use std::time::Instant;
@@ -31,7 +31,7 @@ fn the_dirty_rate_is_what_the_guest_writes_and_costs_it_nothing_it_wrote() {
             rate["sources"]["vcpu"].as_f64().unwrap() > 0.0,
             "{log}: {rate}"
         );
-        // A guest that stands writes nothing, and what it wrote before is not counted again.
+        // A paused guest writes nothing, and its earlier writes are not counted again.
         ferry.ctl(&["pause"]).unwrap();
         let still = dirty_rate(&ferry, 50);
         assert_eq!(still["pages"], 0, "{log}: {still}");
@@ -40,7 +40,7 @@ fn the_dirty_rate_is_what_the_guest_writes_and_costs_it_nothing_it_wrote() {
             .ctl_json(&["dirty-rate", "--interval-ms", "100"])
             .unwrap();
         assert!(printed["pages"].as_u64().unwrap() > 0, "{log}: {printed}");
-        // The log is whole for whoever uses it next.
+        // The measurement leaves the dirty log intact for a migration.
         let endpoint = Endpoint::free_tcp().unwrap();
         let mut destination = Ferry::receive(&endpoint).unwrap();
         ferry.send_migration(&endpoint, &PATIENT).unwrap();
@@ -58,14 +58,14 @@ fn a_measurement_gives_way_to_a_migration_and_to_the_guests_end() {
         let measuring = thread::spawn(move || {
             let body = r#"{"interval_ms":60000}"#;
             let ask = || api::request(&socket, "PUT", "/api/v1/vm.dirty-rate", body).unwrap();
-            // One of those that look whether it has begun may be at work itself.
+            // A request that checks whether the measurement has begun can be a measurement itself.
             let mut answer = ask();
             while answer.body.contains("another measurement") {
                 answer = ask();
             }
             answer
         });
-        // It has begun once another one is refused.
+        // The measurement has begun when another one is refused.
         while call(ferry, "PUT", "vm.dirty-rate", r#"{"interval_ms":10}"#).status != 409 {
             assert!(began.elapsed() < LIMIT);
         }

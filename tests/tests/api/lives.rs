@@ -1,4 +1,4 @@
-//! A guest's way from its configuration to its end, and to another monitor.
+//! Life cycle of a guest by API calls: creation, boot, shutdown and migration.
 
 use std::fs;
 
@@ -85,7 +85,7 @@ fn a_guest_that_calls_created_is_carried_like_any_other() {
     let mut destination = Ferry::receive(&endpoint).unwrap();
     source.send_migration(&endpoint, &PATIENT).unwrap();
     assert_ends(&mut source);
-    // It was launched elsewhere: here it can be switched off, but not on again.
+    // The guest was created by another monitor, so this one can shut it down but not boot it again.
     dirtier::assert_runs(&mut destination);
     put(&destination, "vm.shutdown", "");
     let answer = call(&destination, "PUT", "vm.boot", "");

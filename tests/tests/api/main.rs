@@ -1,5 +1,5 @@
-//! The API from outside: by a client that nobody here wrote, by curl, and by clients that misbehave; the events; and the
-//! views of it, `ferry ctl` and `ferry top`. All of it holds on every host with a KVM.
+//! The HTTP API: third-party clients, clients that misbehave, events, metrics, and the programs `ferry ctl` and `ferry
+//! top`. Runs on every KVM host.
 
 mod clients;
 mod devices;
@@ -16,16 +16,16 @@ use ferry_tests::ferry::Ferry;
 use ferry_tests::paths;
 use serde_json::{Value, json};
 
-/// What the dirtier says once it writes.
+/// Output of the dirtier when it begins to write.
 const READY: &str = "dirtier: ready";
-/// The pages that it writes to, at most: 48 MiB, and what else there is of it.
+/// Upper limit for the pages that the dirtier writes: its 48 MiB, its stacks and its code.
 const PAGES_MOST: u64 = 13_000;
 
 fn kernel(name: &str) -> String {
     paths::guest(name).unwrap().display().to_string()
 }
 
-/// The dirtier's configuration, its serial port on the monitor's own input and output.
+/// Returns the configuration of the dirtier, with the serial port on stdio of the monitor.
 fn config(cpus: u32) -> Value {
     json!({
         "cpus": { "boot_vcpus": cpus, "max_vcpus": cpus },
@@ -54,7 +54,7 @@ fn get(ferry: &Ferry, name: &str) -> Value {
     serde_json::from_str(&answer.body).unwrap()
 }
 
-/// A guest that was created and booted by calls, and writes.
+/// Creates and boots the dirtier by API calls, and waits until it writes.
 fn booted(ferry: &Ferry, cpus: u32) {
     let mark = ferry.serial().mark();
     put(ferry, "vm.create", &config(cpus).to_string());
@@ -62,12 +62,12 @@ fn booted(ferry: &Ferry, cpus: u32) {
     ferry.serial().wait_after(mark, READY, LIMIT).unwrap();
 }
 
-/// Lets children of this process have the descriptor, too.
+/// Makes child processes inherit the descriptor.
 fn inherit(descriptor: &OwnedFd) {
     rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()).unwrap();
 }
 
-/// A sample's value in Prometheus' text format.
+/// Returns the value of a sample in the text format of Prometheus.
 fn sample(text: &str, name: &str) -> f64 {
     let found: Vec<f64> = text
         .lines()

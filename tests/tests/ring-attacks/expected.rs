@@ -1,8 +1,8 @@
-//! What is to come of each attack, and how that differs from what the guest says.
+//! Expected outcome of each attack, and its comparison with the report of the guest.
 
 use std::collections::BTreeMap;
 
-/// Devices, in the order in which they are found, and their queues by number.
+/// Devices in the order in which the guest finds them, with the numbers of their queues.
 const DEVICES: [(&str, &[&str]); 6] = [
     ("block", &["requests"]),
     ("net", &["receive", "transmit"]),
@@ -11,7 +11,7 @@ const DEVICES: [(&str, &[&str]); 6] = [
     ("balloon", &["inflate", "deflate", "reporting"]),
     ("console", &["receive", "transmit"]),
 ];
-/// Attacks on every queue, all of which need a reset.
+/// Attacks on every queue after which the device needs a reset.
 const EVERY_QUEUE: [&str; 30] = [
     "chain-next-is-itself",
     "chain-cycle-of-three",
@@ -44,10 +44,10 @@ const EVERY_QUEUE: [&str; 30] = [
     "chain-longer-than-any-queue",
     "length-sum-above-4-gib",
 ];
-/// On every queue but that for events of sockets, which are looked at only when there is one.
+/// Attacks on every queue but the event queue of vsock, which the device reads only when it has an event.
 const WRONG_DIRECTION: &str = "wrong-direction";
 
-/// Attacks on the first queue of each device while it is set up, which need a reset.
+/// Attacks on the first queue of each device during its setup, after which the device needs a reset.
 const FIRST_QUEUE: [&str; 16] = [
     "table-ring-behind-memory",
     "table-ring-across-the-end",
@@ -66,7 +66,7 @@ const FIRST_QUEUE: [&str; 16] = [
     "used-ring-in-registers",
     "ready-without-addresses",
 ];
-/// Attacks on the first queue of each device, of which nothing comes.
+/// Attacks on the first queue of each device that have no effect.
 const FIRST_QUEUE_IGNORED: [&str; 5] = [
     "size-is-none",
     "size-is-no-power-of-two",
@@ -75,7 +75,7 @@ const FIRST_QUEUE_IGNORED: [&str; 5] = [
     "ready-before-the-features",
 ];
 
-/// Attacks on the registers of each device, of which nothing comes.
+/// Attacks on the registers of each device that have no effect.
 const DEVICE_IGNORED: [&str; 27] = [
     "features-never-offered",
     "features-without-version-1",
@@ -105,7 +105,7 @@ const DEVICE_IGNORED: [&str; 27] = [
     "config-beyond-its-end",
     "accesses-across-the-page",
 ];
-/// Attacks on each device at work: what comes of them.
+/// Attacks on each device while it processes requests, with their outcome.
 const DEVICE_OTHER: [(&str, &str); 4] = [
     ("event-index-of-nonsense", "served"),
     ("queue-taken-back-under-load", "quiet"),
@@ -113,7 +113,7 @@ const DEVICE_OTHER: [(&str, &str); 4] = [
     ("rings-rewritten-under-load", "survived"),
 ];
 
-/// Attacks that only one kind of device knows: where, what comes of them, which.
+/// Attacks on one kind of device: target, outcome and attacks.
 pub(super) const PARTICULAR: [(&str, &str, &[&str]); 18] = [
     (
         "device=block",
@@ -243,7 +243,7 @@ pub(super) const PARTICULAR: [(&str, &str, &[&str]); 18] = [
         &["output-of-a-megabyte"],
     ),
 ];
-/// Packets that are not sent, as is counted.
+/// Attacks with packets that the network device drops and counts.
 pub(super) const NET_DROPPED: [&str; 8] = [
     "net-header-alone",
     "frame-too-short",
@@ -255,10 +255,10 @@ pub(super) const NET_DROPPED: [&str; 8] = [
     "net-header-of-ones",
 ];
 
-/// Attack and target, with what comes of it.
+/// Outcomes by attack and target.
 pub(super) type Outcomes = BTreeMap<String, String>;
 
-/// The other devices work, and the attacked one does after a reset.
+/// Returns the report of an attack after which all other devices work, and the attacked one works after a reset.
 fn lived_on(outcome: &str) -> String {
     format!("outcome={outcome} others={} again=yes", DEVICES.len() - 1)
 }
@@ -301,7 +301,7 @@ pub(super) fn expected() -> Outcomes {
     all
 }
 
-/// What the guest says of its attacks.
+/// Returns the outcomes that the guest reports.
 pub(super) fn reported(serial: &str) -> Outcomes {
     let mut all = Outcomes::new();
     for line in serial.lines().filter(|line| line.starts_with("attack ")) {

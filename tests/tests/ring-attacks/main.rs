@@ -1,7 +1,8 @@
-//! A guest that attacks the rings and registers of every virtio device: each refuses it, and all others work on. As
-//! root, or as somebody who may make namespaces: the guest's network is one of its own.
+//! A guest attacks the rings and registers of every virtio device. Each device must refuse the attack, and all others
+//! must keep working. Needs root or the right to create namespaces, because the network of the guest is a new
+//! namespace.
 //!
-//! What is expected is written a second time, in `expected`, so that an attack that is not made is a failure, too.
+//! `expected` repeats the list of attacks, so that an attack that the guest leaves out is a failure, too.
 
 mod expected;
 
@@ -18,12 +19,12 @@ use ferry_tests::machine::Machine;
 use ferry_tests::paths;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Some 750 attacks, after each of which every device works; 15 s on an idle native host.
+/// Time limit for about 750 attacks with a check of every device after each. They take 15 s on an idle native host.
 const ATTACK_LIMIT: Duration = Duration::from_secs(280);
-/// What the monitor may need beyond guest RAM with six devices, the largest packets and lists included.
+/// Upper limit for the memory of the monitor beyond guest RAM, with six devices and the largest packets and lists.
 const MONITOR_MOST_KIB: u64 = 16 * 1024;
 
-/// The threads of the devices.
+/// Names of the device threads.
 const WORKERS: [&str; 6] = [
     "_balloon0",
     "_console0",
@@ -33,24 +34,24 @@ const WORKERS: [&str; 6] = [
     "_vsock0",
 ];
 
-/// What the guest's devices are on the host's side.
+/// Directory with the host side of the devices.
 struct Host(tempfile::TempDir);
 
-/// A device takes 1024 connections at once.
+/// Number of connections to open. The device accepts 1024 at a time.
 const CROWD: usize = 1000;
 const SECTORS: u64 = 64;
 const SECTOR_BYTES: usize = 512;
-/// The sectors that the guest's own operations write.
+/// Sectors that the regular operations of the guest write.
 const WRITTEN_SECTORS: std::ops::Range<u64> = 8..16;
-/// A network of the guest and an ARP that answers; and no more descriptors than are usual. The tools are those of
-/// Debian, or of the lab's busybox.
+/// Shell commands that set up a tap device whose host side answers ARP, and the usual limit on descriptors. They work
+/// with the tools of Debian and with busybox in the lab.
 const NETWORK: &str = "ulimit -Sn 1024 && mount -t sysfs sysfs /sys && ip link set lo up \
     && { ip tuntap add attacked mode tap 2>/dev/null || tunctl -t attacked; } \
     && { echo 1 >/proc/sys/net/ipv6/conf/attacked/disable_ipv6 || true; } 2>/dev/null \
     && ip addr add 10.99.0.1/24 dev attacked && ip link set attacked up";
 
 impl Host {
-    /// With a disk whose every 64-bit word is its sector's number.
+    /// Makes a disk image in which every 64-bit word is the number of its sector.
     fn new() -> Self {
         let host = Self(tempfile::tempdir().unwrap());
         let image: Vec<u8> = (0..SECTORS)
@@ -86,7 +87,7 @@ impl Host {
         Ferry::run_in_network(&machine, &options, NETWORK).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The disk holds what it held, but where the guest wrote what it meant to.
+    /// Asserts that the disk is unchanged except for the sectors that the guest wrote on purpose.
     fn assert_disk_is_whole(&self) {
         let image = fs::read(self.path("disk")).unwrap();
         assert_eq!(image.len() as u64, SECTORS * SECTOR_BYTES as u64);
@@ -110,7 +111,7 @@ impl Host {
         }
     }
 
-    /// Every line that the guest meant to print on the console is there, in order.
+    /// Asserts that the console has every line that the guest printed on purpose, in order.
     fn assert_console_is_whole(&self, lines: u32) {
         let output = fs::read_to_string(self.path("console")).unwrap();
         let printed: Vec<&str> = output.lines().filter(|l| l.starts_with("line ")).collect();
@@ -122,7 +123,7 @@ impl Host {
     }
 }
 
-/// The last line of the guest: `NAME: attacks=N unexpected=N operations=KIND:N,…`.
+/// Returns the last line of the guest: `NAME: attacks=N unexpected=N operations=KIND:N,…`.
 fn verdict(serial: &str) -> &str {
     let line = serial.lines().find(|line| line.starts_with(VERDICT));
     line.unwrap_or_else(|| panic!("no verdict in {serial}"))
@@ -130,19 +131,19 @@ fn verdict(serial: &str) -> &str {
 
 const VERDICT: &str = "ring-attacker: attacks=";
 
-/// The number behind `name` in the verdict.
+/// Returns the number after `name` in the verdict.
 fn number(verdict: &str, name: &str) -> u32 {
     let (_, rest) = verdict.split_once(name).unwrap();
     let digits = rest.split(|c: char| !c.is_ascii_digit()).next();
     digits.unwrap_or_default().parse().unwrap()
 }
 
-/// A device that does not work, or that a guest cannot start with, is said in the first line.
+/// Waits for the verdict of the guest. Fails if the guest reports that it cannot start or that it panicked.
 fn wait_for_verdict(ferry: &Ferry) {
     let deadline = Instant::now() + ATTACK_LIMIT;
     let step = Duration::from_millis(500);
     while ferry.serial().wait_for(VERDICT, step).is_err() {
-        // It answers while it is under attack.
+        // The monitor answers API calls during the attacks.
         ferry
             .ctl(&["ping"])
             .unwrap_or_else(|error| panic!("{error}"));
@@ -154,7 +155,7 @@ fn wait_for_verdict(ferry: &Ferry) {
     }
 }
 
-/// Names and states of all threads (proc(5)).
+/// Returns the names and states of all threads (proc(5)).
 fn threads(pid: u32) -> Vec<(String, String)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     tasks
@@ -167,8 +168,8 @@ fn threads(pid: u32) -> Vec<(String, String)> {
         .collect()
 }
 
-/// All devices' threads are there, and all of the process's wait: looked at many times in a row, so that none of them
-/// goes round and round. A thread that is about to wait gets the time for it.
+/// Asserts that all device threads exist and that all threads of the process sleep. It reads their states many times in
+/// a row, so that a busy loop is noticed, and gives threads time to fall asleep.
 fn assert_all_wait(ferry: &Ferry) {
     const LOOKS: u32 = 20;
     let deadline = Instant::now() + LIMIT;
@@ -189,7 +190,7 @@ fn assert_all_wait(ferry: &Ferry) {
     }
 }
 
-/// What the devices counted of the attacks.
+/// Asserts the device counters after the attacks.
 fn assert_counted(ferry: &Ferry) {
     let counters = ferry.ctl_json(&["counters"]).unwrap();
     let counted = |device: &str, name: &str| {
@@ -206,7 +207,7 @@ fn assert_counted(ferry: &Ferry) {
     assert_eq!(counted("_vsock0", "connections"), 0);
 }
 
-/// Nearly as many connections as the device takes, from the host's side. Returned, so that they last.
+/// Opens nearly as many connections from the host as the device accepts. Returns them, so that they stay open.
 fn crowd(host: &Host) -> Vec<UnixStream> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -222,7 +223,7 @@ fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
-/// Whoever fills a device with connections takes no descriptor away that the monitor needs.
+/// Connections of one device must not use up the descriptors that the monitor needs.
 fn assert_answers_in_a_crowd(ferry: &Ferry, host: &Host) {
     let crowd = crowd(host);
     let deadline = Instant::now() + LIMIT;
@@ -242,20 +243,20 @@ fn assert_answers_in_a_crowd(ferry: &Ferry, host: &Host) {
 fn every_device_refuses_what_it_must_and_the_others_work_on() {
     let host = Host::new();
     let mut ferry = host.run();
-    // In the middle of it the machine stands, and goes on.
+    // The guest is paused and resumed in the middle of the attacks.
     ferry.serial().wait_for("attack ", LIMIT).unwrap();
     ferry.ctl(&["pause"]).unwrap();
     assert_all_wait(&ferry);
     ferry.ctl(&["resume"]).unwrap();
     wait_for_verdict(&ferry);
-    // All lines before the last are whole.
+    // All lines before the last one are complete.
     assert_same(&reported(&ferry.serial().text()), &expected());
 
     ferry.ctl(&["ping"]).unwrap();
     assert_eq!(ferry.ctl_json(&["info"]).unwrap()["state"], "Running");
     assert_counted(&ferry);
     assert_answers_in_a_crowd(&ferry, &host);
-    // Without the vCPU, which listens to its serial port.
+    // The vCPU thread must not run, because the guest polls its serial port.
     ferry.ctl(&["pause"]).unwrap();
     assert_all_wait(&ferry);
     let resident = ferry.resident().unwrap();

@@ -4,7 +4,8 @@ use ept::format::{Entry, HardwareFormat};
 use ept::stage2::{ChangeError, Flush};
 use ept::{GpaRange, Notifier, OpenRange};
 
-use crate::pages::{Pages, pages};
+use crate::model::Pages;
+use crate::pages::pages;
 use crate::stage2::guest::{Guest, Page};
 use crate::stage2::script::{Change, Fate, Open};
 

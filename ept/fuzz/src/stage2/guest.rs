@@ -6,7 +6,8 @@ use ept::{GpaRange, Hpa, Level};
 
 use crate::formats::{Hardware, Kept};
 use crate::mmu::{Mmu, Touch};
-use crate::pages::{Pages, count, gpa, pages};
+use crate::model::Pages;
+use crate::pages::{count, gpa, pages};
 use crate::stage2::script::{Fate, Lead, Looks, Step, Window};
 
 /// What should hold for a page.

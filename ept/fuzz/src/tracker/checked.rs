@@ -8,10 +8,9 @@ use ept::{
     Source, Tracker,
 };
 
-use crate::pages::{Pages, count, gpa, pages};
+use crate::model::PageSet;
+use crate::pages::{count, gpa, pages};
 use crate::tracker::script::{Fate, Step, source, start, words};
-
-type Set = Pages<()>;
 
 const MOST_EPOCHS: usize = 3;
 const MOST_HELD: usize = 4;
@@ -23,9 +22,9 @@ struct Consumer {
     epoch: Epoch,
     number: u64,
     /// What it must find.
-    dirty: Set,
+    dirty: PageSet,
     /// What was ever dirty for it.
-    ever: Set,
+    ever: PageSet,
 }
 
 /// A harvest that is not settled yet.
@@ -44,10 +43,10 @@ pub(super) struct Checked {
     consumers: Vec<Consumer>,
     begun: u64,
     held: VecDeque<Held>,
-    protected: Set,
+    protected: PageSet,
     outside: u64,
     /// Pages that each source dirtied, and what is dirty, until the first of them are taken.
-    counted: Option<([u64; Source::ALL.len()], Set)>,
+    counted: Option<([u64; Source::ALL.len()], PageSet)>,
     /// Pages were marked or released whole for want of a table.
     coarse: bool,
 }
@@ -61,7 +60,7 @@ impl Checked {
             consumers: Vec::new(),
             begun: 0,
             held: VecDeque::new(),
-            protected: Set::default(),
+            protected: PageSet::new(),
             outside: 0,
             counted: Some(Default::default()),
             coarse: false,
@@ -178,8 +177,8 @@ impl Checked {
         let mut consumer = Consumer {
             epoch,
             number: self.begun,
-            dirty: Set::default(),
-            ever: Set::default(),
+            dirty: PageSet::new(),
+            ever: PageSet::new(),
         };
         if all_dirty {
             let all = self.tracked(GpaRange::ALL);
@@ -231,7 +230,8 @@ impl Checked {
             rest.first_page()
         });
         let looked_at = (range.first_page() < end).then(|| pages(range.first_page(), end));
-        let within = |set: &Set| looked_at.map_or(Vec::new(), |part| set.ranges(part, |()| true));
+        let within =
+            |set: &PageSet| looked_at.map_or(Vec::new(), |part| set.ranges(part, |()| true));
         let mut consumers = self.consumers.iter();
         let consumer = consumers.find(|one| one.number == number);
         let consumer = consumer.expect("it has just harvested");

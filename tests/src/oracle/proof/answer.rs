@@ -1,4 +1,4 @@
-//! What the machine makes of a table, compared with what the model says.
+//! Compares the answer of the machine with the model.
 
 use std::collections::BTreeSet;
 
@@ -9,20 +9,20 @@ use crate::oracle::proof::seen::Event;
 use crate::oracle::proof::{PAGE_SHIFT, Proof};
 use crate::oracle::{Access, Answer, Outcome, Probe, Scenario};
 
-/// What the model says of a machine's answer.
+/// Answer that the model expects.
 struct Expected {
     outcomes: Vec<Outcome>,
     writers: Vec<u64>,
     log: Vec<u64>,
-    /// The first pages of leaves that the machine may have marked accessed, or not.
+    /// First pages of leaves whose accessed flag the machine may or may not have set.
     unsure: BTreeSet<u64>,
-    /// Writes that are refused because the right is withheld.
+    /// Writes that are refused because writes are tracked.
     withheld: Vec<Probe>,
 }
 
 impl<F: HardwareFormat> Proof<'_, F> {
-    /// Lets the machine try things, and compares. The result are the writes that were refused because the right was
-    /// withheld.
+    /// Runs the probes on the machine and compares its answer with the model. Returns the writes that were refused
+    /// because writes are tracked.
     pub(super) fn ask(&mut self, probes: Vec<Probe>) -> Vec<Probe> {
         for probe in &probes {
             self.check_lookup(probe.gpa >> PAGE_SHIFT);
@@ -43,17 +43,17 @@ impl<F: HardwareFormat> Proof<'_, F> {
         expected.withheld
     }
 
-    /// Before the machine walks to a page, the crate finds what the model says.
+    /// Compares the lookup of a page by the crate with the model, before the machine walks to the page.
     fn check_lookup(&self, page: u64) {
         let expected = match self.model.at(page) {
-            Some((_, leaf)) => Ok(*leaf),
+            Some((_, leaf)) => Ok(leaf),
             None => Err(self.model.hole_level(page)),
         };
         let (found, context) = (self.table.lookup(page), &self.context);
         assert_eq!(found, expected, "{context}: lookup of page {page:#x}");
     }
 
-    /// Tries the probes on the model.
+    /// Runs the probes on the model.
     fn expect(&mut self, probes: &[Probe]) -> Expected {
         let mut expected = Expected {
             outcomes: Vec::new(),
@@ -104,7 +104,7 @@ impl<F: HardwareFormat> Proof<'_, F> {
         Outcome::Done { value: 0 }
     }
 
-    /// Whether the machine may mark a leaf accessed that refuses.
+    /// Whether the machine can set the accessed flag of a leaf although it refuses the access.
     fn may_mark(&self, refusal: Refusal) -> bool {
         refusal.permissions.is_some() && self.subject.marks_refused == Some(refusal.level)
     }
@@ -159,7 +159,7 @@ impl<F: HardwareFormat> Proof<'_, F> {
         }
     }
 
-    /// What is known of an outcome: the reported page, and some bits of the syndrome.
+    /// Reduces an outcome to its known part: the reported page and some bits of the syndrome.
     fn known(&self, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Violation { gpa, syndrome } => Outcome::Violation {
@@ -170,8 +170,8 @@ impl<F: HardwareFormat> Proof<'_, F> {
         }
     }
 
-    /// Takes over the flags that the model cannot know: those of the machine's own pages, and the accessed flags
-    /// that it may or may not have set.
+    /// Copies the flags that the model cannot predict from the machine: those of its own pages, and accessed flags that
+    /// it may or may not have set.
     fn learn(&mut self, unsure: &BTreeSet<u64>) {
         for &page in self.ground.reserved() {
             if let Ok(leaf) = self.table.lookup(page) {

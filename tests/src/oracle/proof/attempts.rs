@@ -1,4 +1,4 @@
-//! What is done to the tables of a proof: operations of all kinds, some of which must fail.
+//! Generates the operations of a proof, some of which must fail.
 
 use ept::format::Permissions;
 
@@ -9,24 +9,24 @@ use crate::oracle::proof::ground::{
     GIB, Ground, MIB2, Place, is_large, page_in, small_range, within,
 };
 
-/// With so few tables left some part of the ground is cleared sometimes, so that not everything fails.
+/// Number of free tables below which parts of the ground are sometimes unmapped, so that not every operation fails.
 const SCARCE: u64 = 24;
 
-/// An operation, and the range that is open during it.
+/// Operation, and the notifier range that is open during it.
 pub(super) struct Attempt {
     pub(super) operation: Operation,
     pub(super) open: Pages,
 }
 
 impl Attempt {
-    /// With just the right range open.
+    /// Returns an attempt with the range of the operation open.
     pub(super) fn new(operation: Operation) -> Self {
         let open = operation.range().clone();
         Self { operation, open }
     }
 }
 
-/// What can be wrong with an operation.
+/// Flaw that makes an operation fail.
 #[derive(Clone, Copy)]
 enum Flaw {
     NotOpen,
@@ -38,7 +38,7 @@ enum Flaw {
 }
 
 impl Ground {
-    /// What to do next, mostly one thing.
+    /// Returns the next operations, usually one.
     pub(super) fn attempts(&self, chance: &mut Chance, model: &Model) -> Vec<Attempt> {
         let operations = if model.free() < SCARCE && chance.one_in(4) {
             vec![self.clearing(chance)]
@@ -71,8 +71,8 @@ impl Ground {
         vec![one]
     }
 
-    /// Begins to track writes. Sometimes a page is written at once, which then keeps the others from being put together
-    /// until they are no longer tracked.
+    /// Begins to track writes. Sometimes a write fault on one page follows, which prevents a collapse until the
+    /// tracking ends.
     fn tracking(&self, chance: &mut Chance, range: Pages) -> Vec<Operation> {
         let track = Operation::TrackWrites {
             range: range.clone(),
@@ -89,7 +89,7 @@ impl Ground {
         vec![track, fault(page), collapse.clone(), untrack, collapse]
     }
 
-    /// A refused write, as often as not to a page whose writes are tracked.
+    /// Returns a write fault, in about half of the cases on a tracked page.
     fn write_fault(&self, chance: &mut Chance, model: &Model) -> Operation {
         let place = chance.pick(&self.places);
         let page = page_in(chance, place);
@@ -104,13 +104,12 @@ impl Ground {
         fault(page)
     }
 
-    /// A refused write to a leaf that cannot be split, if one can be found that has the right to write.
+    /// Returns a write fault on a writable leaf that cannot be split, if there is one.
     fn fault_without_tables(&self, chance: &mut Chance, model: &Model) -> Vec<Operation> {
         let place = chance.pick(&self.places);
         let mut leaves = model.leaves(place.range.clone());
-        let is_right = |(_, leaf): &(u64, &Leaf)| {
-            leaf.level > 0 && leaf.permissions.allows(Permissions::WRITE)
-        };
+        let is_right =
+            |(_, leaf): &(u64, Leaf)| leaf.level > 0 && leaf.permissions.allows(Permissions::WRITE);
         let Some((first, leaf)) = leaves.find(is_right) else {
             return Vec::new();
         };
@@ -119,14 +118,13 @@ impl Ground {
         vec![Operation::TrackWrites { range }, fault(page)]
     }
 
-    /// A leaf of each level from 2 MiB on, one more of each whose writes are tracked, and one for the highest GiB, some
-    /// of them put together from their parts. They would be rare, as nearly everything that is done to them splits
-    /// them.
+    /// Maps a leaf of each level from 2 MiB on, a tracked leaf of each, and one in the highest GiB, some of them by a
+    /// collapse. Without this, large leaves would be rare, because nearly all operations split them.
     pub(super) fn large_leaves(&self, chance: &mut Chance) -> Vec<Attempt> {
         let ranges = self.places.iter().map(|place| place.range.clone());
         let free: Vec<_> = ranges.filter(|one| !self.meets_reserved(one)).collect();
         let range = chance.pick(&free).clone();
-        // Otherwise there may be no table to split anything with.
+        // Otherwise no table may be left for splitting.
         let mut operations = vec![Operation::Unmap { range }];
         for level in 2..=self.shape.largest_leaf {
             let places = self.places.iter().filter(|place| place.level == level);
@@ -137,7 +135,7 @@ impl Ground {
                 let (range, hpa) = self.span(chance, place, level);
                 operations.extend(self.large_leaf(chance, &range, hpa, level, tracked));
             }
-            // Only of the places for leaves of 1 GiB there are so many.
+            // Only leaves of 1 GiB have more than one place.
             if let [_, _, third, ..] = places[..] {
                 operations.extend(self.leaves_of_2_mib(chance, third));
             }
@@ -149,7 +147,7 @@ impl Ground {
         operations.into_iter().map(Attempt::new).collect()
     }
 
-    /// One whose writes are tracked, and one more.
+    /// Maps a tracked leaf and an untracked one.
     fn leaves_of_2_mib(&self, chance: &mut Chance, place: &Place) -> Vec<Operation> {
         let mut operations = Vec::new();
         for (stretch, tracked) in [(3, false), (4, true)] {
@@ -161,7 +159,7 @@ impl Ground {
         operations
     }
 
-    /// Maps a leaf, unless the machine has pages of its own there.
+    /// Maps a leaf, unless the machine needs pages there.
     fn large_leaf(
         &self,
         chance: &mut Chance,
@@ -209,9 +207,9 @@ impl Ground {
         Operation::Unmap { range }
     }
 
-    /// A split, and sometimes its contrary at once.
+    /// Returns a split, sometimes followed by a collapse.
     fn splitting(&self, chance: &mut Chance, range: Pages) -> Vec<Operation> {
-        // A whole GiB of small leaves takes more tables than there are.
+        // Splitting a GiB into 4 KiB leaves takes more tables than there are.
         let lowest = u32::from(is_large(&range) && !chance.one_in(8));
         let levels = self.shape.largest_leaf.saturating_sub(lowest).max(1);
         let largest = lowest + level_below(chance, levels);
@@ -231,7 +229,7 @@ impl Ground {
         Operation::Collapse { range, to }
     }
 
-    /// Maps something: whatever is there fails it, so large ranges are often cleared before.
+    /// Returns a map operation. It fails if a page is mapped already, so large ranges are often unmapped before.
     fn mapping(&self, chance: &mut Chance) -> Vec<Operation> {
         let place = chance.pick(&self.places);
         let (range, hpa) = if chance.one_in(2) {
@@ -260,7 +258,7 @@ impl Ground {
         } else {
             self.shape.memory[0]
         };
-        // One level more than there is does no harm.
+        // A level above the highest one is valid, too.
         let largest = if chance.one_in(2) {
             self.shape.largest_leaf + level_below(chance, 2)
         } else {
@@ -274,7 +272,7 @@ impl Ground {
         }
     }
 
-    /// The first of as many frames; mostly such that leaves of 2 MiB fit.
+    /// Returns the first of this number of frames, mostly aligned for leaves of 2 MiB.
     fn frames_for(&self, chance: &mut Chance, range: &Pages) -> u64 {
         let room = self.frames.end - self.frames.start - (range.end - range.start);
         let offset = chance.below(room - MIB2);
@@ -285,7 +283,7 @@ impl Ground {
         }
     }
 
-    /// The operation, now and then with a flaw.
+    /// Returns the operation as an attempt, now and then with a flaw.
     fn attempt(&self, chance: &mut Chance, operation: Operation) -> Attempt {
         let mut attempt = Attempt::new(self.sparing(chance, operation));
         if chance.one_in(10) {
@@ -302,7 +300,7 @@ impl Ground {
         attempt
     }
 
-    /// The operation with a range that leaves the machine its own pages.
+    /// Moves the operation to a range without the pages that the machine needs.
     fn sparing(&self, chance: &mut Chance, mut operation: Operation) -> Operation {
         let takes_away = matches!(
             operation,
@@ -314,7 +312,7 @@ impl Ground {
         operation
     }
 
-    /// Makes an attempt fail, if it can have this flaw.
+    /// Adds a flaw to an attempt, if the operation can have it.
     fn spoil(&self, chance: &mut Chance, attempt: &mut Attempt, flaw: Flaw) {
         let range = attempt.operation.range().clone();
         match (flaw, &mut attempt.operation) {
@@ -343,14 +341,14 @@ impl Ground {
         }
     }
 
-    /// Permissions with the right to write.
+    /// Returns permissions that include the write permission.
     fn writable(&self, chance: &mut Chance) -> Permissions {
         let all = self.shape.permissions.iter();
         let writable = all.filter(|one| one.allows(Permissions::WRITE));
         **chance.pick(&writable.collect::<Vec<_>>())
     }
 
-    /// Permissions that no leaf has, or any at all where all are possible.
+    /// Returns permissions that the format does not have, or any permissions if it has all.
     fn refused_permissions(&self, chance: &mut Chance) -> Permissions {
         let refused: Vec<_> = all_permissions()
             .filter(|one| !self.shape.permissions.contains(one))
@@ -381,7 +379,7 @@ fn level_below(chance: &mut Chance, end: u32) -> u32 {
     u32::try_from(chance.below(end.into())).unwrap_or(0)
 }
 
-/// Every combination.
+/// All combinations of permissions.
 fn all_permissions() -> impl Iterator<Item = Permissions> {
     let one = [Permissions::READ, Permissions::WRITE, Permissions::EXECUTE];
     (0..8_usize).map(move |bits| {

@@ -1,14 +1,14 @@
-//! Random numbers that come again: SplitMix64.
+//! Reproducible random numbers: SplitMix64.
 
 use std::env;
 
-/// What a run starts from where `FERRY_SEED` says nothing.
+/// Seed if `FERRY_SEED` is not set.
 const SEED: u64 = 20_251_125;
 
-/// The number that a run starts from: the variable `FERRY_SEED`, if it is set.
+/// Returns the seed: the variable `FERRY_SEED`, or a fixed default.
 ///
 /// # Panics
-/// It is set, and no number.
+/// Panics if the variable is set but is not a number.
 pub(super) fn seed() -> u64 {
     match env::var("FERRY_SEED") {
         Ok(text) => match text.parse() {
@@ -19,7 +19,7 @@ pub(super) fn seed() -> u64 {
     }
 }
 
-/// A sequence of numbers.
+/// Random number generator.
 pub(super) struct Chance(u64);
 
 impl Chance {
@@ -34,17 +34,18 @@ impl Chance {
         mixed ^ mixed >> 31
     }
 
-    /// A number below `end`, which is not 0. That small ones are a trifle likelier does no harm here.
+    /// Returns a number below `end`, which must not be 0. Small numbers are slightly more likely, which is harmless
+    /// here.
     pub(super) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
-    /// True once in so many times.
+    /// Returns true once in `times` on average.
     pub(super) fn one_in(&mut self, times: u64) -> bool {
         self.below(times) == 0
     }
 
-    /// One of these, of which there is at least one.
+    /// Returns one of these items. There must be at least one.
     pub(super) fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         let index = self.below(from.len() as u64);
         &from[usize::try_from(index).unwrap_or(0)]

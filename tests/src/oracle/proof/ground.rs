@@ -1,8 +1,8 @@
-//! Where a proof is played.
+//! Address ranges that a proof uses.
 //!
-//! Random addresses would never meet. So all happens in a few places: two GiB at the lowest, the middle and the
-//! highest addresses, and two spans of each level above that has leaves. In each of them a few stretches of 2 MiB
-//! are used, and ranges begin and end in the middle of them as often as at their edges.
+//! Random addresses would rarely hit the same leaf twice. So a proof uses only a few places: two GiB at the lowest, the
+//! middle and the highest addresses, and two spans of each higher level that has leaves. In each place it uses a few
+//! ranges of 2 MiB, and operations begin and end inside of them as often as at their edges.
 
 use std::ops::Range;
 
@@ -11,33 +11,33 @@ use crate::oracle::model::{Pages, Shape, pages};
 use crate::oracle::proof::PAGE_SHIFT;
 use crate::oracle::proof::chance::Chance;
 
-/// Pages of 2 MiB, and of 1 GiB.
+/// Number of pages in 2 MiB and in 1 GiB.
 pub(super) const MIB2: u64 = pages(1);
 pub(super) const GIB: u64 = pages(2);
 
-/// The stretches of 2 MiB that are used in a GiB.
+/// 2 MiB ranges that are used in each GiB.
 const STRETCHES: [u64; 9] = [0, 1, 2, 3, 4, 5, 31, 510, 511];
 
-/// A place, which takes what is mapped there with the largest leaves.
+/// Place that operations use.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
-    /// All of it.
+    /// Pages of the place.
     pub(super) range: Pages,
-    /// The GiB of it that are used.
+    /// GiBs of the place that are used.
     pub(super) gibs: Vec<u64>,
-    /// The level of the largest leaves that fit.
+    /// Level of the largest leaves that fit.
     pub(super) level: u32,
 }
 
-/// Where everything happens.
+/// All places of a proof.
 pub(super) struct Ground {
     pub(super) shape: Shape,
-    /// The page after the last that can be both mapped and probed.
+    /// Page after the last one that can be both mapped and probed.
     pub(super) end: u64,
     pub(super) places: Vec<Place>,
-    /// The pages that the machine needs for itself.
+    /// Pages that the machine needs for itself.
     reserved: Vec<u64>,
-    /// Host-physical pages to map to.
+    /// Host-physical pages of the frames.
     pub(super) frames: Range<u64>,
 }
 
@@ -51,7 +51,7 @@ impl Ground {
             level: 2,
         };
         let mut places: Vec<_> = [0, end / 2 - GIB, end - 2 * GIB].map(two_gib).into();
-        // Such leaves map everything from address 0 on, the frames among it.
+        // Leaves of this size map everything from host-physical address 0 on, which includes the frames.
         let whole = |level, number| Place {
             range: number * pages(level)..(number + 1) * pages(level),
             gibs: vec![0, frames / GIB, frames / GIB, 511],
@@ -70,12 +70,12 @@ impl Ground {
         }
     }
 
-    /// Whether an access to a page would be one of the highest.
+    /// Whether a page lies in the highest GiB.
     pub(super) fn is_high(&self, page: u64) -> bool {
         page >= self.end - GIB
     }
 
-    /// Where a host-physical address is among the frames, counted in pages.
+    /// Returns the number of the frame at a host-physical address.
     pub(super) fn frame(&self, hpa: u64) -> Option<usize> {
         let page = hpa >> PAGE_SHIFT;
         let frame = page.checked_sub(self.frames.start)?;
@@ -84,12 +84,12 @@ impl Ground {
             .filter(|_| page < self.frames.end)
     }
 
-    /// How many frames there are.
+    /// Returns the number of frames.
     pub(super) fn frame_count(&self) -> usize {
         usize::try_from(self.frames.end - self.frames.start).unwrap_or(0)
     }
 
-    /// The pages that the machine needs for itself.
+    /// Pages that the machine needs for itself.
     pub(super) fn reserved(&self) -> &[u64] {
         &self.reserved
     }
@@ -98,13 +98,13 @@ impl Ground {
         self.reserved.contains(&page)
     }
 
-    /// Whether one of the pages is the machine's own.
+    /// Whether the machine needs one of the pages for itself.
     pub(super) fn meets_reserved(&self, range: &Pages) -> bool {
         self.reserved.iter().any(|page| range.contains(page))
     }
 
-    /// What a leaf of this level maps in a place, and the host-physical page that it leads to: such that the
-    /// frames are in it.
+    /// Returns the pages of a leaf of this level in a place, and the host-physical page to map it to, so that the leaf
+    /// contains the frames.
     pub(super) fn span(&self, chance: &mut Chance, place: &Place, level: u32) -> (Pages, u64) {
         if level > 2 {
             return (place.range.clone(), 0);
@@ -113,14 +113,14 @@ impl Ground {
         (start..start + GIB, self.frames.start / GIB * GIB)
     }
 
-    /// The whole place that pages are in.
+    /// Returns the place that contains the pages.
     pub(super) fn place_of(&self, range: &Pages) -> Pages {
         let has_it = |place: &&Place| place.range.contains(&range.start);
         let place = self.places.iter().find(has_it);
         place.map_or(range.clone(), |place| place.range.clone())
     }
 
-    /// Pages to change.
+    /// Returns random pages for an operation.
     pub(super) fn range(&self, chance: &mut Chance) -> Pages {
         let place = chance.pick(&self.places);
         match chance.below(16) {
@@ -131,7 +131,7 @@ impl Ground {
     }
 }
 
-/// A number below `length`, often the first or the last.
+/// Returns a number below `length`, often the first or the last.
 pub(super) fn within(chance: &mut Chance, length: u64) -> u64 {
     match chance.below(4) {
         0 => 0,
@@ -140,14 +140,14 @@ pub(super) fn within(chance: &mut Chance, length: u64) -> u64 {
     }
 }
 
-/// A page of those that are used in a place.
+/// Returns a random page in the used part of a place.
 pub(super) fn page_in(chance: &mut Chance, place: &Place) -> u64 {
     let gib = chance.pick(&place.gibs) * GIB;
     let stretch = chance.pick(&STRETCHES) * MIB2;
     place.range.start + gib + stretch + within(chance, MIB2)
 }
 
-/// Some pages there, at most 24 MiB.
+/// Returns random pages in the used part of a place, at most 24 MiB.
 pub(super) fn small_range(chance: &mut Chance, place: &Place) -> Pages {
     let start = page_in(chance, place);
     let range = match chance.below(8) {
@@ -161,7 +161,7 @@ pub(super) fn small_range(chance: &mut Chance, place: &Place) -> Pages {
     range.start..range.end.min(place.range.end)
 }
 
-/// Whether leaves of 4 KiB for all of it take more tables than there are.
+/// Whether mapping the range with 4 KiB leaves takes more tables than there are.
 pub(super) const fn is_large(range: &Pages) -> bool {
     range.end - range.start >= GIB
 }

@@ -1,4 +1,4 @@
-//! What is tried on the tables of a proof.
+//! Generates the probes of a proof.
 
 use std::collections::BTreeMap;
 
@@ -8,16 +8,16 @@ use crate::oracle::proof::ground::{Ground, page_in, within};
 use crate::oracle::proof::{ACCESSES, PAGE_SHIFT};
 use crate::oracle::{Access, Probe};
 
-/// Leaves of one level, whose writes are tracked or not, each with its first page.
+/// Leaves of one level, all tracked or all untracked, each with its first page.
 type Leaves = Vec<(u64, Leaf)>;
 
 impl Ground {
-    /// So many probes, half of them on mapped pages or more. None leads out of the frames.
+    /// Returns `count` probes, at least half of them on mapped pages. No probe accesses memory outside of the frames.
     pub(super) fn probes(&self, chance: &mut Chance, model: &Model, count: usize) -> Vec<Probe> {
         let mut by_kind = BTreeMap::<(u32, bool), Leaves>::new();
         for (first, leaf) in model.leaves(0..self.end) {
             let kind = by_kind.entry((leaf.level, leaf.tracked)).or_default();
-            kind.push((first, *leaf));
+            kind.push((first, leaf));
         }
         let leaves: Vec<_> = by_kind.into_values().collect();
         let holes = holes(model.leaves(0..self.end));
@@ -33,7 +33,7 @@ impl Ground {
         probes
     }
 
-    /// A page of a leaf, or beside one, or where operations are, or anywhere.
+    /// Returns a page of a leaf, a page next to a leaf, a page of a used range, or any page.
     fn page(&self, chance: &mut Chance, leaves: &[Leaves], holes: &[Vec<u64>]) -> u64 {
         match chance.below(16) {
             0..=7 if !leaves.is_empty() => self.mapped_page(chance, leaves),
@@ -50,8 +50,8 @@ impl Ground {
         }
     }
 
-    /// A page of a leaf, in the frames if the leaf has any. Every level has its turn, with tracked
-    /// writes and without.
+    /// Returns a page of a leaf, within the frames if the leaf maps any. All levels are equally likely, tracked and
+    /// untracked.
     fn mapped_page(&self, chance: &mut Chance, leaves: &[Leaves]) -> u64 {
         let of_kind = chance.pick(leaves);
         let (first, leaf) = *chance.pick(of_kind);
@@ -64,7 +64,7 @@ impl Ground {
         first + start - host + within(chance, end - start)
     }
 
-    /// Whether a page can be reached, is not the machine's own, and an access would not be done out of the frames.
+    /// Whether a page is in range, not needed by the machine, and an access would stay within the frames.
     pub(super) fn can_be_probed(&self, model: &Model, page: u64, access: Access) -> bool {
         let is_done_elsewhere = model.at(page).is_some_and(|(first, leaf)| {
             let hpa = leaf.hpa + ((page - first) << PAGE_SHIFT);
@@ -74,8 +74,8 @@ impl Ground {
     }
 }
 
-/// The pages between leaves that are right beside one of them, by its level.
-fn holes<'a>(leaves: impl Iterator<Item = (u64, &'a Leaf)>) -> Vec<Vec<u64>> {
+/// Returns the unmapped pages next to leaves, grouped by the level of the leaf.
+fn holes(leaves: impl Iterator<Item = (u64, Leaf)>) -> Vec<Vec<u64>> {
     let mut by_level = BTreeMap::<u32, Vec<u64>>::new();
     let mut before: Option<(u64, u32)> = None;
     for (first, leaf) in leaves {

@@ -1,4 +1,4 @@
-//! What a proof has met: a run that does nothing must not pass for one that finds nothing.
+//! Counts the events of a proof, so that a proof that exercises too little fails.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,62 +7,62 @@ use crate::oracle::Access;
 use crate::oracle::model::{Failure, Fault, Shape};
 use crate::oracle::proof::ACCESSES;
 
-/// Combinations of read, write and execute.
+/// Number of combinations of read, write and execute.
 const ALL_PERMISSIONS: usize = 8;
 
-/// Something that happened.
+/// Event of a proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Event {
-    /// An operation of this name was done.
+    /// An operation of this name succeeded.
     Done(&'static str),
-    /// An operation failed, whatever the page was.
+    /// An operation failed in this way, regardless of the page.
     Failed(Failure),
     /// A leaf was split.
     Split,
     /// A table became a leaf of this level.
     Collapsed(u32),
-    /// The machine did an access.
+    /// The machine allowed an access.
     Allowed(Access),
-    /// It did one through a leaf of this level.
+    /// The machine allowed an access through a leaf of this level.
     AllowedAt(u32),
-    /// The machine found nothing for an access.
+    /// The machine found no leaf for an access.
     Absent(Access),
-    /// It found nothing at this level.
+    /// The machine found an absent entry at this level.
     AbsentAt(u32),
     /// A leaf refused an access.
     Refused(Access),
-    /// A leaf of this level refused one.
+    /// A leaf of this level refused an access.
     RefusedAt(u32),
-    /// The machine made a leaf of this level dirty.
+    /// The machine set the dirty flag of a leaf of this level.
     Dirtied(u32),
     /// An access in the highest GiB was allowed.
     High,
     /// A page was recorded dirty.
     Cleaned,
-    /// An operation of this name was done where writes were tracked.
+    /// An operation of this name succeeded on tracked leaves.
     OnTracked(&'static str),
-    /// A table of leaves whose writes are tracked became one of this level.
+    /// A table of tracked leaves became a leaf of this level.
     CollapsedTracked(u32),
-    /// A leaf of this level refused a write that is only to be told.
+    /// A leaf of this level refused a write because writes are tracked.
     Withheld(u32),
     /// A write fault released one page.
     Released,
-    /// It released a leaf that could not be split.
+    /// A write fault released a leaf that could not be split.
     ReleasedLarge,
-    /// It was about a page that may be written.
+    /// A write fault was on a writable page.
     FaultWritable,
-    /// It was about a page that may not be written.
+    /// A write fault was on a read-only page.
     FaultDenied,
-    /// It was about no page.
+    /// A write fault was on an unmapped page.
     FaultAbsent,
-    /// The machine did a write that it had refused.
+    /// The machine allowed a write that it had refused before.
     Resumed,
-    /// It refused one to a page beside one that was released.
+    /// The machine refused a write to the neighbour of a released page.
     StillTracked,
 }
 
 impl Event {
-    /// What a write fault was about.
+    /// Returns the event for the cause of a write fault.
     pub(super) const fn of_fault(fault: &Fault) -> Self {
         match fault {
             Fault::Released(pages) if pages.end - pages.start == 1 => Self::Released,
@@ -74,7 +74,7 @@ impl Event {
     }
 }
 
-/// How often.
+/// Numbers of events.
 #[derive(Default)]
 pub(super) struct Seen(BTreeMap<Event, u64>);
 
@@ -85,7 +85,7 @@ impl Seen {
         }
     }
 
-    /// What has happened too seldom for a table of this shape.
+    /// Returns the events that occurred too rarely for a table of this shape.
     pub(super) fn too_rare(&self, shape: &Shape) -> Vec<Event> {
         let often = often(shape).into_iter().map(|event| (event, 10));
         let sometimes = sometimes(shape).into_iter().map(|event| (event, 1));
@@ -95,7 +95,7 @@ impl Seen {
     }
 }
 
-/// What must happen often.
+/// Returns the events that must occur often.
 fn often(shape: &Shape) -> Vec<Event> {
     let levels = 0..=shape.largest_leaf;
     let changes = ["unmap", "protect", "split", "collapse", "clean"];
@@ -124,7 +124,7 @@ fn often(shape: &Shape) -> Vec<Event> {
     events
 }
 
-/// What must happen.
+/// Returns the events that must occur.
 fn sometimes(shape: &Shape) -> Vec<Event> {
     let mut events = vec![
         Event::High,

@@ -1,5 +1,4 @@
-//! The crate's side of a proof: its table, in the memory that the machine will walk, spoken to in the model's
-//! words.
+//! Table of the crate under test, in memory that the machine walks, with an interface in the types of the model.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +11,7 @@ use ept::{GpaRange, Hpa, Level, Notifier};
 use crate::oracle::emulator::{bytes, words};
 use crate::oracle::model::{Attributes, Failure, Fault, Leaf, Operation, Pages, Report};
 
-/// A table of the crate's.
+/// Table of the crate under test.
 pub(super) struct Table<'m, F> {
     words: &'m [AtomicU64],
     stage2: Stage2<'m, F>,
@@ -20,10 +19,10 @@ pub(super) struct Table<'m, F> {
 }
 
 impl<'m, F: HardwareFormat> Table<'m, F> {
-    /// An empty one, in memory that the machine has at `base`.
+    /// Returns an empty table. Its memory is at host-physical address `base` of the machine.
     ///
     /// # Panics
-    /// The memory is no place for tables.
+    /// Panics if the crate refuses the memory.
     pub(super) fn new(format: F, words: &'m [AtomicU64], base: u64) -> Self {
         let stage2 = Stage2::new(format, words, Hpa(base));
         Self {
@@ -37,15 +36,15 @@ impl<'m, F: HardwareFormat> Table<'m, F> {
         self.stage2.root_id()
     }
 
-    /// How many tables more there can be.
+    /// Returns the number of free tables.
     pub(super) fn free(&self) -> u64 {
         self.stage2.available() as u64
     }
 
-    /// Does it, with the notifier range `open` open.
+    /// Performs an operation while the notifier range `open` is open.
     ///
     /// # Panics
-    /// An error that only a race can bring about.
+    /// Panics on errors that only concurrent operations can cause.
     pub(super) fn perform(&self, operation: &Operation, open: &Pages) -> Report {
         let stage2 = &self.stage2;
         let open = self.notifier.open(range_of(open));
@@ -78,15 +77,15 @@ impl<'m, F: HardwareFormat> Table<'m, F> {
         report(done, &recorded)
     }
 
-    /// The leaves that map any of these pages, each with its first page.
+    /// Returns the leaves that map any of these pages, each with its first page.
     pub(super) fn leaves(&self, range: &Pages) -> Vec<(u64, Leaf)> {
         let mut leaves = EachEntry(Leaves(Vec::new()));
-        // It never stops.
+        // The visitor never stops the walk.
         let _ = Walk::look(&self.stage2, range_of(range)).run(&mut leaves);
         leaves.0.0
     }
 
-    /// The leaf that maps a page, or the level at which there is none.
+    /// Returns the leaf that maps a page, or the level of the absent entry.
     pub(super) fn lookup(&self, page: u64) -> Result<Leaf, u32> {
         match self.stage2.lookup(page) {
             (level, Entry::Leaf(leaf)) => Ok(leaf_of(leaf, level)),
@@ -94,12 +93,12 @@ impl<'m, F: HardwareFormat> Table<'m, F> {
         }
     }
 
-    /// The memory, as the machine finds it.
+    /// Returns the contents of the memory, to load into the machine.
     pub(super) fn bytes(&self) -> Vec<u8> {
         bytes(self.words.iter().map(|word| word.load(Ordering::SeqCst)))
     }
 
-    /// The memory, as the machine left it.
+    /// Replaces the contents of the memory by those that the machine left.
     pub(super) fn load(&self, bytes: &[u8]) {
         for (word, value) in self.words.iter().zip(words(bytes)) {
             word.store(value, Ordering::SeqCst);
@@ -107,7 +106,7 @@ impl<'m, F: HardwareFormat> Table<'m, F> {
     }
 }
 
-/// What became of a change. The machine starts without cached translations: the flush is done.
+/// Converts the result of a change into a report, and does its flush. The machine starts without cached translations.
 fn report<F: HardwareFormat>(
     (flush, result): (Flush<'_, '_, F>, Result<(), ChangeError>),
     recorded: &[GpaRange],
@@ -127,7 +126,7 @@ fn report<F: HardwareFormat>(
     report
 }
 
-/// Collects leaves.
+/// Visitor that collects leaves.
 struct Leaves(Vec<(u64, Leaf)>);
 
 impl<'t, 'm, F: HardwareFormat> PageVisitor<'t, Stage2<'m, F>, Look> for Leaves
@@ -157,7 +156,7 @@ where
 }
 
 /// # Panics
-/// The leaf allows what it withholds.
+/// Panics if a tracked leaf allows writes.
 fn leaf_of(leaf: format::Leaf, level: Level) -> Leaf {
     let withheld = if leaf.write_tracked {
         Permissions::WRITE
