@@ -51,7 +51,7 @@
 //! # The dirtier
 //!
 //! Its command line is a [`dirtier::Config`]; its lines on the serial port are a
-//! [`dirtier::Report`] each (`dirtier: ready …`), or one that begins with `dirtier: cannot start:`,
+//! [`dirtier::GuestReport`] each (`dirtier: ready …`), or one that begins with `dirtier: cannot start:`,
 //! `dirtier: waiting`, `dirtier: EXCEPTION` or `dirtier: PANIC`. It understands two bytes: `s`
 //! prints a status line, `q` stops all vCPUs, has each audit all its pages, and ends the guest with
 //! a verdict.

@@ -4,7 +4,7 @@ use core::hint::spin_loop;
 
 use crate::console;
 use crate::cpu;
-use crate::dirtier::Report;
+use crate::dirtier::GuestReport;
 use crate::interface::{EXIT_MEMORY_FAULT, EXIT_SUCCESS, PAGE_SIZE};
 use crate::pacer::Poll;
 use crate::state::{self, Progress, Setup};
@@ -46,14 +46,14 @@ impl Control {
             return;
         }
         self.announced = true;
-        self.print(Report::Ready {
+        self.print(GuestReport::Ready {
             cpus,
             area_mib: (self.setup.layout.pages() * PAGE_SIZE) >> 20,
             pattern: self.setup.config.pattern,
         });
     }
 
-    fn print(&self, line: Report) {
+    fn print(&self, line: GuestReport) {
         if !self.setup.config.quiet {
             console::print(line);
         }
@@ -63,7 +63,7 @@ impl Control {
     fn obey(&self, command: u8) {
         match command {
             // Asked for, so printed even when quiet.
-            b's' => console::print(Report::Status(state::totals(self.setup.config.cpus))),
+            b's' => console::print(GuestReport::Status(state::totals(self.setup.config.cpus))),
             b'q' => state::stop(),
             _ => {}
         }
@@ -93,9 +93,9 @@ impl Control {
         }
         let totals = state::totals(self.setup.config.cpus);
         if totals.lost + totals.torn == 0 {
-            console::print_and_exit(Report::AuditPassed(totals), EXIT_SUCCESS)
+            console::print_and_exit(GuestReport::AuditPassed(totals), EXIT_SUCCESS)
         } else {
-            console::print_and_exit(Report::AuditFailed(totals), EXIT_MEMORY_FAULT)
+            console::print_and_exit(GuestReport::AuditFailed(totals), EXIT_MEMORY_FAULT)
         }
     }
 

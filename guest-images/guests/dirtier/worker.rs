@@ -2,7 +2,7 @@
 
 use crate::console;
 use crate::control::Control;
-use crate::dirtier::{Fault, Finding, Leg, Plan, Position, Region, Report};
+use crate::dirtier::{Fault, Finding, Leg, Plan, Position, Region, GuestReport};
 use crate::interface::{EXIT_MEMORY_FAULT, MAX_CPUS};
 use crate::memory::Runs;
 use crate::pacer::Pacer;
@@ -193,21 +193,21 @@ impl Worker {
             expected: self.at.pass,
         };
         console::print_and_exit(
-            Report::LostWrite(fault, self.progress.pass()),
+            GuestReport::LostWrite(fault, self.progress.pass()),
             EXIT_MEMORY_FAULT,
         )
     }
 
     /// The line for a page that does not hold `expected`, and whether it is torn.
-    fn describe(&self, gpa: u64, expected: u64) -> (Report, bool) {
+    fn describe(&self, gpa: u64, expected: u64) -> (GuestReport, bool) {
         let fault = Fault {
             cpu: self.cpu,
             gpa,
             expected,
         };
         match page::examine(gpa, self.cpu) {
-            Finding::Whole(found) => (Report::LostWrite(fault, found), false),
-            Finding::Torn(places) => (Report::TornWrite(fault, places), true),
+            Finding::Whole(found) => (GuestReport::LostWrite(fault, found), false),
+            Finding::Torn(places) => (GuestReport::TornWrite(fault, places), true),
         }
     }
 

@@ -16,6 +16,6 @@ pub use config::{Config, ConfigError, Pattern, Selftest};
 pub use layout::{Layout, Share};
 pub use order::Order;
 pub use plan::{COLD_STRIPS, Leg, Plan, Position, Region, Span};
-pub use report::{Fault, Report, Totals};
+pub use report::{Fault, GuestReport, Totals};
 pub use size::Size;
 pub use stamp::{Finding, PLACES, Stamp, WORDS, judge};

@@ -30,7 +30,7 @@ pub struct Fault {
 
 /// One line on the serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Report {
+pub enum GuestReport {
     /// Every vCPU has populated its part.
     Ready {
         /// vCPUs at work.
@@ -71,7 +71,7 @@ impl fmt::Display for Fault {
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for GuestReport {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(PREFIX)?;
         match self {
@@ -102,7 +102,7 @@ impl fmt::Display for Report {
 /// What every line begins with.
 const PREFIX: &str = "dirtier: ";
 
-impl Report {
+impl GuestReport {
     /// Reads a line; `None` if it is none of these.
     #[must_use]
     pub fn parse(line: &str) -> Option<Self> {
@@ -114,25 +114,28 @@ impl Report {
     }
 }
 
-type Reader = fn(Fields<'_>) -> Option<Report>;
+type Reader = fn(Fields<'_>) -> Option<GuestReport>;
 
 const KINDS: [(&str, Reader); 6] = [
     ("ready", |fields| {
-        Some(Report::Ready {
+        Some(GuestReport::Ready {
             cpus: fields.number("cpus")?.try_into().ok()?,
             area_mib: fields.number("area")?,
             pattern: fields.text("pattern")?.parse().ok()?,
         })
     }),
-    ("status", |fields| fields.totals().map(Report::Status)),
+    ("status", |fields| fields.totals().map(GuestReport::Status)),
     ("audit passed", |fields| {
-        fields.totals().map(Report::AuditPassed)
+        fields.totals().map(GuestReport::AuditPassed)
     }),
     ("audit FAILED", |fields| {
-        fields.totals().map(Report::AuditFailed)
+        fields.totals().map(GuestReport::AuditFailed)
     }),
     ("LOST WRITE", |fields| {
-        Some(Report::LostWrite(fields.fault()?, fields.number("found")?))
+        Some(GuestReport::LostWrite(
+            fields.fault()?,
+            fields.number("found")?,
+        ))
     }),
     ("TORN WRITE", |fields| {
         let places = [
@@ -140,7 +143,7 @@ const KINDS: [(&str, Reader); 6] = [
             fields.number("middle")?,
             fields.number("tail")?,
         ];
-        Some(Report::TornWrite(fields.fault()?, places))
+        Some(GuestReport::TornWrite(fields.fault()?, places))
     }),
 ];
 
@@ -201,19 +204,20 @@ mod tests {
         any::<(u32, u64, u64)>().prop_map(|(cpu, gpa, expected)| Fault { cpu, gpa, expected })
     }
 
-    fn reports() -> impl Strategy<Value = Report> {
+    fn reports() -> impl Strategy<Value = GuestReport> {
         prop_oneof![
-            any::<(u32, u64)>().prop_map(|(cpus, area_mib)| Report::Ready {
+            any::<(u32, u64)>().prop_map(|(cpus, area_mib)| GuestReport::Ready {
                 cpus,
                 area_mib,
                 pattern: Pattern::Hot
             }),
-            totals().prop_map(Report::Status),
-            totals().prop_map(Report::AuditPassed),
-            totals().prop_map(Report::AuditFailed),
-            (faults(), any::<u64>()).prop_map(|(fault, found)| Report::LostWrite(fault, found)),
+            totals().prop_map(GuestReport::Status),
+            totals().prop_map(GuestReport::AuditPassed),
+            totals().prop_map(GuestReport::AuditFailed),
+            (faults(), any::<u64>())
+                .prop_map(|(fault, found)| GuestReport::LostWrite(fault, found)),
             (faults(), any::<[u64; 3]>())
-                .prop_map(|(fault, places)| Report::TornWrite(fault, places)),
+                .prop_map(|(fault, places)| GuestReport::TornWrite(fault, places)),
         ]
     }
 
@@ -221,12 +225,12 @@ mod tests {
         #[test]
         fn what_is_printed_is_read_back(report in reports()) {
             let line = format!("{report}\r\n");
-            prop_assert_eq!(Report::parse(&line), Some(report));
+            prop_assert_eq!(GuestReport::parse(&line), Some(report));
         }
 
         #[test]
         fn anything_is_read_without_a_panic(line in "(dirtier: )?\\PC*") {
-            let _ = Report::parse(&line);
+            let _ = GuestReport::parse(&line);
         }
     }
 
@@ -238,11 +242,11 @@ mod tests {
             expected: 5,
         };
         assert_eq!(
-            Report::LostWrite(fault, 4).to_string(),
+            GuestReport::LostWrite(fault, 4).to_string(),
             "dirtier: LOST WRITE cpu=1 gpa=0x200000 expected iteration=5 found=4"
         );
         assert_eq!(
-            Report::TornWrite(fault, [5, 5, 4]).to_string(),
+            GuestReport::TornWrite(fault, [5, 5, 4]).to_string(),
             "dirtier: TORN WRITE cpu=1 gpa=0x200000 expected iteration=5 head=5 middle=5 tail=4"
         );
     }

@@ -1,7 +1,7 @@
 //! The program `dirtier`, booted: it passes when memory is sound and notices when it is not.
 
 use crate::machine::{Accelerator, Ended, Guest, everywhere};
-use guest_images::dirtier::{Config, Fault, Pattern, Report, Selftest, Size, Totals};
+use guest_images::dirtier::{Config, Fault, GuestReport, Pattern, Selftest, Size, Totals};
 use guest_images::interface::{EXIT_BAD_REQUEST, EXIT_CRASH, EXIT_MEMORY_FAULT, EXIT_SUCCESS};
 
 const MEMORY_MIB: u32 = 64;
@@ -14,13 +14,14 @@ fn run(accelerator: Accelerator, config: &Config) -> Ended {
     Guest::dirtier(accelerator, MEMORY_MIB, &config.command_line().unwrap()).end()
 }
 
-fn reports(ended: &Ended) -> Vec<Report> {
-    let read = |line: &String| Report::parse(line).unwrap_or_else(|| panic!("odd line: {line}"));
+fn reports(ended: &Ended) -> Vec<GuestReport> {
+    let read =
+        |line: &String| GuestReport::parse(line).unwrap_or_else(|| panic!("odd line: {line}"));
     ended.lines.iter().map(read).collect()
 }
 
-fn passed(passes: u64, pages: u64) -> Report {
-    Report::AuditPassed(Totals {
+fn passed(passes: u64, pages: u64) -> GuestReport {
+    GuestReport::AuditPassed(Totals {
         passes,
         pages,
         lost: 0,
@@ -59,7 +60,7 @@ fn every_pattern_passes_its_audit() {
         };
         everywhere(|accelerator| {
             let ended = run(accelerator, &config);
-            let ready = Report::Ready {
+            let ready = GuestReport::Ready {
                 cpus: 1,
                 area_mib: 8,
                 pattern,
@@ -123,14 +124,14 @@ fn commands_are_answered() {
         let line = config.command_line().unwrap();
         let mut guest = Guest::dirtier(accelerator, MEMORY_MIB, &line);
         assert!(matches!(
-            guest.line().as_deref().and_then(Report::parse),
-            Some(Report::Ready { .. })
+            guest.line().as_deref().and_then(GuestReport::parse),
+            Some(GuestReport::Ready { .. })
         ));
         let mut earlier = 0;
         for _ in 0..3 {
             guest.send(b"\ns");
-            let status = guest.line().as_deref().and_then(Report::parse);
-            let Some(Report::Status(totals)) = status else {
+            let status = guest.line().as_deref().and_then(GuestReport::parse);
+            let Some(GuestReport::Status(totals)) = status else {
                 panic!("{status:?}")
             };
             assert!(totals.pages > earlier, "it works on");
@@ -139,7 +140,7 @@ fn commands_are_answered() {
         }
         guest.send(b"q");
         let ended = guest.end();
-        let Some(Report::AuditPassed(totals)) = reports(&ended).last().copied() else {
+        let Some(GuestReport::AuditPassed(totals)) = reports(&ended).last().copied() else {
             panic!("{ended:?}")
         };
         assert!(totals.pages >= earlier);
@@ -154,7 +155,7 @@ fn stopped_before_it_is_ready_it_audits_what_it_has_written() {
         guest.send(b"q");
         let ended = guest.end();
         assert!(
-            matches!(reports(&ended).last(), Some(Report::AuditPassed(_))),
+            matches!(reports(&ended).last(), Some(GuestReport::AuditPassed(_))),
             "{ended:?}"
         );
         assert_eq!(ended.status, EXIT_SUCCESS);
@@ -173,7 +174,7 @@ fn quiet_prints_the_verdict_only() {
 }
 
 /// Runs a self-test and returns what was printed after `ready`.
-fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<Report>, u8) {
+fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<GuestReport>, u8) {
     let ended = run(
         accelerator,
         &Config {
@@ -183,7 +184,7 @@ fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<Repo
         },
     );
     let reports = reports(&ended);
-    assert!(matches!(reports[0], Report::Ready { .. }), "{ended:?}");
+    assert!(matches!(reports[0], GuestReport::Ready { .. }), "{ended:?}");
     (reports[1..].to_vec(), ended.status)
 }
 
@@ -199,7 +200,7 @@ fn a_lost_write_is_noticed_at_the_next_visit() {
             assert!(
                 matches!(
                     reports[..],
-                    [Report::LostWrite(
+                    [GuestReport::LostWrite(
                         Fault {
                             cpu: 0,
                             expected: 3,
@@ -222,7 +223,7 @@ fn a_torn_write_is_noticed_at_the_next_visit() {
         assert!(
             matches!(
                 reports[..],
-                [Report::TornWrite(Fault { expected: 3, .. }, [3, 3, 2])]
+                [GuestReport::TornWrite(Fault { expected: 3, .. }, [3, 3, 2])]
             ),
             "{reports:?}"
         );
@@ -246,7 +247,11 @@ fn the_audit_notices_what_no_visit_has_seen() {
             [(Selftest::Lost, &ends, 3, 2), (Selftest::Cold, &cold, 1, 0)]
         {
             let (reports, status) = spoilt(accelerator, kind, config.clone());
-            let [Report::LostWrite(fault, held), Report::AuditFailed(totals)] = reports[..] else {
+            let [
+                GuestReport::LostWrite(fault, held),
+                GuestReport::AuditFailed(totals),
+            ] = reports[..]
+            else {
                 panic!("{reports:?}")
             };
             assert_eq!((fault.expected, held), (expected, found));
@@ -257,7 +262,7 @@ fn the_audit_notices_what_no_visit_has_seen() {
         assert!(
             matches!(
                 reports[1],
-                Report::AuditFailed(Totals {
+                GuestReport::AuditFailed(Totals {
                     lost: 0,
                     torn: 1,
                     ..
@@ -275,7 +280,7 @@ fn the_loss_of_its_own_state_is_noticed() {
         assert!(
             matches!(
                 reports[..],
-                [Report::LostWrite(Fault { expected: 4, .. }, 3)]
+                [GuestReport::LostWrite(Fault { expected: 4, .. }, 3)]
             ),
             "{reports:?}"
         );
@@ -358,9 +363,9 @@ fn vcpus_that_never_start_are_missed_aloud() {
     });
 }
 
-fn reports_after(ended: &Ended, skipped: usize) -> Vec<Report> {
+fn reports_after(ended: &Ended, skipped: usize) -> Vec<GuestReport> {
     ended.lines[skipped..]
         .iter()
-        .filter_map(|line| Report::parse(line))
+        .filter_map(|line| GuestReport::parse(line))
         .collect()
 }

@@ -164,7 +164,9 @@ impl Opened {
         let back_end = self.server.back_end();
         if let Some(back_end) = &back_end {
             // The back end was there when it was connected, which may be a migration ago.
-            back_end.check_connected().map_err(back_end_error(&self.name))?;
+            back_end
+                .check_connected()
+                .map_err(back_end_error(&self.name))?;
         }
         if let Some(image) = &self.image {
             image.lock().map_err(DevicesError::from)?;
