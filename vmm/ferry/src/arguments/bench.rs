@@ -67,13 +67,13 @@ Examples:
       --guest-address 10.0.0.2/24
 
 Runs the same Linux guest several times, alternating between ferry run and QEMU's microvm if QEMU
-is installed. In both, the guest has a raw image as /dev/vda and, with --tap, the tap as eth0, over
-virtio-mmio.
+is installed. In both, the guest has a raw image as /dev/vda and, with --tap, the tap as eth0. Both
+are virtio-mmio devices.
 
 The initramfs reads its task from the kernel command line: ferry.disk=/dev/vda,
 ferry.host=ADDRESS:PORT, ferry.address=ADDRESS/BITS, ferry.seconds=N. For each load it prints one
-line on the serial port, `ferry-bench: NAME operations=N us=N` or `ferry-bench: NAME bytes=N us=N`,
-and at the end `ferry-bench: end`.
+line on the serial port, `ferry-bench: NAME operations=N us=N` or
+`ferry-bench: NAME bytes=N us=N`, and at the end `ferry-bench: end`.
 
 The first byte of a connection to ferry.host selects what the server does with it: s counts the
 bytes that the guest sends and answers with the 8-byte count, r sends bytes until the guest closes
