@@ -67,8 +67,8 @@ Examples:
       --guest-address 10.0.0.2/24
 
 Runs the same Linux guest several times, alternating between ferry run and QEMU's microvm if QEMU
-is installed. In both, the guest has a raw image as /dev/vda and, with --tap, the tap as eth0. Both
-are virtio-mmio devices.
+is installed. The guest has a raw image as /dev/vda and, with --tap, the tap as eth0. Both are
+virtio-mmio devices.
 
 The initramfs reads its task from the kernel command line: ferry.disk=/dev/vda,
 ferry.host=ADDRESS:PORT, ferry.address=ADDRESS/BITS, ferry.seconds=N. For each load it prints one
