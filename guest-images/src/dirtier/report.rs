@@ -1,54 +1,56 @@
-//! The lines that the dirtier prints: written by the guest, read by the host.
+//! Reports of the dirtier: lines that the guest prints and the host parses.
 
 use core::fmt;
 
 use super::Pattern;
 
-/// What has been done, over all vCPUs.
+/// Totals over all vCPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Passes that every vCPU has completed, the populating one included.
+    /// Number of passes that every vCPU has completed, including the populating one.
     pub passes: u64,
-    /// Pages written.
+    /// Number of page writes.
     pub pages: u64,
-    /// Pages that hold an older stamp than was written.
+    /// Number of pages with an older stamp than was written.
     pub lost: u64,
-    /// Pages whose stamps contradict each other.
+    /// Number of pages whose stamps differ from each other.
     pub torn: u64,
 }
 
-/// A page that does not hold what was written to it.
+/// A page that does not hold the stamp that was written to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The vCPU that wrote it.
+    /// Index of the vCPU that wrote the page.
     pub cpu: u32,
-    /// Its guest-physical address.
+    /// Guest-physical address of the page.
     pub gpa: u64,
-    /// The iteration that it must hold.
+    /// Iteration that the page must hold.
     pub expected: u64,
 }
 
-/// One line on the serial port.
+/// A report of the dirtier, which is one line on the serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestReport {
-    /// Every vCPU has populated its part.
+    /// Every vCPU has populated its share.
     Ready {
-        /// vCPUs at work.
+        /// Number of vCPUs that work.
         cpus: u32,
-        /// Memory worked on, in MiB, rounded down.
+        /// Size of the area in MiB, rounded down.
         area_mib: u64,
-        /// The pattern.
+        /// Order in which pages are written.
         pattern: Pattern,
     },
     /// Answer to the command `s`.
     Status(Totals),
-    /// The final verdict: all is as it was written.
+    /// Verdict: every page holds the stamp that was written.
     AuditPassed(Totals),
-    /// The final verdict: it is not.
+    /// Verdict: at least one page does not.
     AuditFailed(Totals),
-    /// A page holds a whole stamp of another iteration; 0 if it holds zeroes.
+    /// A page holds an intact stamp of another iteration, which is given. A page of zeros has
+    /// iteration 0.
     LostWrite(Fault, u64),
-    /// A page's stamps differ or are damaged: the iterations at head, middle and tail.
+    /// The stamps of a page differ or are damaged. The values are the iterations at its head, middle
+    /// and tail.
     TornWrite(Fault, [u64; 3]),
 }
 
@@ -99,11 +101,11 @@ impl fmt::Display for GuestReport {
     }
 }
 
-/// What every line begins with.
+/// Prefix of every line.
 const PREFIX: &str = "dirtier: ";
 
 impl GuestReport {
-    /// Reads a line; `None` if it is none of these.
+    /// Parses a line. Returns `None` if it is not a report.
     #[must_use]
     pub fn parse(line: &str) -> Option<Self> {
         let line = line.trim_end().strip_prefix(PREFIX)?;
@@ -114,8 +116,10 @@ impl GuestReport {
     }
 }
 
+/// Parser of the fields of one kind of report.
 type Reader = fn(Fields<'_>) -> Option<GuestReport>;
 
+/// First words of each kind of report, and the parser of its fields.
 const KINDS: [(&str, Reader); 6] = [
     ("ready", |fields| {
         Some(GuestReport::Ready {
@@ -147,7 +151,7 @@ const KINDS: [(&str, Reader); 6] = [
     }),
 ];
 
-/// The `key=value` words of a line.
+/// The `key=value` fields of a line.
 #[derive(Clone, Copy)]
 struct Fields<'a>(&'a str);
 
