@@ -1,4 +1,4 @@
-//! The program `dirtier`, booted: it passes when memory is sound and notices when it is not.
+//! Tests of the program `dirtier`: its audit passes if memory is intact, and it detects corruption.
 
 use crate::machine::{Accelerator, Ended, Guest, everywhere};
 use guest_images::dirtier::{Config, Fault, GuestReport, Pattern, Selftest, Size, Totals};
@@ -44,7 +44,7 @@ fn every_pattern_passes_its_audit() {
     for (pattern, config, pages) in [
         (Pattern::Sequential, Config::default(), 8 * 256 * 40),
         (Pattern::Random, Config::default(), 8 * 256 * 40),
-        // 1 MiB in 40 passes, the other 5 MiB in the first and in 39 strips, 2 MiB in the first.
+        // Page writes: 1 MiB in 40 passes, 5 MiB in the first pass and 39 strips of it, 2 MiB in the first pass.
         (
             Pattern::Hot,
             hot,
@@ -72,7 +72,7 @@ fn every_pattern_passes_its_audit() {
 }
 
 #[test]
-fn one_pass_one_page_and_all_of_memory_are_not_special() {
+fn one_pass_one_page_and_all_memory_work() {
     everywhere(|accelerator| {
         for line in [
             "passes=1 memory=4K",
@@ -87,7 +87,7 @@ fn one_pass_one_page_and_all_of_memory_are_not_special() {
 
 #[test]
 fn memory_on_both_sides_of_the_hole_below_4_gib_is_one_area() {
-    // This machine has 3 GiB below the hole, and the area is at the end of RAM.
+    // The machine has 3 GiB of RAM below the hole, and the area is at the end of RAM.
     for line in ["passes=3 memory=40M", "passes=3 memory=40M pattern=random"] {
         everywhere(|accelerator| {
             let ended = Guest::dirtier(accelerator, 3 * 1024 + 20, line).end();
@@ -149,7 +149,7 @@ fn commands_are_answered() {
 }
 
 #[test]
-fn stopped_before_it_is_ready_it_audits_what_it_has_written() {
+fn a_guest_that_is_stopped_early_audits_the_pages_that_it_has_written() {
     everywhere(|accelerator| {
         let mut guest = Guest::dirtier(accelerator, 512, "cold=200M");
         guest.send(b"q");
@@ -173,7 +173,7 @@ fn quiet_prints_the_verdict_only() {
     everywhere(|accelerator| assert_eq!(reports(&run(accelerator, &config)), [passed(2, 512)]));
 }
 
-/// Runs a self-test and returns what was printed after `ready`.
+/// Runs a self-test. Returns the reports after `ready` and the exit status.
 fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<GuestReport>, u8) {
     let ended = run(
         accelerator,
@@ -232,7 +232,7 @@ fn a_torn_write_is_noticed_at_the_next_visit() {
 }
 
 #[test]
-fn the_audit_notices_what_no_visit_has_seen() {
+fn the_audit_detects_damage_that_no_visit_has_seen() {
     let ends = Config {
         passes: Some(3),
         ..Config::default()
@@ -334,7 +334,7 @@ fn bad_command_lines_are_refused_by_name() {
 }
 
 #[test]
-fn more_memory_than_there_is_is_refused_with_what_there_is() {
+fn too_much_memory_is_refused_with_the_usable_size() {
     everywhere(|accelerator| {
         let ended = Guest::dirtier(accelerator, MEMORY_MIB, "memory=65M").end();
         let line = &ended.lines[0];
@@ -347,7 +347,7 @@ fn more_memory_than_there_is_is_refused_with_what_there_is() {
 }
 
 #[test]
-fn vcpus_that_never_start_are_missed_aloud() {
+fn vcpus_that_never_start_are_reported() {
     everywhere(|accelerator| {
         let mut guest = Guest::dirtier(accelerator, MEMORY_MIB, "cpus=2 memory=1M passes=2");
         let line = guest.line().unwrap();
@@ -355,7 +355,7 @@ fn vcpus_that_never_start_are_missed_aloud() {
             line.starts_with("dirtier: waiting, 1 of cpus=2 started"),
             "{line}"
         );
-        // Told to stop, it does not wait for them any longer.
+        // After `q` it no longer waits for them.
         guest.send(b"q");
         let ended = guest.end();
         assert_eq!(reports_after(&ended, 1), [passed(0, 128)]);
