@@ -32,7 +32,7 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
     let devices = arguments.devices.config();
     // Limits that depend on the size of guest memory are checked when the size is known.
     devices.check(u64::MAX)?;
-    machine::look(&devices)?;
+    machine::check_host_resources(&devices)?;
     let listener = Arc::new(arguments.url.listen()?);
     let reception = Reception {
         host,

@@ -1,9 +1,9 @@
-//! The virtio devices of a machine: opened on the host's side, put on the bus and wired to KVM, then stopped, saved
+//! Virtio devices of a machine: their host resources are opened, then they are attached to the guest, and paused, saved
 //! and restored together.
 //!
 //! ```text
-//! DevicesConfig ─ open ─ Opened ─ start or restore ─ Devices
-//!                 host's side     the guest is there
+//! DevicesConfig ─ open ─ OpenedDevice ─ attach ─ Devices
+//!                 host resources        registers, interrupts and saved state
 //! ```
 
 mod disk;
@@ -30,77 +30,77 @@ use migration::Section;
 
 pub use disk::DiskError;
 use disk::DiskImage;
-pub use open::look;
-pub(super) use open::{Opening, open};
+pub use open::check_host_resources;
+pub(super) use open::{OpenContext, open};
 pub use tap::TapError;
 
-/// Why a device could not be had.
+/// Reasons why a virtio device cannot be opened, attached, saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum DevicesError {
-    /// A disk's image.
+    /// The image of a disk cannot be used.
     #[error("--disk {0}")]
     Disk(#[from] DiskError),
-    /// A vhost-user back end.
+    /// A vhost-user back end cannot be connected, or lacks a feature.
     #[error("--disk vhost_user=on,socket={0}")]
     VhostUser(#[from] VhostUserError),
-    /// A vhost-user back end of a guest.
+    /// A vhost-user back end of an attached device failed.
     #[error("{name}: {source}")]
     BackEnd {
-        /// The device.
+        /// Name of the device.
         name: String,
-        /// What is wrong with it.
+        /// Error of the back end.
         source: VhostUserError,
     },
-    /// A tap.
+    /// A tap cannot be used.
     #[error("--net: {0}")]
     Tap(#[from] TapError),
-    /// The host's side of the socket device.
+    /// The Unix socket of the socket device cannot be created.
     #[error("--vsock: {0}")]
     Vsock(#[from] VsockError),
-    /// The file of the console.
+    /// The output file of the console cannot be opened.
     #[error("--console {path}: {source}")]
     Console {
-        /// Where it was to be.
+        /// Path of the file.
         path: String,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// More devices than interrupt lines.
-    #[error("{name}: there is room for {most} virtio devices")]
+    /// There are more devices than interrupt lines.
+    #[error("{name}: at most {most} virtio devices are possible")]
     TooMany {
-        /// The first that has no place.
+        /// Name of the first device without an interrupt line.
         name: String,
-        /// How many places there are.
+        /// Maximum number of devices.
         most: u32,
     },
-    /// A part of a device that the host will not give.
+    /// The host refused a resource of a device.
     #[error("{name}: {what}: {source}")]
     Host {
-        /// The device.
+        /// Name of the device.
         name: String,
-        /// What was tried.
+        /// Name of the resource or of the ioctl.
         what: &'static str,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// A device, or its saved state.
+    /// A device cannot be created, saved or restored.
     #[error(transparent)]
     Virtio(#[from] VirtioError),
-    /// Two devices at one place.
+    /// The register windows of two devices overlap.
     #[error(transparent)]
     Bus(#[from] BusError<MmioSpace>),
 }
 
-/// Who serves the queues of a device.
+/// Server of the queues of a device.
 pub(super) enum Server {
-    /// A thread of this process.
+    /// Device model in this process, with a thread of its own.
     Worker(Box<dyn Device<DeviceMemory>>),
-    /// A process of its own.
+    /// vhost-user back end in another process.
     VhostUser(VhostUser<DeviceMemory>),
 }
 
 impl Server {
-    /// Puts registers before it.
+    /// Creates the register window of the device, in its initial state or in the state `saved`.
     fn attach(
         self,
         name: &str,
@@ -122,6 +122,7 @@ impl Server {
         }
     }
 
+    /// Returns the vhost-user back end, if there is one.
     fn back_end(&self) -> Option<VhostUser<DeviceMemory>> {
         match self {
             Self::Worker(_) => None,
@@ -130,19 +131,20 @@ impl Server {
     }
 }
 
-/// A device whose host's side is open; there is no guest yet.
-pub(super) struct Opened {
+/// Device whose host resources are open. It is not connected to a guest yet.
+pub(super) struct OpenedDevice {
     name: String,
     resources: VirtioMmioResources,
     interrupt: Interrupt,
     server: Server,
     /// Host's side of the device, which the destination of a migration must have too.
     facts: DeviceFacts,
+    /// Image of a disk that this process serves.
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
 }
 
-impl Opened {
+impl OpenedDevice {
     pub(super) fn resources(&self) -> VirtioMmioResources {
         self.resources
     }
@@ -152,7 +154,8 @@ impl Opened {
         named_facts(&self.name, &self.facts)
     }
 
-    /// Puts it before a guest; it is paused.
+    /// Connects the device to the guest: locks its image, creates its registers and registers its notifications with
+    /// KVM. If `saved` is given, the state of the device is restored from it. The device is paused.
     fn attach(
         self,
         vm: &VmFd,
@@ -163,7 +166,7 @@ impl Opened {
         let name = self.name.as_str();
         let back_end = self.server.back_end();
         if let Some(back_end) = &back_end {
-            // The back end was there when it was connected, which may be a migration ago.
+            // The back end was connected when the device was opened, which may be a whole migration ago.
             back_end
                 .check_connected()
                 .map_err(back_end_error(&self.name))?;
@@ -194,6 +197,7 @@ impl Opened {
     }
 }
 
+/// Returns a function that adds the name of the device to an error of its back end, for `map_err`.
 pub(super) fn back_end_error(name: &str) -> impl Fn(VhostUserError) -> DevicesError {
     move |source| DevicesError::BackEnd {
         name: name.into(),
@@ -208,7 +212,8 @@ fn named_facts(name: &str, facts: &DeviceFacts) -> NamedFacts {
     }
 }
 
-/// A notification of the guest goes to the device's thread, and no vCPU exits to this process for it.
+/// Registers the notification register of each queue as an ioeventfd: KVM signals the thread or process of the device
+/// directly, without an exit to this process.
 fn notify(
     vm: &VmFd,
     resources: VirtioMmioResources,
@@ -226,6 +231,7 @@ fn notify(
     Ok(())
 }
 
+/// Device of a running or paused guest.
 struct Attached {
     name: String,
     resources: VirtioMmioResources,
@@ -264,18 +270,18 @@ impl DeviceGauge {
 /// Called with the name of a device and the reason when the thread or process that serves the device is lost.
 pub type OnLoss = Arc<dyn Fn(&str, &str) + Send + Sync>;
 
-/// What the devices of a machine have done, each by its name.
+/// Counters of devices: the name of each device, with the names and values of its counters.
 pub type DeviceCounters = Vec<(String, Vec<(&'static str, u64)>)>;
 
-/// The virtio devices of a guest. Dropped, their threads end.
+/// Virtio devices of a guest. Dropping them ends their threads.
 pub(super) struct Devices {
     list: Vec<Attached>,
 }
 
 impl Devices {
-    /// Puts devices before a guest: one at its beginning, or one that was saved. They are paused.
+    /// Connects the devices to the guest, in their initial state or in the state `saved`. All of them are paused.
     pub(super) fn attach(
-        opened: Vec<Opened>,
+        opened: Vec<OpenedDevice>,
         vm: &VmFd,
         memory: &DeviceMemory,
         saved: Option<&[Section]>,
@@ -288,7 +294,7 @@ impl Devices {
         Ok(Self { list })
     }
 
-    /// The bus on which vCPUs find them.
+    /// Returns a bus with the registers of all devices, for the exits of vCPUs.
     pub(super) fn bus(&self) -> Result<MmioBus, DevicesError> {
         let mut bus = MmioBus::new();
         for attached in &self.list {
@@ -301,30 +307,30 @@ impl Devices {
         Ok(bus)
     }
 
-    /// Stops all of them; the vCPUs stand already.
+    /// Pauses all devices. The vCPUs must be stopped already.
     pub(super) fn pause(&self) {
-        self.each_here(MmioTransport::pause);
-        self.each_elsewhere(MmioTransport::pause);
+        self.for_each_worker(MmioTransport::pause);
+        self.for_each_back_end_device(MmioTransport::pause);
     }
 
-    /// Lets all of them go on, before the vCPUs do.
+    /// Resumes all devices. Must be called before the vCPUs are resumed.
     pub(super) fn resume(&self) {
-        self.each_elsewhere(MmioTransport::resume);
-        self.each_here(MmioTransport::resume);
+        self.for_each_back_end_device(MmioTransport::resume);
+        self.for_each_worker(MmioTransport::resume);
     }
 
-    /// Does something to those that are served here.
-    fn each_here(&self, act: fn(&MmioTransport)) {
-        let here = self.list.iter().filter(|d| d.back_end.is_none());
-        here.for_each(|device| act(&device.device()));
+    /// Calls `act` for each device that this process serves.
+    fn for_each_worker(&self, act: fn(&MmioTransport)) {
+        let workers = self.list.iter().filter(|d| d.back_end.is_none());
+        workers.for_each(|device| act(&device.device()));
     }
 
-    /// Does something to those that other processes serve, which may take their time, all at once.
-    fn each_elsewhere(&self, act: fn(&MmioTransport)) {
+    /// Calls `act` for each device with a vhost-user back end, in parallel, because back ends may take long to answer.
+    fn for_each_back_end_device(&self, act: fn(&MmioTransport)) {
         thread::scope(|scope| {
             for device in self.list.iter().filter(|d| d.back_end.is_some()) {
                 let named = thread::Builder::new().name(device.name.clone());
-                // Without a thread they wait for each other.
+                // If no thread can be started, the devices are processed one after the other.
                 if named.spawn_scoped(scope, || act(&device.device())).is_err() {
                     act(&device.device());
                 }
@@ -332,31 +338,31 @@ impl Devices {
         });
     }
 
-    /// Lets all of them go on for a guest that has just arrived, if those that other processes serve can; otherwise
-    /// none of them does.
+    /// Resumes all devices of a guest that has just arrived by migration. If a back end is lost, no device is resumed.
     ///
     /// # Errors
-    /// The first back end that was lost.
+    /// Returns the error of the first back end that is lost.
     pub(super) fn resume_arrived(&self) -> Result<(), DevicesError> {
-        self.each_elsewhere(MmioTransport::resume);
-        if let Err(error) = self.each_back_end(VhostUser::check_connected) {
-            self.each_elsewhere(MmioTransport::pause);
+        self.for_each_back_end_device(MmioTransport::resume);
+        if let Err(error) = self.try_each_back_end(VhostUser::check_connected) {
+            self.for_each_back_end_device(MmioTransport::pause);
             return Err(error);
         }
-        self.each_here(MmioTransport::resume);
+        self.for_each_worker(MmioTransport::resume);
         Ok(())
     }
 
-    /// Makes sure that nobody else writes to the disks. Idempotent.
+    /// Locks the images of all disks, so that no other process writes to them. Has no effect on a locked image.
     pub(super) fn lock_images(&self) -> Result<(), DevicesError> {
         Ok(self.images().try_for_each(DiskImage::lock)?)
     }
 
-    /// Leaves the disks to whoever runs the guest next.
+    /// Unlocks the images of all disks, for the process that runs the guest next.
     pub(super) fn unlock_images(&self) -> Result<(), DevicesError> {
         Ok(self.images().try_for_each(DiskImage::unlock)?)
     }
 
+    /// Returns the images of the disks that this process serves.
     fn images(&self) -> impl Iterator<Item = &DiskImage> {
         self.list.iter().filter_map(|d| d.image.as_ref())
     }
@@ -374,11 +380,13 @@ impl Devices {
             .collect()
     }
 
-    /// Their state; they are paused.
+    /// Saves the state of all devices, one section each. The devices must be paused.
     ///
-    /// A back end that was lost may still have been writing to memory, and has requests that nobody will end.
+    /// # Errors
+    /// Returns an error if a back end is lost: it may have written to memory after its last log, and its in-flight
+    /// requests will never complete.
     pub(super) fn save(&self) -> Result<Vec<Section>, MachineError> {
-        self.each_back_end(VhostUser::check_connected)?;
+        self.try_each_back_end(VhostUser::check_connected)?;
         let saved = self.list.iter().map(|attached| {
             let state = attached.device().save().map_err(DevicesError::from)?;
             Ok(sections::encode(&attached.name, &state))
@@ -386,8 +394,8 @@ impl Devices {
         saved.collect()
     }
 
-    /// Asks all back ends, until one fails.
-    fn each_back_end(
+    /// Calls `ask` for each back end until one returns an error.
+    fn try_each_back_end(
         &self,
         ask: impl Fn(&VhostUser<DeviceMemory>) -> Result<(), VhostUserError>,
     ) -> Result<(), DevicesError> {
@@ -395,6 +403,7 @@ impl Devices {
             .try_for_each(|(name, back_end)| ask(back_end).map_err(back_end_error(name)))
     }
 
+    /// Returns the vhost-user back ends with the names of their devices.
     fn back_ends(&self) -> impl Iterator<Item = (&str, &VhostUser<DeviceMemory>)> {
         let each = self.list.iter();
         each.filter_map(|d| Some((d.name.as_str(), d.back_end.as_ref()?)))
@@ -407,7 +416,7 @@ impl Devices {
             .collect()
     }
 
-    /// The balloon, if there is one.
+    /// Returns the control of the balloon, if there is a balloon.
     pub(super) fn balloon(&self) -> Option<&BalloonControl> {
         self.list.iter().find_map(|d| d.balloon.as_ref())
     }
