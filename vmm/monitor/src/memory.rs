@@ -260,8 +260,8 @@ mod tests {
         assert!(layout(MEMORY_MIN + PAGE_SIZE, Backing::Hugetlb).is_err());
     }
 
-    /// Pages counted as populated: exactly those in `written`, or with transparent huge pages their
-    /// neighbours too.
+    /// Checks that exactly the pages in `written` count as populated. With transparent huge pages, their neighbours may
+    /// count too.
     fn assert_populated(ram: &GuestRam, part: GpaRange, written: &[GpaRange]) {
         let found = ram.populated_in(part).unwrap();
         if ram.backing() == Backing::Memfd {

@@ -1,27 +1,29 @@
-//! Just as much HTTP/1.1 as a local API needs: a request with a bounded head and body, a response.
+//! Subset of HTTP/1.1 that a local API needs: requests with a bounded head and body, and responses.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 
-/// Bytes of a request's line and headers, at most.
+/// Maximum bytes of the request line and the headers.
 const HEAD_LIMIT: usize = 16 * 1024;
-/// Bytes of a request's body, at most.
+/// Maximum bytes of a body.
 const BODY_LIMIT: usize = 1 << 20;
+/// Maximum number of headers.
 const HEADERS_LIMIT: usize = 64;
-/// Descriptors that come with a request, at most: more than a guest can have interfaces.
+/// Maximum number of descriptors that are passed with a request. It exceeds the number of network interfaces of a
+/// guest.
 pub(super) const DESCRIPTORS_LIMIT: usize = 16;
 
-/// What a request wants to do.
+/// HTTP method of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// To read.
+    /// GET, for calls that read.
     Get,
-    /// To change.
+    /// PUT, for calls that change something.
     Put,
 }
 
 impl Method {
-    /// Its name in a request line.
+    /// Returns the name of the method in a request line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -31,18 +33,18 @@ impl Method {
     }
 }
 
-/// A request.
+/// HTTP request.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) method: String,
     pub(super) path: String,
     pub(super) body: Vec<u8>,
     pub(super) keep_alive: KeepAlive,
-    /// What came with its bytes, in order.
+    /// Descriptors that were passed with the bytes of the request, in order.
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
-/// Whether the client wants to send another request over the same connection.
+/// Whether the connection stays open for another request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KeepAlive {
     Yes,
@@ -51,21 +53,23 @@ pub(super) enum KeepAlive {
 
 const JSON: &str = "application/json";
 
-/// A response.
+/// HTTP response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Response {
     pub(super) status: u16,
     content_type: &'static str,
-    /// How the call is made, for whoever made it in another way (RFC 9110, 15.5.6).
+    /// Method of the call, for the header `Allow` of a response with status 405 (RFC 9110, 15.5.6).
     allow: Option<Method>,
     pub(super) body: String,
 }
 
 impl Response {
+    /// Returns a response without a body, with status 204.
     pub(super) fn empty() -> Self {
         Self::json(204, String::new())
     }
 
+    /// Returns a response whose body is JSON.
     pub(super) fn json(status: u16, body: String) -> Self {
         Self {
             status,
@@ -75,6 +79,7 @@ impl Response {
         }
     }
 
+    /// Returns a response with status 200 whose body is text.
     pub(super) fn text(content_type: &'static str, body: String) -> Self {
         Self {
             content_type,
@@ -82,13 +87,13 @@ impl Response {
         }
     }
 
-    /// As Cloud Hypervisor writes them: an array of messages.
+    /// Returns an error response. Its body is an array of messages, as in the API of Cloud Hypervisor.
     pub(super) fn error(status: u16, message: impl ToString) -> Self {
         let messages = serde_json::json!([message.to_string()]);
         Self::json(status, messages.to_string())
     }
 
-    /// The call is made in another way.
+    /// Returns a response with status 405, for a request whose method is not the one of the call.
     pub(super) fn allow(method: Method, message: impl ToString) -> Self {
         Self {
             allow: Some(method),
@@ -96,6 +101,7 @@ impl Response {
         }
     }
 
+    /// Writes the response to `stream`.
     pub(super) fn write_to(
         &self,
         stream: &mut impl Write,
@@ -143,35 +149,36 @@ fn reason(status: u16) -> &'static str {
     }
 }
 
-/// Why there was no request.
+/// Reasons why no request could be read.
 #[derive(Debug)]
 pub(super) enum RequestError {
-    /// The client is done, or gone.
+    /// The client closed the connection, or was idle for too long.
     Closed,
-    /// What it sent is answered with this, and the connection closed.
+    /// The request is invalid. The response must be sent, and the connection closed.
     Invalid(Response),
 }
 
-/// What a connection reads from.
+/// Source of the bytes of requests.
 pub(super) trait RequestSource {
-    /// As [`Read::read`], for a request of which `begun` says whether its first byte has come.
+    /// Reads bytes like [`Read::read`]. `begun` says whether the first byte of the request was received, which selects
+    /// the time limit.
     ///
     /// # Errors
-    /// The system's; `TimedOut` when the client took too long.
+    /// Returns the error of the system, and `TimedOut` if the client exceeded the time limit.
     fn read(&mut self, bytes: &mut [u8], begun: Begun) -> io::Result<usize>;
 
-    /// Takes the descriptors that came with the last of the bytes that were read.
+    /// Takes the descriptors that were passed with the bytes of the last read.
     fn take_descriptors(&mut self) -> Vec<OwnedFd> {
         Vec::new()
     }
 }
 
-/// What a client sent received of the request that is looked at.
+/// Bytes and descriptors that were received and are not part of a completed request yet.
 #[derive(Debug, Default)]
 pub(super) struct ReceiveBuffer {
     bytes: Vec<u8>,
-    /// Each with the place in `bytes` behind those that it came with. A socket never joins the bytes that descriptors
-    /// come with and those behind them (unix(7)).
+    /// Each descriptor, with the offset in `bytes` after the bytes that it was passed with. A socket never merges bytes
+    /// that carry descriptors with bytes that follow (unix(7)).
     descriptors: Vec<(usize, OwnedFd)>,
 }
 
@@ -181,10 +188,10 @@ impl ReceiveBuffer {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// Takes the first `count` bytes, and what came with them.
+    /// Removes the first `count` bytes and the descriptors that were passed with them.
     ///
     /// # Errors
-    /// More descriptors than a request may have.
+    /// Returns an error response if there are more than [`DESCRIPTORS_LIMIT`] descriptors.
     fn take(&mut self, count: usize) -> Result<(Vec<u8>, Vec<OwnedFd>), RequestError> {
         let rest = self.bytes.split_off(count);
         let bytes = std::mem::replace(&mut self.bytes, rest);
@@ -196,7 +203,8 @@ impl ReceiveBuffer {
             .map(|(end, descriptor)| (end - count, descriptor))
             .collect();
         if with.len() > DESCRIPTORS_LIMIT {
-            let why = format!("at most {DESCRIPTORS_LIMIT} descriptors come with a request");
+            let why =
+                format!("at most {DESCRIPTORS_LIMIT} descriptors can be passed with a request");
             return Err(refusal(400, why));
         }
         Ok((
@@ -206,7 +214,7 @@ impl ReceiveBuffer {
     }
 }
 
-/// Whether the first byte of a request has come.
+/// Whether the first byte of a request was received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Begun {
     No,
@@ -219,7 +227,11 @@ impl RequestSource for &[u8] {
     }
 }
 
-/// Reads the next request. `received` keeps what a client sends received.
+/// Reads the next request. Bytes that the client sent after it stay in `received` for the next call.
+///
+/// # Errors
+/// Returns [`RequestError::Closed`] if there is no further request, and [`RequestError::Invalid`] if the request is
+/// malformed, too large or too slow.
 pub(super) fn read_request(
     stream: &mut impl RequestSource,
     received: &mut ReceiveBuffer,
@@ -237,13 +249,14 @@ pub(super) fn read_request(
         if received.bytes.len() > HEAD_LIMIT {
             return Err(refusal(
                 413,
-                format!("the request's head has more than {HEAD_LIMIT} bytes"),
+                format!("the head of the request has more than {HEAD_LIMIT} bytes"),
             ));
         }
         fill(stream, received)?;
     }
 }
 
+/// Reads more bytes and descriptors into `received`.
 fn fill(stream: &mut impl RequestSource, received: &mut ReceiveBuffer) -> Result<(), RequestError> {
     let mut bytes = [0; 4096];
     let begun = if received.bytes.is_empty() {
@@ -252,14 +265,14 @@ fn fill(stream: &mut impl RequestSource, received: &mut ReceiveBuffer) -> Result
         Begun::Yes
     };
     match stream.read(&mut bytes, begun) {
-        Err(error) if error.kind() == io::ErrorKind::TimedOut && begun == Begun::Yes => {
-            Err(refusal(408, "the rest of the request did not come in time"))
-        }
+        Err(error) if error.kind() == io::ErrorKind::TimedOut && begun == Begun::Yes => Err(
+            refusal(408, "the rest of the request did not arrive in time"),
+        ),
         Ok(0) | Err(_) => Err(RequestError::Closed),
         Ok(count) => {
             received.bytes.extend(&bytes[..count]);
             let end = received.bytes.len();
-            // One more than a request may have says that there were too many.
+            // One more than the limit is kept, so that an excess is noticed.
             let room = (DESCRIPTORS_LIMIT + 1).saturating_sub(received.descriptors.len());
             let came = stream.take_descriptors().into_iter().take(room);
             received
@@ -270,19 +283,20 @@ fn fill(stream: &mut impl RequestSource, received: &mut ReceiveBuffer) -> Result
     }
 }
 
+/// Returns the error for a request that is answered with `status` and `message`.
 fn refusal(status: u16, message: impl ToString) -> RequestError {
     RequestError::Invalid(Response::error(status, message))
 }
 
-/// A request without its body, the length of its head, and the length of its body; none while the head is
-/// not whole.
+/// Parses the head of a request. Returns the request without its body, the length of the head and the length of the
+/// body, or `None` if the head is not complete.
 fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_LIMIT];
     let mut parsed = httparse::Request::new(&mut headers);
     let head = match parsed.parse(buffer) {
         Ok(httparse::Status::Complete(head)) => head,
         Ok(httparse::Status::Partial) => return Ok(None),
-        Err(error) => return Err(refusal(400, format!("no HTTP request: {error}"))),
+        Err(error) => return Err(refusal(400, format!("not an HTTP request: {error}"))),
     };
     let header = |name: &str| {
         parsed
@@ -292,18 +306,24 @@ fn parse(buffer: &[u8]) -> Result<Option<(Request, usize, usize)>, RequestError>
             .map(|header| String::from_utf8_lossy(header.value).trim().to_owned())
     };
     if header("Transfer-Encoding").is_some() {
-        return Err(refusal(501, "Transfer-Encoding: send a Content-Length"));
+        return Err(refusal(
+            501,
+            "Transfer-Encoding is not supported: send a Content-Length",
+        ));
     }
     let length = match header("Content-Length") {
         None => 0,
-        Some(text) => text
-            .parse()
-            .map_err(|_| refusal(400, format!("Content-Length: {text:?}")))?,
+        Some(text) => text.parse().map_err(|_| {
+            refusal(
+                400,
+                format!("Content-Length: {text:?} is not a number of bytes"),
+            )
+        })?,
     };
     if length > BODY_LIMIT {
         return Err(refusal(
             413,
-            format!("a body of {length} bytes, at most {BODY_LIMIT} are allowed"),
+            format!("the body has {length} bytes, but at most {BODY_LIMIT} are allowed"),
         ));
     }
     let close = header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
@@ -327,7 +347,7 @@ mod tests {
 
     use super::*;
 
-    /// Gives its bytes out in pieces of `step`.
+    /// Returns its bytes in reads of at most `self.1` bytes.
     struct Drip<'a>(&'a [u8], usize);
 
     impl RequestSource for Drip<'_> {
@@ -343,19 +363,19 @@ mod tests {
     fn requests_follow_each_other_on_one_connection() {
         let text = b"PUT /a HTTP/1.1\r\ncontent-length: 3\r\n\r\nxyzGET /b HTTP/1.1\r\nConnection: close\r\n\r\n";
         for step in [1, 7, 4096] {
-            let (mut stream, mut buffer) = (Drip(text, step), ReceiveBuffer::default());
-            let first = read_request(&mut stream, &mut buffer).unwrap();
+            let (mut stream, mut received) = (Drip(text, step), ReceiveBuffer::default());
+            let first = read_request(&mut stream, &mut received).unwrap();
             assert_eq!((first.method.as_str(), first.path.as_str()), ("PUT", "/a"));
             assert_eq!(
                 (first.body.as_slice(), first.keep_alive),
                 (&b"xyz"[..], KeepAlive::Yes)
             );
-            let second = read_request(&mut stream, &mut buffer).unwrap();
+            let second = read_request(&mut stream, &mut received).unwrap();
             assert_eq!(
                 (second.path.as_str(), second.keep_alive),
                 ("/b", KeepAlive::No)
             );
-            let end = read_request(&mut stream, &mut buffer).unwrap_err();
+            let end = read_request(&mut stream, &mut received).unwrap_err();
             assert!(matches!(end, RequestError::Closed));
         }
     }

@@ -1,4 +1,4 @@
-//! The API: HTTP on a Unix socket, in the paths and JSON of the Cloud Hypervisor API v1.
+//! HTTP API on a Unix socket, with the paths and JSON of the Cloud Hypervisor API v1, and a client for it.
 
 mod client;
 mod connections;

@@ -106,7 +106,7 @@ fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
     }
 }
 
-/// Returns the end of the RAM below the hole at 4 GiB.
+/// Returns the end of the RAM below the hole that ends at 4 GiB.
 fn low_ram_end(memory: &GuestMemory) -> u64 {
     let end = memory.last_addr().raw_value().saturating_add(1);
     end.min(LOW_RAM_END)

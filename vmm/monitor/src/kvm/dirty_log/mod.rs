@@ -165,7 +165,7 @@ impl SlotLog {
 
     /// Removes the pages that were never cleared from `dirty`, and marks those of them that are populated.
     ///
-    /// Which pages are populated is asked after the log was read. A page that is populated later stays dirty in the
+    /// The populated pages are queried after the log was read. A page that becomes populated later stays dirty in the
     /// log, because it was not cleared, and is found by the next call.
     fn mark_populated(&mut self, slot: &Slot, ram: &GuestRam) -> Result<(), LogError> {
         let mut never_cleared = Vec::with_capacity(self.dirty.len());
