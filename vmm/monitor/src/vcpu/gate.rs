@@ -1,4 +1,4 @@
-//! Gate of a vCPU: holds the vCPU out of the guest for as long as somebody needs it to stand still.
+//! Gate of a vCPU: holds the vCPU out of the guest during a pause and while a notifier range is open.
 //!
 //! Each reason to stop the vCPU is a *hold*: a pause is one hold, and every open notifier range is another. The vCPU
 //! runs only while there are no holds. A vCPU is stopped in two steps (S12), so that the kicks of all vCPUs overlap:
