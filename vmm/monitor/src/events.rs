@@ -164,12 +164,12 @@ fn line(began: Instant, source: EventSource, event: &str, properties: Value) -> 
 
 /// Writes the queued lines to `file`. Each line is one write, so that lines of several writers to one file do not mix.
 fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, counters: &QueueCounters) {
-    let mut told = 0;
+    let mut reported = 0;
     while let Ok(next) = queue.recv() {
         let mut text = next;
         let lost = counters.lost.load(Ordering::Relaxed);
-        if lost > told {
-            let count = json!({ "count": lost - told });
+        if lost > reported {
+            let count = json!({ "count": lost - reported });
             text = format!(
                 "{}\n{text}",
                 line(began, EventSource::Vmm, "events-lost", count)
@@ -178,7 +178,7 @@ fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, counters:
         text.push('\n');
         match file.write_all(text.as_bytes()) {
             Ok(()) => {
-                told = lost;
+                reported = lost;
                 counters.waiting.fetch_sub(1, Ordering::SeqCst);
             }
             Err(_) => counters.line_lost(),
@@ -239,17 +239,17 @@ mod tests {
             .lines()
             .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
             .collect();
-        let told: u64 = lines
+        let reported: u64 = lines
             .iter()
             .filter(|line| line["event"] == "events-lost")
             .filter_map(|line| line["properties"]["count"].as_u64())
             .sum();
-        assert_eq!(told, lost);
-        let came = lines
+        assert_eq!(reported, lost);
+        let written = lines
             .iter()
             .filter(|line| line["event"] == "failed")
             .count();
-        assert_eq!(came as u64 + lost, count as u64);
+        assert_eq!(written as u64 + lost, count as u64);
     }
 
     #[test]

@@ -253,7 +253,7 @@ mod tests {
             assert!(
                 error
                     .to_string()
-                    .starts_with(&format!("guest memory of {size} cannot be")),
+                    .starts_with(&format!("guest memory of {size} is not possible")),
                 "{error}"
             );
         }

@@ -3,6 +3,7 @@
 mod client;
 mod connections;
 mod http;
+mod request;
 mod request_stream;
 mod routes;
 mod server;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use super::http::{Begun, DESCRIPTORS_LIMIT, RequestSource};
+use super::request::{Begun, DESCRIPTORS_LIMIT, RequestSource};
 
 /// Time after which an idle connection is closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
@@ -84,7 +84,7 @@ mod tests {
     use rustix::io::{FdFlags, fcntl_getfd};
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-    use super::super::http::{ReceiveBuffer, RequestError, read_request};
+    use super::super::request::{ReceiveBuffer, RequestError, read_request};
     use super::*;
 
     #[test]
@@ -127,9 +127,9 @@ mod tests {
     #[test]
     fn descriptors_come_with_a_request_up_to_a_limit() {
         for count in [1, 2, DESCRIPTORS_LIMIT] {
-            let came = with_descriptors(count).unwrap();
-            assert_eq!(came.len(), count);
-            let info = fcntl_getfd(&came[0]).unwrap();
+            let passed = with_descriptors(count).unwrap();
+            assert_eq!(passed.len(), count);
+            let info = fcntl_getfd(&passed[0]).unwrap();
             assert!(info.contains(FdFlags::CLOEXEC));
         }
         for count in [DESCRIPTORS_LIMIT + 1, 60] {

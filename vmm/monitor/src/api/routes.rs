@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::http::{Method, Request, Response};
+use super::http::{Method, Response};
+use super::request::Request;
 use crate::config::{ConfigError, VmConfig, from_json};
 use crate::machine::MachineError;
 use crate::metrics;

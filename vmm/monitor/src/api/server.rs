@@ -13,7 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::connections::{CONNECTIONS_LIMIT, ConnectionGuard, ConnectionState, Connections};
-use super::http::{KeepAlive, ReceiveBuffer, Request, RequestError, Response, read_request};
+use super::http::{KeepAlive, Response};
+use super::request::{ReceiveBuffer, Request, RequestError, read_request};
 use super::request_stream::{REQUEST_LIMIT, RequestStream};
 use super::routes::answer;
 use crate::migrate::{EndpointError, SocketFile, listen_unix};

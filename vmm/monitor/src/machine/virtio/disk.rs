@@ -89,35 +89,6 @@ fn open_hint(error: &io::Error, access: Access) -> &'static str {
     }
 }
 
-/// Formats other than raw: name, offset of the magic number, and magic number. Sources: QEMU docs/interop (qcow2, qed);
-/// the specifications of VMDK 5.0 and VHDX (MS-VHDX 2.2.1); `VDI_IMAGE_SIGNATURE` of VirtualBox.
-const FORMATS: [(&str, usize, &[u8]); 5] = [
-    ("qcow2", 0, b"QFI\xfb"),
-    ("QED", 0, b"QED\0"),
-    ("VMDK", 0, b"KDMV"),
-    ("VHDX", 0, b"vhdxfile"),
-    ("VDI", 64, &0xbeda_107f_u32.to_le_bytes()),
-];
-
-/// Returns the format whose magic number the image has, or `None` if the image looks raw.
-fn probe_format(file: &File) -> io::Result<Option<&'static str>> {
-    let mut head = [0; 68];
-    // A shorter file is probed as if zeros followed.
-    let mut read = 0;
-    while read < head.len() {
-        match file.read_at(&mut head[read..], read as u64) {
-            Ok(0) => break,
-            Ok(count) => read += count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    let found = FORMATS
-        .iter()
-        .find(|(_, at, magic)| head[*at..].starts_with(magic));
-    Ok(found.map(|(name, _, _)| *name))
-}
-
 /// Open image. It is locked from the moment at which the guest may run with it until the guest ends or leaves.
 #[derive(Debug)]
 pub(super) struct DiskImage {
@@ -223,6 +194,35 @@ impl DiskImage {
     fn held(&self) -> MutexGuard<'_, bool> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Formats other than raw: name, offset of the magic number, and magic number. Sources: QEMU docs/interop (qcow2, qed);
+/// the specifications of VMDK 5.0 and VHDX (MS-VHDX 2.2.1); `VDI_IMAGE_SIGNATURE` of VirtualBox.
+const FORMATS: [(&str, usize, &[u8]); 5] = [
+    ("qcow2", 0, b"QFI\xfb"),
+    ("QED", 0, b"QED\0"),
+    ("VMDK", 0, b"KDMV"),
+    ("VHDX", 0, b"vhdxfile"),
+    ("VDI", 64, &0xbeda_107f_u32.to_le_bytes()),
+];
+
+/// Returns the format whose magic number the image has, or `None` if the image looks raw.
+fn probe_format(file: &File) -> io::Result<Option<&'static str>> {
+    let mut head = [0; 68];
+    // A shorter file is probed as if zeros followed.
+    let mut read = 0;
+    while read < head.len() {
+        match file.read_at(&mut head[read..], read as u64) {
+            Ok(0) => break,
+            Ok(count) => read += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let found = FORMATS
+        .iter()
+        .find(|(_, at, magic)| head[*at..].starts_with(magic));
+    Ok(found.map(|(name, _, _)| *name))
 }
 
 #[cfg(test)]

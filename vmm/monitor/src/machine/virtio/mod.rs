@@ -6,266 +6,33 @@
 //!                 host resources        registers, interrupts and saved state
 //! ```
 
+mod attach;
 mod disk;
+mod error;
 mod open;
 mod tap;
 
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
-use devices::virtio::{
-    BalloonControl, Device, Interrupt, MMIO_BYTES, MmioTransport, QUEUE_NOTIFY, VhostUser,
-    VhostUserError, VirtioError, VirtioSnapshot, VsockError,
-};
-use devices::{BusError, MmioBus, MmioRange, MmioSpace};
-use kvm_ioctls::{IoEventAddress, VmFd};
+use devices::virtio::{BalloonControl, MMIO_BYTES, MmioTransport, VhostUser, VhostUserError};
+use devices::{MmioBus, MmioRange};
+use kvm_ioctls::VmFd;
 
 use super::dirty_logs::NamedBackEnd;
-use super::facts::{DeviceFacts, NamedFacts};
+use super::facts::NamedFacts;
 use super::{MachineError, sections};
-use crate::boot::VirtioMmioResources;
 use crate::memory::DeviceMemory;
+use attach::AttachedDevice;
+use disk::DiskImage;
 use migration::Section;
 
+pub(super) use attach::{DeviceGauge, OpenedDevice, back_end_error};
 pub use disk::DiskError;
-use disk::DiskImage;
+pub use error::DevicesError;
 pub use open::check_host_resources;
 pub(super) use open::{OpenContext, open};
 pub use tap::TapError;
-
-/// Reasons why a virtio device cannot be opened, attached, saved or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum DevicesError {
-    /// The image of a disk cannot be used.
-    #[error("--disk {0}")]
-    Disk(#[from] DiskError),
-    /// A vhost-user back end cannot be connected, or lacks a feature.
-    #[error("--disk vhost_user=on,socket={0}")]
-    VhostUser(#[from] VhostUserError),
-    /// A vhost-user back end of an attached device failed.
-    #[error("{name}: {source}")]
-    BackEnd {
-        /// Name of the device.
-        name: String,
-        /// Error of the back end.
-        source: VhostUserError,
-    },
-    /// A tap cannot be used.
-    #[error("--net: {0}")]
-    Tap(#[from] TapError),
-    /// The Unix socket of the socket device cannot be created.
-    #[error("--vsock: {0}")]
-    Vsock(#[from] VsockError),
-    /// The output file of the console cannot be opened.
-    #[error("--console {path}: {source}")]
-    Console {
-        /// Path of the file.
-        path: String,
-        /// Error that the kernel returned.
-        source: io::Error,
-    },
-    /// There are more devices than interrupt lines.
-    #[error("{name}: at most {most} virtio devices are possible")]
-    TooMany {
-        /// Name of the first device without an interrupt line.
-        name: String,
-        /// Maximum number of devices.
-        most: u32,
-    },
-    /// The host refused a resource of a device.
-    #[error("{name}: {what}: {source}")]
-    Host {
-        /// Name of the device.
-        name: String,
-        /// Name of the resource or of the ioctl.
-        what: &'static str,
-        /// Error that the kernel returned.
-        source: io::Error,
-    },
-    /// A device cannot be created, saved or restored.
-    #[error(transparent)]
-    Virtio(#[from] VirtioError),
-    /// The register windows of two devices overlap.
-    #[error(transparent)]
-    Bus(#[from] BusError<MmioSpace>),
-}
-
-/// Server of the queues of a device.
-pub(super) enum Server {
-    /// Device model in this process, with a thread of its own.
-    Worker(Box<dyn Device<DeviceMemory>>),
-    /// vhost-user back end in another process.
-    VhostUser(VhostUser<DeviceMemory>),
-}
-
-impl Server {
-    /// Creates the register window of the device, in its initial state or in the state `saved`.
-    fn attach(
-        self,
-        name: &str,
-        memory: DeviceMemory,
-        interrupt: Interrupt,
-        saved: Option<&VirtioSnapshot>,
-    ) -> Result<MmioTransport, VirtioError> {
-        match (self, saved) {
-            (Self::Worker(device), None) => MmioTransport::new(name, device, memory, interrupt),
-            (Self::Worker(device), Some(saved)) => {
-                MmioTransport::restore(name, device, memory, interrupt, saved)
-            }
-            (Self::VhostUser(back_end), None) => {
-                Ok(MmioTransport::vhost_user(name, &back_end, interrupt))
-            }
-            (Self::VhostUser(back_end), Some(saved)) => {
-                MmioTransport::restore_vhost_user(name, &back_end, interrupt, saved)
-            }
-        }
-    }
-
-    /// Returns the vhost-user back end, if there is one.
-    fn back_end(&self) -> Option<VhostUser<DeviceMemory>> {
-        match self {
-            Self::Worker(_) => None,
-            Self::VhostUser(back_end) => Some(back_end.clone()),
-        }
-    }
-}
-
-/// Device whose host resources are open. It is not connected to a guest yet.
-pub(super) struct OpenedDevice {
-    name: String,
-    resources: VirtioMmioResources,
-    interrupt: Interrupt,
-    server: Server,
-    /// Host's side of the device, which the destination of a migration must have too.
-    facts: DeviceFacts,
-    /// Image of a disk that this process serves.
-    image: Option<DiskImage>,
-    balloon: Option<BalloonControl>,
-}
-
-impl OpenedDevice {
-    pub(super) fn resources(&self) -> VirtioMmioResources {
-        self.resources
-    }
-
-    /// Returns the name of the device and the host's side of it.
-    pub(super) fn facts(&self) -> NamedFacts {
-        named_facts(&self.name, &self.facts)
-    }
-
-    /// Connects the device to the guest: locks its image, creates its registers and registers its notifications with
-    /// KVM. If `saved` is given, the state of the device is restored from it. The device is paused.
-    fn attach(
-        self,
-        vm: &VmFd,
-        memory: &DeviceMemory,
-        saved: Option<&[Section]>,
-        on_loss: &OnLoss,
-    ) -> Result<Attached, MachineError> {
-        let name = self.name.as_str();
-        let back_end = self.server.back_end();
-        if let Some(back_end) = &back_end {
-            // The back end was connected when the device was opened, which may be a whole migration ago.
-            back_end
-                .check_connected()
-                .map_err(back_end_error(&self.name))?;
-        }
-        if let Some(image) = &self.image {
-            image.lock().map_err(DevicesError::from)?;
-        }
-        let state: Option<VirtioSnapshot> = saved
-            .map(|saved| sections::decode(saved, name))
-            .transpose()?;
-        let device = self
-            .server
-            .attach(name, memory.clone(), self.interrupt, state.as_ref())
-            .map_err(DevicesError::from)?;
-        let (named, tell) = (self.name.clone(), Arc::clone(on_loss));
-        device.on_failure(move |why| tell(&named, why));
-        device.pause();
-        notify(vm, self.resources, &device)?;
-        Ok(Attached {
-            device: Arc::new(Mutex::new(device)),
-            name: self.name,
-            resources: self.resources,
-            facts: self.facts,
-            image: self.image,
-            balloon: self.balloon,
-            back_end,
-        })
-    }
-}
-
-/// Returns a function that adds the name of the device to an error of its back end, for `map_err`.
-pub(super) fn back_end_error(name: &str) -> impl Fn(VhostUserError) -> DevicesError {
-    move |source| DevicesError::BackEnd {
-        name: name.into(),
-        source,
-    }
-}
-
-fn named_facts(name: &str, facts: &DeviceFacts) -> NamedFacts {
-    NamedFacts {
-        name: name.into(),
-        facts: facts.clone(),
-    }
-}
-
-/// Registers the notification register of each queue as an ioeventfd: KVM signals the thread or process of the device
-/// directly, without an exit to this process.
-fn notify(
-    vm: &VmFd,
-    resources: VirtioMmioResources,
-    device: &MmioTransport,
-) -> Result<(), DevicesError> {
-    let register = IoEventAddress::Mmio(u64::from(resources.base) + QUEUE_NOTIFY);
-    for (queue, event) in (0_u32..).zip(device.notifiers()) {
-        vm.register_ioevent(event, &register, queue)
-            .map_err(|source| DevicesError::Host {
-                name: device.name().into(),
-                what: "KVM_IOEVENTFD",
-                source: source.into(),
-            })?;
-    }
-    Ok(())
-}
-
-/// Device of a running or paused guest.
-struct Attached {
-    name: String,
-    resources: VirtioMmioResources,
-    device: Arc<Mutex<MmioTransport>>,
-    facts: DeviceFacts,
-    image: Option<DiskImage>,
-    balloon: Option<BalloonControl>,
-    back_end: Option<VhostUser<DeviceMemory>>,
-}
-
-impl Attached {
-    fn device(&self) -> MutexGuard<'_, MmioTransport> {
-        lock(&self.device)
-    }
-}
-
-fn lock(device: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
-    // The registers of a device are plain values: each is valid even if a panic interrupted an access.
-    device.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Reads the counters of one device.
-#[derive(Clone)]
-pub(super) struct DeviceGauge {
-    name: String,
-    device: Arc<Mutex<MmioTransport>>,
-}
-
-impl DeviceGauge {
-    /// Returns the name of the device, and its counters by name.
-    pub(super) fn read(&self) -> (String, Vec<(&'static str, u64)>) {
-        (self.name.clone(), lock(&self.device).counters())
-    }
-}
 
 /// Called with the name of a device and the reason when the thread or process that serves the device is lost.
 pub type OnLoss = Arc<dyn Fn(&str, &str) + Send + Sync>;
@@ -275,7 +42,7 @@ pub type DeviceCounters = Vec<(String, Vec<(&'static str, u64)>)>;
 
 /// Virtio devices of a guest. Dropping them ends their threads.
 pub(super) struct Devices {
-    list: Vec<Attached>,
+    list: Vec<AttachedDevice>,
 }
 
 impl Devices {
@@ -374,10 +141,7 @@ impl Devices {
 
     /// Returns the host's side of each device.
     pub(super) fn facts(&self) -> Vec<NamedFacts> {
-        let devices = self.list.iter();
-        devices
-            .map(|device| named_facts(&device.name, &device.facts))
-            .collect()
+        self.list.iter().map(AttachedDevice::facts).collect()
     }
 
     /// Saves the state of all devices, one section each. The devices must be paused.
@@ -423,10 +187,6 @@ impl Devices {
 
     /// Returns handles to the counters of each device.
     pub(super) fn gauges(&self) -> Vec<DeviceGauge> {
-        let gauge = |attached: &Attached| DeviceGauge {
-            name: attached.name.clone(),
-            device: Arc::clone(&attached.device),
-        };
-        self.list.iter().map(gauge).collect()
+        self.list.iter().map(AttachedDevice::gauge).collect()
     }
 }

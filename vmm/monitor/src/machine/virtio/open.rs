@@ -13,9 +13,10 @@ use devices::virtio::{
 use ept::Notifier;
 use kvm_ioctls::VmFd;
 
+use super::DevicesError;
+use super::attach::{OpenedDevice, Server};
 use super::disk::{DiskError, DiskImage};
 use super::tap::HostTap;
-use super::{DevicesError, OpenedDevice, Server};
 use crate::boot::VirtioMmioResources;
 use crate::config::{
     BalloonConfig, DevicesConfig, DiskConfig, NetConfig, SerialConfig, SerialMode, VsockConfig,
