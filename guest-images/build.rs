@@ -1,18 +1,18 @@
 //! Builds the guest programs with the compiler that builds this crate.
 //!
-//! Cargo cannot build a bare-metal program for the host's own target beside a hosted library, so
-//! the script calls `rustc` itself. What the outer build says in RUSTFLAGS (coverage, sanitisers,
-//! `target-cpu`) is meant for the host and never reaches the guests: `rustc` does not read it.
+//! Cargo cannot build a bare-metal program and a hosted library for the same target in one package,
+//! so this script calls `rustc` directly. RUSTFLAGS of the outer build (coverage, sanitizers,
+//! `target-cpu`) do not reach the guests, because only Cargo reads that variable.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
-/// The guests are x86-64 programs wherever the library runs; this target's `core` is what a
-/// stable toolchain has, and nothing of Linux in it is used.
+/// Target of the guest programs, which are x86-64 on any host. A stable toolchain ships `core` for
+/// this target. The guests use nothing of Linux.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Guests' sources, and the modules of the library that they share.
+/// Sources of the guests, and modules that they share with the library.
 const SOURCES: [&str; 5] = [
     "guests",
     "src/dirtier",
@@ -33,6 +33,7 @@ fn main() {
     }
 }
 
+/// Compiles the guest program `guest` to an ELF file in OUT_DIR.
 fn build(guest: &str) -> Result<(), String> {
     let output = directory("OUT_DIR")?.join(format!("{guest}.elf"));
     let guests = directory("CARGO_MANIFEST_DIR")?.join("guests");
@@ -46,12 +47,14 @@ fn build(guest: &str) -> Result<(), String> {
     }
 }
 
+/// Returns the directory that an environment variable of Cargo names.
 fn directory(variable: &str) -> Result<PathBuf, String> {
     env::var_os(variable)
         .map(PathBuf::from)
         .ok_or_else(|| format!("{variable} is not set"))
 }
 
+/// Returns the command line that compiles a guest program.
 fn compiler(guest: &str, guests: &Path, output: &Path) -> Result<Command, String> {
     let rustc = env::var_os("RUSTC").ok_or("RUSTC is not set")?;
     let mut command = Command::new(rustc);
@@ -72,8 +75,10 @@ fn compiler(guest: &str, guests: &Path, output: &Path) -> Result<Command, String
     Ok(command)
 }
 
-/// No red zone: an exception handler runs on whatever stack it is given. One codegen unit: the
-/// hot loop must be inlined, and the programs are small.
+/// Returns the code generation flags.
+///
+/// The red zone is off because exception handlers run on the interrupted stack. There is one codegen
+/// unit so that the hot loop is inlined.
 fn codegen_flags() -> impl Iterator<Item = &'static str> {
     [
         "opt-level=3",
@@ -90,6 +95,7 @@ fn codegen_flags() -> impl Iterator<Item = &'static str> {
     .flat_map(|flag| ["-C", flag])
 }
 
+/// Returns the flags that link a static program without a C library, at fixed addresses.
 fn linker_flags(script: &Path) -> impl Iterator<Item = String> {
     [
         "linker=cc".to_owned(),

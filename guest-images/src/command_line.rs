@@ -1,12 +1,12 @@
-//! The host's half of the command line, which needs `String`.
+//! Formatting of the dirtier's command line on the host, where `String` is available.
 
 use crate::dirtier::{Config, ConfigError};
 
 impl Config {
-    /// The command line that makes the dirtier do this.
+    /// Returns the kernel command line for this configuration.
     ///
     /// # Errors
-    /// The first value that the guest would refuse whatever the machine.
+    /// Returns [`ConfigError`] for the first value that the guest would refuse on any machine.
     pub fn command_line(&self) -> Result<String, ConfigError<'static>> {
         self.check()?;
         Ok(self.to_string())

@@ -1,29 +1,29 @@
-//! The numbers that a guest program and its monitor agree on.
+//! Constants of the interface between a guest program and its monitor.
 
-/// COM1's transmit and receive register (IBM PC/AT; 16550 data sheet, register 0).
+/// I/O port of COM1's transmit and receive register (IBM PC/AT; 16550 data sheet, register 0).
 pub const SERIAL_PORT: u16 = 0x3f8;
 
-/// A byte written to this port ends the guest; it is the exit status.
+/// I/O port of the debug exit. Writing a byte ends the guest with that exit status.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 
-/// Exit status: the guest did what it was asked to do.
+/// Exit status: success.
 pub const EXIT_SUCCESS: u8 = 0;
-/// Exit status: the command line, or the machine it was started on, does not suit.
+/// Exit status: the command line is invalid, or the machine cannot run the program.
 pub const EXIT_BAD_REQUEST: u8 = 2;
-/// Exit status: memory does not hold what was written to it.
+/// Exit status: a lost or torn write was found.
 pub const EXIT_MEMORY_FAULT: u8 = 3;
-/// Exit status: the guest program itself went wrong (an exception or a panic).
+/// Exit status: the guest program crashed with an exception or a panic.
 pub const EXIT_CRASH: u8 = 4;
-/// Exit status: a device did not refuse what it must, or did not live on.
+/// Exit status: a device handled an attack in an unexpected way or stopped working.
 pub const EXIT_NOT_REFUSED: u8 = 5;
 
-/// Most vCPUs that a guest program runs on.
+/// Maximum number of vCPUs of a guest program.
 pub const MAX_CPUS: u32 = 16;
 
-/// Bytes in a guest page.
+/// Size of a guest page in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Longest command line that a guest program reads, in bytes, without the final zero.
+/// Maximum length of the command line in bytes, without the final zero.
 pub const CMDLINE_MOST: usize = 2047;
 
 /// Owner name of the ELF note that holds the PVH entry (Xen, public/elfnote.h).

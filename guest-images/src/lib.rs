@@ -1,14 +1,14 @@
-//! Bare-metal x86-64 guest programs, built from source by this crate's build script, and what a
-//! host needs to talk to them.
+//! Bare-metal x86-64 guest programs, which the build script of this crate compiles from source, and
+//! the types with which a host configures them and parses their output.
 //!
-//! | program | what it does |
+//! | program | purpose |
 //! |---|---|
-//! | [`HELLO`] | prints one line and exits: for measuring how fast a guest starts |
-//! | [`DIRTIER`] | rewrites memory on every vCPU and reports every write that gets lost or torn |
-//! | [`RING_ATTACKER`] | breaks the rules of virtio on every device, and reports what is not refused |
+//! | [`HELLO`] | prints one line and exits, to measure how fast a guest starts |
+//! | [`DIRTIER`] | rewrites memory on every vCPU and reports every lost or torn write |
+//! | [`RING_ATTACKER`] | violates the virtio specification on every device and reports devices that fail |
 //!
-//! All are ELF files for any monitor that boots PVH kernels; `write-images DIR` writes them out.
-//! With QEMU:
+//! The programs are ELF files for any monitor that boots PVH kernels. `write-images DIR` writes them
+//! to files. With QEMU:
 //!
 //! ```text
 //! cargo run -p ferry-guest-images --bin write-images -- DIR
@@ -18,93 +18,100 @@
 //!     -kernel DIR/dirtier.elf -append 'memory=64M passes=5'
 //! ```
 //!
-//! # What a guest program needs of its monitor
+//! # Requirements for the monitor
 //!
-//! - **Start.** The PVH start state at the address in the ELF note `Xen`, type 18: 32-bit protected
-//!   mode, paging off, flat segments, interrupts off, EBX = `hvm_start_info`. The dirtier needs its
-//!   version 1, with a memory map. The start info, the map and the command line must lie below
-//!   4 GiB; they are copied at the start and their memory is not looked at again (RAM above 1 MiB
-//!   becomes part of the dirtier's area, wherever they are). The images load at 1 MiB.
-//! - **Serial port.** A 16550 at ports 0x3f8 to 0x3ff, polled; bytes are sent without asking
-//!   whether the transmitter is free, because a port access from ring 3 can cost 50 us and more.
-//! - **Exit.** One byte written to port 0xf4 ends the guest; it is the exit status: 0 for success,
-//!   2 for a request that does not suit, 3 for memory that does not hold what was written, 4 for a
-//!   crash, 5 for an attack that was not refused. (QEMU's `isa-debug-exit` ends with twice that plus one.) After it, the vCPU loops.
-//! - **Nothing else.** No interrupt controller, timer, ACPI or CPUID leaf is used; of devices, only the
-//!   attacker looks at those of virtio. It and the dirtier run in ring 3, since there are hosts that emulate ring 0 one instruction at a time. Their ring 0 is
-//!   some 40 plain instructions a vCPU at the start, and four for each port access, which ring 3
-//!   asks for with `int3`: no IOPL and no I/O bitmap, which some hosts lose. `hello` stays where it
-//!   is started. A debugger that takes breakpoints for itself gets in its way.
-//! - **Loading anew for a restart.** The images write to their own data.
+//! - **Start.** The monitor enters the program in the PVH start state, at the address in the ELF note
+//!   with owner `Xen` and type 18: 32-bit protected mode, paging off, flat segments, interrupts off,
+//!   EBX = `hvm_start_info`. The dirtier needs version 1 of that structure, with a memory map. The
+//!   structure, the memory map and the command line must lie below 4 GiB. The program copies them
+//!   at the start and does not read them again, because their memory may become part of the
+//!   dirtier's area (all RAM above 1 MiB may). The images are loaded at 1 MiB.
+//! - **Serial port.** A 16550 at ports 0x3f8 to 0x3ff, which the program polls. It sends bytes
+//!   without checking that the transmitter is empty, because a port access from ring 3 can cost
+//!   50 us and more.
+//! - **Exit.** A byte written to port 0xf4 ends the guest with that exit status: 0 for success, 2
+//!   for an invalid command line or an unsuitable machine, 3 for a lost or torn write, 4 for a crash,
+//!   5 for an attack with an unexpected result. (QEMU's `isa-debug-exit` exits with twice the status
+//!   plus one.) After the write, the vCPU loops.
+//! - **No other devices.** The programs use no interrupt controller, timer, ACPI table or CPUID leaf.
+//!   Only the ring attacker uses virtio devices.
+//! - **Privilege levels.** The dirtier and the ring attacker run in ring 3, because some hosts emulate
+//!   ring 0 one instruction at a time. Each vCPU executes about 40 plain instructions in ring 0 at
+//!   the start, and four for each port access. Ring 3 requests a port access with `int3`, because
+//!   some hosts lose IOPL and the I/O bitmap. A debugger that intercepts breakpoints therefore
+//!   disturbs the program. `hello` runs in ring 0.
+//! - **Reset.** The monitor must load the image again, because the programs write to their data.
 //!
 //! ## Direct start: more than one vCPU
 //!
-//! A second ELF note, owner `Ferry`, type 1, holds a 32-bit physical address. A monitor that knows
-//! the note starts every vCPU n from 1 on at that address, in the PVH start state, with EBX as for
-//! vCPU 0 and **EAX = n**, in MP state *runnable*; in any order and at any time, before or after
-//! vCPU 0. At most 16 vCPUs. The note exists because INIT and SIPI do not start a vCPU on a host
-//! whose ring 0 is emulated, and because it needs no local APIC.
+//! A second ELF note, with owner `Ferry` and type 1, holds a 32-bit physical address. A monitor that
+//! supports the note starts each vCPU n, from 1 on, at that address, in the PVH start state, with
+//! EBX as for vCPU 0 and **EAX = n**, in the MP state *runnable*. The order of the vCPUs and the time
+//! of their start do not matter. There can be at most 16 vCPUs. The note exists because INIT and SIPI
+//! do not start a vCPU on a host that emulates ring 0, and because it needs no local APIC.
 //!
-//! vCPUs work if `cpus=N` on the command line counts them in; the others idle. If vCPUs that the
-//! command line names never start, the dirtier waits and, after some seconds, says so.
+//! `cpus=N` on the command line sets the number of vCPUs that work; further vCPUs idle. If some of
+//! them do not start, the dirtier waits, and prints a message after some seconds.
 //!
 //! # The dirtier
 //!
-//! Its command line is a [`dirtier::Config`]; its lines on the serial port are a
-//! [`dirtier::Report`] each (`dirtier: ready …`), or one that begins with `dirtier: cannot start:`,
-//! `dirtier: waiting`, `dirtier: EXCEPTION` or `dirtier: PANIC`. It understands two bytes: `s`
-//! prints a status line, `q` stops all vCPUs, has each audit all its pages, and ends the guest with
-//! a verdict.
+//! Its command line is a [`dirtier::Config`]. Each line that it prints on the serial port is a
+//! [`dirtier::GuestReport`] (`dirtier: ready …`), or begins with `dirtier: cannot start:`,
+//! `dirtier: waiting`, `dirtier: EXCEPTION` or `dirtier: PANIC`. It accepts two commands of one byte:
+//! `s` prints a status line. `q` stops all vCPUs; each vCPU then audits all its pages, and the guest
+//! exits with a verdict.
 //!
-//! Pages are stamped with a [`dirtier::Stamp`] at head, middle and tail. Before a page is rewritten
-//! it must hold exactly the stamp of the [plan](dirtier::Plan); the plan is computed, never
-//! remembered in memory that could be lost, and the little state that the loop has is kept twice,
-//! in two pages, and compared at every step. A page whose three stamps agree on another iteration
-//! is a lost write, anything else a torn one. `selftest=` makes the guest spoil its own memory, to
-//! prove that it notices.
+//! Each page has a [`dirtier::Stamp`] at its head, middle and tail. Before the dirtier rewrites a
+//! page, it checks that the page holds exactly the stamp that the [plan](dirtier::Plan) predicts. The
+//! plan is computed and not kept in memory that could be lost. The small state of the loop is kept
+//! twice, in two pages, and compared at every step. A page with three equal stamps of another
+//! iteration is a lost write; any other mismatch is a torn write. With `selftest=`, the guest
+//! corrupts its own memory to prove that it detects the corruption.
 //!
-//! The area is the end of RAM, so that it is aligned for huge pages if its size is; it is split
-//! evenly between the vCPUs, cold pages likewise. The first pass populates it, unchecked and at full
-//! speed whatever `rate=` says; `ready` is printed once every vCPU has been through it. RAM above
-//! 512 GiB is not used. `quiet` silences `ready`, not the answers to commands.
+//! The area is at the end of RAM, so that it is aligned for huge pages if its size is a multiple of
+//! theirs. The vCPUs share it evenly, and likewise the cold pages. The first pass populates the area
+//! without checks and at full speed, regardless of `rate=`. `ready` is printed when every vCPU has
+//! completed it. RAM above 512 GiB is not used. `quiet` suppresses `ready` but not the answers to
+//! commands.
 //!
-//! The bytes between the stamps are never written: pages compress well, and a page torn at other
-//! places than between its stamps goes unnoticed. Comparing digests finds those.
+//! The dirtier never writes to the bytes between the stamps. Therefore its pages compress well, and a
+//! page that is torn between two stamps is not detected. A comparison of memory digests detects it.
 //!
-//! An exception ends the guest with a line and exit status 4. It is a triple fault only before
-//! vCPU 0 has filled in the gates, some microseconds after it reached ring 3.
+//! An exception ends the guest with a line and exit status 4. Only an exception in the first
+//! microseconds, before vCPU 0 has installed the handlers, causes a triple fault.
 //!
 //! # The ring attacker
 //!
-//! A driver for virtio-mmio devices (virtio 1.2) at 0xd0000000 and each of the 13 pages behind, where
-//! Ferry puts them. It makes some hundred attacks, each on every queue or device that it is meant for:
-//! chains that loop or name memory that is not there, rings and sizes that cannot be, steps of a
-//! driver's start left out, registers written while the device works, and requests that make no sense
-//! to that kind of device. After each, every **other** device has to do what it is for, and then so has
-//! the attacked one, once it is reset. What that is:
+//! A driver for the virtio-mmio devices (virtio 1.2) at 0xd0000000 and at the 13 pages after it,
+//! which is where Ferry places them. It makes about a hundred attacks, each on every queue or device
+//! that the attack applies to: descriptor chains that loop or point outside memory, invalid ring
+//! addresses and queue sizes, missing steps of the initialization, register writes while the device
+//! works, and invalid requests. After each attack, every **other** device must complete an operation,
+//! and then the attacked device must complete one after a reset. The operations are:
 //!
 //! | device | operation |
 //! |---|---|
-//! | block | a sector below 8 is read, whose 64-bit words are its number; one of 8 to 15 is written and read back |
-//! | net | an ARP request for 10.99.0.1 is answered; the guest is one of 10.99.0.10 to 209 |
-//! | rng | bytes arrive, and no more than asked for |
-//! | vsock | a connection to a port where nobody listens (from 2^20 on) is reset |
-//! | balloon | a page that was given away is zeros, and is memory again |
-//! | console | `line NUMBER` is printed, from 1 on |
+//! | block | read a sector below 8, whose 64-bit words must be its number; write one of the sectors 8 to 15 and read it back |
+//! | net | send an ARP request for 10.99.0.1 from one of the addresses 10.99.0.10 to 10.99.0.209 and receive the reply |
+//! | rng | receive bytes, and not more than requested |
+//! | vsock | connect to a port without a listener (from 2^20 on) and receive a reset |
+//! | balloon | inflate a page, which must read as zeros, and deflate it, which must make it usable |
+//! | console | print `line NUMBER`, counting from 1 |
 //!
-//! It says a line for each attack, and how many there were:
+//! It prints one line for each attack, and a summary:
 //!
 //! ```text
 //! attack chain-next-is-itself device=net queue=transmit outcome=needs-reset others=5 again=yes
 //! ring-attacker: attacks=747 unexpected=0 operations=block:856,net:840,…
 //! ```
 //!
-//! An outcome is `needs-reset` (with its interrupt), `ignored` (the device works on without a reset),
-//! `quiet` (from then on it leaves alone what is the driver's), `survived` (it needs a reset or not, as
-//! the race went), or what became of a request: `served`, `dropped`, `io-error`, `unsupported`,
-//! `connection-reset`. What is not as it should be ends with `UNEXPECTED`, and the exit status is 5 then.
-//! Every wait is a bounded number of looks, some ten seconds; the third that is in vain is the last.
-//! With `hold` on its command line the guest stays until it gets a `q`. By hand, as root:
+//! The outcome is `needs-reset` (DEVICE_NEEDS_RESET with its interrupt), `ignored` (the device works
+//! without a reset), `quiet` (the device no longer writes to the memory of the driver), `survived`
+//! (the device served the requests or needs a reset, depending on a race), or the result of a request:
+//! `served`, `dropped`, `io-error`, `unsupported`, `connection-reset`. A line with an unexpected
+//! result ends with `UNEXPECTED`, and the exit status is then 5. Each wait is bounded to about ten
+//! seconds; the attacker stops after the third timeout. With `hold` on the command line, the guest
+//! stays until it receives a `q`. To run it by hand, as root:
 //!
 //! ```text
 //! python3 -c 'import struct, sys
@@ -119,15 +126,15 @@ pub mod dirtier;
 pub mod interface;
 pub mod memory;
 
-/// The program `hello`, an ELF file.
+/// ELF file of the program `hello`.
 ///
-/// It prints `hello from ferry guest: cpus=… memory=… MiB cmdline="…"` and exits. `cpus` counts the
-/// vCPUs that arrived; it waits some seconds for as many as `cpus=N` on the command line names.
-/// `memory` is the RAM in the memory map.
+/// It prints `hello from ferry guest: cpus=… memory=… MiB cmdline="…"` and exits. `cpus` is the number
+/// of vCPUs that have started. If the command line contains `cpus=N`, the program waits some seconds
+/// for N of them. `memory` is the size of the RAM in the memory map.
 pub const HELLO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
 
-/// The program `dirtier`, an ELF file.
+/// ELF file of the program `dirtier`.
 pub const DIRTIER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dirtier.elf"));
 
-/// The program `ring-attacker`, an ELF file.
+/// ELF file of the program `ring-attacker`.
 pub const RING_ATTACKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ring-attacker.elf"));

@@ -1,21 +1,22 @@
-//! Which pages of RAM a guest program may use, as lists of page runs.
+//! Lists of page runs: the pages of RAM that a guest program may use.
 //!
-//! Made for what a monitor hands over: ranges in any order, overlapping, unaligned, or with
-//! lengths that do not fit in an address.
+//! Built from the memory map of a monitor, whose ranges may be in any order, overlap, be unaligned,
+//! or end beyond the address space.
 
 use crate::interface::PAGE_SIZE;
 
-/// Most runs kept; more than any monitor describes. What does not fit is left unused.
+/// Maximum number of runs in a list, which is more than any monitor describes. Further runs are not
+/// used.
 pub const RUNS_MOST: usize = 16;
 
-/// Guest-physical addresses from here on are not used: one page of third-level entries maps what
-/// is below it.
+/// End of the guest-physical addresses that are used. One page-directory-pointer table maps all
+/// memory below it.
 pub const ADDRESS_END: u64 = 512 << 30;
 
-/// `pages` contiguous pages from page number `first` on.
+/// A run of contiguous pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Run {
-    /// Page number: guest-physical address divided by the page size.
+    /// Number of the first page: its guest-physical address divided by the page size.
     pub first: u64,
     /// Length in pages.
     pub pages: u64,
@@ -27,7 +28,7 @@ impl Run {
     }
 }
 
-/// A list of disjoint runs. Its pages are numbered through, from 0 at the lowest address.
+/// A sorted list of disjoint runs. Its pages are numbered from 0, starting at the lowest address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Runs {
     runs: [Run; RUNS_MOST],
@@ -35,7 +36,7 @@ pub struct Runs {
 }
 
 impl Runs {
-    /// The empty list.
+    /// Creates an empty list.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -44,25 +45,25 @@ impl Runs {
         }
     }
 
-    /// The runs, lowest address first.
+    /// Returns the runs, sorted by address.
     #[must_use]
     pub fn as_slice(&self) -> &[Run] {
         &self.runs[..self.count]
     }
 
-    /// Number of pages.
+    /// Returns the number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.as_slice().iter().map(|run| run.pages).sum()
     }
 
-    /// Adds `bytes` bytes of RAM at `address`: the whole pages among them that are at `floor` or
-    /// above, below [`ADDRESS_END`], and not in the list already.
+    /// Adds the RAM at `address`. Only whole pages are added, and only if they are at or above
+    /// `floor`, below [`ADDRESS_END`], and not in the list already.
     pub fn add(&mut self, address: u64, bytes: u64, floor: u64) {
         let end = address.saturating_add(bytes).min(ADDRESS_END) / PAGE_SIZE;
         let mut first = address.max(floor).div_ceil(PAGE_SIZE);
-        // What is there already splits the new run into the gaps between; the list stays sorted,
-        // so one pass in ascending order finds them all.
+        // The runs in the list split the new run. The list is sorted, so one ascending pass finds
+        // all gaps between them.
         let mut at = 0;
         while at < self.count && first < end {
             let old = self.runs[at];
@@ -77,6 +78,7 @@ impl Runs {
         }
     }
 
+    /// Inserts a run at index `at`. Returns false if the list is full.
     fn insert(&mut self, at: usize, first: u64, end: u64) -> bool {
         if self.count == RUNS_MOST {
             return false;
@@ -90,7 +92,7 @@ impl Runs {
         true
     }
 
-    /// The part of this list from its page `from` on, `pages` long or up to the end.
+    /// Returns the part of the list that starts at page index `from` and has at most `pages` pages.
     #[must_use]
     pub fn window(&self, mut from: u64, mut pages: u64) -> Self {
         let mut part = Self::new();
@@ -110,13 +112,14 @@ impl Runs {
         part
     }
 
-    /// Guest-physical address of the list's page `index`; past the end the last page's successor.
+    /// Returns the guest-physical address of page index `index`. An index past the end continues the
+    /// last run.
     #[inline]
     #[must_use]
     pub fn gpa(&self, mut index: u64) -> u64 {
         let mut run = &self.runs[0];
         let mut next = 1;
-        // Nearly always the first run: then this is one comparison.
+        // The page is nearly always in the first run, which costs one comparison.
         while index >= run.pages && next < self.count {
             index -= run.pages;
             run = &self.runs[next];
@@ -171,7 +174,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_list_is_the_union_of_what_was_added(
+        fn a_list_is_the_union_of_the_added_ranges(
             ranges in prop::collection::vec((0u64..200, 0u64..20), 0..8)
         ) {
             let mut runs = Runs::new();

@@ -1,4 +1,4 @@
-//! The ELF files are what loaders expect, whether or not there is a machine to run them on.
+//! Checks of the ELF files that need no virtual machine.
 
 use guest_images::interface::{
     DIRECT_START_NOTE_OWNER, DIRECT_START_NOTE_TYPE, PVH_NOTE_OWNER, PVH_NOTE_TYPE,
@@ -8,7 +8,7 @@ use guest_images::{DIRTIER, HELLO, RING_ATTACKER};
 const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
 
-/// A little-endian integer of `size` bytes.
+/// Reads a little-endian integer of `size` bytes.
 fn integer(bytes: &[u8], at: usize, size: usize) -> u64 {
     bytes[at..at + size]
         .iter()
@@ -20,7 +20,7 @@ fn index(bytes: &[u8], at: usize, size: usize) -> usize {
     usize::try_from(integer(bytes, at, size)).unwrap()
 }
 
-/// Program headers (ELF-64 Object File Format, version 1.5, figure 6).
+/// Returns the program headers (ELF-64 Object File Format, version 1.5, figure 6).
 fn headers(elf: &[u8]) -> impl Iterator<Item = &[u8]> {
     let (first, size, count) = (index(elf, 32, 8), index(elf, 54, 2), index(elf, 56, 2));
     (0..count).map(move |number| &elf[first + number * size..][..size])
@@ -33,7 +33,7 @@ fn header(elf: &[u8], kind: u64) -> &[u8] {
     header
 }
 
-/// The descriptor of the note with this owner and type.
+/// Returns the descriptor of the note with this owner and type.
 fn note<'a>(elf: &'a [u8], owner: &str, kind: u32) -> &'a [u8] {
     let header = header(elf, PT_NOTE);
     let mut notes = &elf[index(header, 8, 8)..][..index(header, 32, 8)];
@@ -65,7 +65,7 @@ fn each_is_a_static_x86_64_program_in_one_piece_at_1_mib() {
 }
 
 #[test]
-fn each_names_two_entries_within_what_is_loaded() {
+fn each_has_two_entry_points_within_its_segment() {
     for elf in [HELLO, DIRTIER, RING_ATTACKER] {
         let load = header(elf, PT_LOAD);
         let loaded = integer(load, 24, 8)..integer(load, 24, 8) + integer(load, 32, 8);

@@ -1,20 +1,22 @@
-//! What vCPU 0 does besides its share of the work: commands, announcements and the verdict.
+//! Duties of vCPU 0 besides its share of the work: commands, reports and the verdict.
 
 use core::hint::spin_loop;
 
 use crate::console;
 use crate::cpu;
-use crate::dirtier::Report;
+use crate::dirtier::GuestReport;
 use crate::interface::{EXIT_MEMORY_FAULT, EXIT_SUCCESS, PAGE_SIZE};
 use crate::pacer::Poll;
 use crate::state::{self, Progress, Setup};
 
-/// Ticks of the time-stamp counter, one or two seconds, before vCPUs are said to be missing.
+/// Ticks of the time-stamp counter, one or two seconds, after which missing vCPUs are reported.
 const PATIENCE: u64 = 1 << 32;
 
+/// The duties of vCPU 0 and their state.
 pub(crate) struct Control {
     setup: &'static Setup,
     poll: Poll,
+    /// Whether `ready` was reported.
     announced: bool,
 }
 
@@ -27,7 +29,7 @@ impl Control {
         }
     }
 
-    /// Called between chunks.
+    /// Reports `ready` when it is time, and executes a command if one arrived. Called between chunks.
     pub(crate) fn tick(&mut self) {
         if !self.announced {
             self.announce();
@@ -40,36 +42,38 @@ impl Control {
         }
     }
 
+    /// Reports `ready` if every vCPU has completed the first pass.
     fn announce(&mut self) {
         let cpus = self.setup.config.cpus;
         if state::progress(cpus).iter().any(|one| one.pass() < 2) {
             return;
         }
         self.announced = true;
-        self.print(Report::Ready {
+        self.print(GuestReport::Ready {
             cpus,
             area_mib: (self.setup.layout.pages() * PAGE_SIZE) >> 20,
             pattern: self.setup.config.pattern,
         });
     }
 
-    fn print(&self, line: Report) {
+    /// Prints a report unless the configuration says `quiet`.
+    fn print(&self, line: GuestReport) {
         if !self.setup.config.quiet {
             console::print(line);
         }
     }
 
-    /// Bytes that are no command are passed over, so that people may type line ends.
+    /// Executes a command. Other bytes are ignored, so that line ends may be typed.
     fn obey(&self, command: u8) {
         match command {
-            // Asked for, so printed even when quiet.
-            b's' => console::print(Report::Status(state::totals(self.setup.config.cpus))),
+            // Printed even with `quiet`, because it was requested.
+            b's' => console::print(GuestReport::Status(state::totals(self.setup.config.cpus))),
             b'q' => state::stop(),
             _ => {}
         }
     }
 
-    /// Waits until every vCPU runs; says so if some seem to be missing.
+    /// Waits until every vCPU has started. Prints a message if some do not start in time.
     pub(crate) fn wait_for_start(&mut self) {
         let (began, mut said) = (cpu::time_stamp(), false);
         while !self.all(Progress::started) && !state::stopping() {
@@ -82,7 +86,7 @@ impl Control {
         }
     }
 
-    /// Waits for every vCPU's audit, prints the verdict and ends the guest.
+    /// Waits for the audit of every vCPU, prints the verdict and ends the guest.
     pub(crate) fn conclude(&mut self) -> ! {
         while !self.all(Progress::audited) {
             self.tick();
@@ -93,13 +97,13 @@ impl Control {
         }
         let totals = state::totals(self.setup.config.cpus);
         if totals.lost + totals.torn == 0 {
-            console::print_and_exit(Report::AuditPassed(totals), EXIT_SUCCESS)
+            console::print_and_exit(GuestReport::AuditPassed(totals), EXIT_SUCCESS)
         } else {
-            console::print_and_exit(Report::AuditFailed(totals), EXIT_MEMORY_FAULT)
+            console::print_and_exit(GuestReport::AuditFailed(totals), EXIT_MEMORY_FAULT)
         }
     }
 
-    /// A vCPU that has been told to stop before it ever started is not waited for.
+    /// Returns true if `test` holds for every vCPU. After `q`, vCPUs that have not started are left out.
     fn all(&self, test: fn(&Progress) -> bool) -> bool {
         let stopped_early = |one: &Progress| state::stopping() && !one.started();
         state::progress(self.setup.config.cpus)
@@ -108,6 +112,7 @@ impl Control {
     }
 }
 
+/// Message about vCPUs that have not started. The number is that of the expected vCPUs.
 struct Missing(u32);
 
 impl core::fmt::Display for Missing {

@@ -1,8 +1,8 @@
-//! `dirtier`: rewrites memory on every vCPU and notices every write that gets lost.
+//! `dirtier`: rewrites memory on every vCPU and detects every lost write.
 //!
-//! The assembly in `runtime/boot.s` brings each vCPU to [`guest_main`] in ring 3, and everything after it
-//! runs there. What it does, and how it is asked to, is described in the library's documentation;
-//! the parts without unsafe code are the library's own files.
+//! The assembly in `runtime/boot.s` enters [`guest_main`] on each vCPU in ring 3. The documentation of
+//! the library describes the program and its command line. The modules without unsafe code are source
+//! files of the library.
 
 #![no_std]
 #![no_main]
@@ -41,17 +41,17 @@ use start_info::{StartInfo, Trouble};
 use state::Setup;
 use worker::Worker;
 
-/// What its lines on the serial port begin with.
+/// Prefix of the lines on the serial port.
 const NAME: &str = "dirtier";
 
 global_asm!(include_str!("../runtime/boot.s"), options(att_syntax));
 
 unsafe extern "C" {
-    /// First byte after the image, stacks included.
+    /// First byte after the image, including the stacks.
     static image_end: u8;
 }
 
-/// Entered on every vCPU, in ring 3: `index` is 0 on the boot vCPU.
+/// Entry point of every vCPU, in ring 3. `index` is 0 on the boot vCPU.
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(index: u32, start_info: u32) -> ! {
     if index == 0 {
@@ -65,13 +65,14 @@ extern "C" fn guest_main(index: u32, start_info: u32) -> ! {
     Worker::new(index, setup).run()
 }
 
+/// Reads the start info, maps all RAM and divides it.
 fn set_up(start_info: u32) -> Setup {
     let mut buffer = [0; CMDLINE_MOST];
     let (line, memory) = read_start_info(start_info, &mut buffer).unwrap_or_else(|t| refuse(t));
     let config = Config::parse(line).unwrap_or_else(|error| refuse(error));
     let usable = paging::map(&memory);
     let layout = Layout::new(&config, usable.pages()).unwrap_or_else(|error| refuse(error));
-    // The end of RAM, because there the area is aligned for huge pages if its size is.
+    // The area is at the end of RAM, so that it is aligned for huge pages if its size is.
     let first = usable.pages() - layout.pages();
     Setup {
         area: usable.window(first, layout.pages()),
@@ -89,6 +90,7 @@ fn read_start_info(
     Ok((info.command_line(buffer)?, memory))
 }
 
+/// Prints the reason why the program cannot run and ends the guest.
 fn refuse(reason: impl Display) -> ! {
     console::print_and_exit(
         format_args!("{NAME}: cannot start: {reason}"),
@@ -101,7 +103,6 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     console::crash(format_args!("{NAME}: PANIC {info}"), EXIT_CRASH)
 }
 
-/// The toolchain's `core` is made for unwinding and names this function in tables that the linker
-/// script drops.
+/// The prebuilt `core` refers to this function in unwind tables, which the linker script discards.
 #[unsafe(no_mangle)]
 extern "C" fn rust_eh_personality() {}

@@ -1,16 +1,16 @@
-//! Stamping and checking pages: the hot loops.
+//! The hot loops that stamp and check pages.
 //!
-//! Unsafe: writes and reads guest-physical memory at the addresses of the area, which is identity
-//! mapped, belongs to this vCPU alone, and holds nothing of Rust's. Volatile, because the order of
-//! the writes matters (head first, tail last) and because the memory may change behind the
-//! program's back: to find that out is what it is for.
+//! Unsafe: reads and writes the area by guest-physical address. The area is identity mapped, each page
+//! belongs to one vCPU, and it contains no Rust objects. The accesses are volatile because the order
+//! of the writes matters (head first, tail last) and because the program exists to detect that the
+//! memory changed.
 
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 
 use crate::dirtier::{Finding, Leg, PLACES, Stamp, WORDS, judge};
 use crate::memory::Runs;
 
-/// A range of positions of a leg, on the memory that the leg's pages are numbered in.
+/// A range of positions of a leg, and the memory in which the pages of the leg are numbered.
 #[derive(Clone, Copy)]
 pub(crate) struct Chunk<'a> {
     pub(crate) memory: &'a Runs,
@@ -21,8 +21,8 @@ pub(crate) struct Chunk<'a> {
 }
 
 impl Chunk<'_> {
-    /// Calls `visit` with the address of each page until it says no; returns the number of pages
-    /// that it said yes to, and the address of the page that it said no to.
+    /// Calls `visit` with the address of each page until it returns false. Returns the number of pages
+    /// for which it returned true, and the address of the page for which it returned false.
     #[inline(always)]
     fn each(&self, visit: impl Fn(u64) -> bool) -> (u64, Option<u64>) {
         let mut pages = 0;
@@ -39,7 +39,7 @@ impl Chunk<'_> {
         (pages, None)
     }
 
-    /// Stamps pages whose contents do not matter; returns their number.
+    /// Stamps all pages without checking them. Returns their number.
     pub(crate) fn populate(&self, iteration: u64) -> u64 {
         self.each(|gpa| {
             write(Stamp::new(iteration, gpa, self.cpu), gpa);
@@ -48,8 +48,11 @@ impl Chunk<'_> {
         .0
     }
 
-    /// Checks each page and stamps it anew; returns their number, or the address of the first page
-    /// that does not hold what it must, unchanged.
+    /// Checks each page and stamps it with `iteration`. Returns the number of pages.
+    ///
+    /// # Errors
+    /// Returns the address of the first page that does not hold its expected stamp. That page and the
+    /// following ones are not written.
     pub(crate) fn rewrite(&self, iteration: u64) -> Result<u64, u64> {
         let (pages, stopped) = self.each(|gpa| {
             let good = holds(Stamp::new(self.leg.expected, gpa, self.cpu), gpa);
@@ -61,8 +64,8 @@ impl Chunk<'_> {
         stopped.map_or(Ok(pages), Err)
     }
 
-    /// Checks each page and calls `report` with the address of every page that does not hold what
-    /// it must.
+    /// Checks each page and calls `report` with the address of every page that does not hold its
+    /// expected stamp.
     pub(crate) fn check(mut self, mut report: impl FnMut(u64)) {
         while self.from < self.to {
             let all = self;
@@ -74,7 +77,7 @@ impl Chunk<'_> {
         }
     }
 
-    /// Rare, so it searches.
+    /// Returns the position of a page. It searches, because it is needed only after an error.
     fn position_of(&self, gpa: u64) -> u64 {
         let at = |position| {
             self.leg
@@ -88,12 +91,13 @@ impl Chunk<'_> {
     }
 }
 
-/// What the page at `gpa` says.
+/// Returns the result of the check of the page at `gpa`, which vCPU `cpu` writes.
 pub(crate) fn examine(gpa: u64, cpu: u32) -> Finding {
     let owner = Stamp::new(0, gpa, cpu).owner;
     judge(owner, [0, 1, 2].map(|place| read(gpa, place)))
 }
 
+/// Returns true if all places of the page hold this stamp.
 #[inline(always)]
 fn holds(stamp: Stamp, gpa: u64) -> bool {
     let mut difference = 0;
@@ -109,7 +113,7 @@ fn holds(stamp: Stamp, gpa: u64) -> bool {
 #[inline(always)]
 fn read(gpa: u64, place: usize) -> [u64; WORDS] {
     let at = with_exposed_provenance::<u64>((gpa + PLACES[place]) as usize);
-    // SAFETY: see the head of the file; all places are aligned.
+    // SAFETY: see the head of the file. All places are aligned.
     [0, 1, 2].map(|word| unsafe { at.add(word).read_volatile() })
 }
 
@@ -118,7 +122,7 @@ fn write(stamp: Stamp, gpa: u64) {
     for (place, offset) in PLACES.iter().enumerate() {
         let at = with_exposed_provenance_mut::<u64>((gpa + offset) as usize);
         for (word, value) in stamp.words(place).into_iter().enumerate() {
-            // SAFETY: see the head of the file; all places are aligned.
+            // SAFETY: see the head of the file. All places are aligned.
             unsafe { at.add(word).write_volatile(value) };
         }
     }

@@ -1,6 +1,6 @@
-//! `selftest=`: memory spoilt on purpose, to prove that the checks can fail.
+//! `selftest=`: corrupts memory to prove that the checks detect it.
 //!
-//! Unsafe: copies and overwrites a page of the area, as a monitor at fault would.
+//! Unsafe: copies and overwrites a page of the area, as a faulty monitor would.
 
 use core::cell::UnsafeCell;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
@@ -10,17 +10,18 @@ use crate::dirtier::{PLACES, Position, Selftest};
 use crate::interface::PAGE_SIZE;
 use crate::state::Progress;
 
-/// The page is copied before this pass and spoilt after it.
+/// The page is copied before this pass and corrupted after it.
 const PASS: u64 = 3;
 
+/// Copy of a page.
 struct Copy(UnsafeCell<[u8; PAGE_SIZE as usize]>);
 
-// SAFETY: used by vCPU 0 only.
+// SAFETY: only vCPU 0 uses it.
 unsafe impl Sync for Copy {}
 
 static COPY: Copy = Copy(UnsafeCell::new([0; PAGE_SIZE as usize]));
 
-/// The pages that may be spoilt.
+/// Addresses of the pages that may be corrupted.
 #[derive(Clone, Copy)]
 pub(crate) struct Victims {
     /// A page that is written in every pass.
@@ -29,7 +30,7 @@ pub(crate) struct Victims {
     pub(crate) cold: u64,
 }
 
-/// Called on vCPU 0 at the end of each pass, with the pass that has ended.
+/// Copies or corrupts memory if `pass`, which has just ended, requires it. vCPU 0 calls it after each pass.
 pub(crate) fn end_of_pass(kind: Selftest, pass: u64, victims: Victims, progress: &Progress) {
     if pass + 1 == PASS {
         copy(victims.hot);
@@ -38,6 +39,7 @@ pub(crate) fn end_of_pass(kind: Selftest, pass: u64, victims: Victims, progress:
     }
 }
 
+/// Corrupts memory in the way that `kind` describes.
 fn spoil(kind: Selftest, victims: Victims, progress: &Progress) {
     match kind {
         Selftest::Lost => restore(victims.hot, 0),
@@ -58,15 +60,15 @@ fn spoil(kind: Selftest, victims: Victims, progress: &Progress) {
 fn copy(gpa: u64) {
     let page = with_exposed_provenance::<u8>(gpa as usize);
     for index in 0..PAGE_SIZE as usize {
-        // SAFETY: a page of the area, identity mapped; the copy is this vCPU's own.
+        // SAFETY: the page is in the area, which is identity mapped. Only vCPU 0 uses the copy.
         unsafe { (*COPY.0.get())[index] = page.add(index).read_volatile() };
     }
 }
 
-/// Puts the copy back, from `offset` to the end of the page.
+/// Writes the copy back, from `offset` to the end of the page.
 fn restore(gpa: u64, offset: u64) {
     for index in offset as usize..PAGE_SIZE as usize {
-        // SAFETY: as for copying.
+        // SAFETY: as in `copy`.
         overwrite(gpa, index, unsafe { (*COPY.0.get())[index] });
     }
 }
@@ -77,6 +79,6 @@ fn zero(gpa: u64) {
 
 fn overwrite(gpa: u64, index: usize, byte: u8) {
     let page = with_exposed_provenance_mut::<u8>(gpa as usize);
-    // SAFETY: as for copying.
+    // SAFETY: as in `copy`.
     unsafe { page.add(index).write_volatile(byte) };
 }

@@ -1,4 +1,4 @@
-//! What the vCPUs know of each other.
+//! State that the vCPUs share: the setup, the request to stop, and the progress of each vCPU.
 
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
@@ -8,19 +8,20 @@ use crate::dirtier::{Config, Layout, Position, Totals};
 use crate::interface::MAX_CPUS;
 use crate::memory::Runs;
 
-/// What vCPU 0 works out once, for all.
+/// Setup that vCPU 0 computes once for all vCPUs.
 pub(crate) struct Setup {
     pub(crate) config: Config,
     pub(crate) layout: Layout,
     pub(crate) area: Runs,
 }
 
+/// The setup and whether it is complete.
 struct Published {
     setup: UnsafeCell<MaybeUninit<Setup>>,
     ready: AtomicBool,
 }
 
-// SAFETY: written once by vCPU 0 before `ready`, only read after it.
+// SAFETY: vCPU 0 writes it once before it sets `ready`. Afterwards it is only read.
 unsafe impl Sync for Published {}
 
 static SETUP: Published = Published {
@@ -28,19 +29,19 @@ static SETUP: Published = Published {
     ready: AtomicBool::new(false),
 };
 
-/// Lets the other vCPUs begin. Called once, by vCPU 0.
+/// Publishes the setup, so that the other vCPUs begin. vCPU 0 calls it once.
 pub(crate) fn publish(setup: Setup) {
-    // SAFETY: nobody reads before `ready`, and nobody else writes.
+    // SAFETY: no vCPU reads it before `ready` is set, and no other vCPU writes it.
     unsafe { (*SETUP.setup.get()).write(setup) };
     SETUP.ready.store(true, Ordering::Release);
 }
 
-/// The setup, once it is there; vCPUs start in any order.
+/// Waits for the setup and returns it. vCPUs start in any order.
 pub(crate) fn wait_for_setup() -> &'static Setup {
     while !SETUP.ready.load(Ordering::Acquire) {
         core::hint::spin_loop();
     }
-    // SAFETY: written before `ready`, and not again.
+    // SAFETY: it was written before `ready` was set and is not written again.
     unsafe { (*SETUP.setup.get()).assume_init_ref() }
 }
 
@@ -51,14 +52,14 @@ pub(crate) fn stop() {
     STOP.store(true, Ordering::Relaxed);
 }
 
-/// Whether the vCPU is to stop.
+/// Returns true if the vCPUs must stop.
 #[inline]
 pub(crate) fn stopping() -> bool {
     STOP.load(Ordering::Relaxed)
 }
 
-/// One vCPU's progress, for the others to see, and for itself to compare with: its own copy is in
-/// registers and on its stack, this one in another page, and if they differ one of them was lost.
+/// Progress of one vCPU. Other vCPUs read it, and the vCPU itself compares it with its own copy in
+/// registers and on its stack, which is in another page. If they differ, a write was lost.
 #[repr(align(128))]
 pub(crate) struct Progress {
     started: AtomicBool,
@@ -74,7 +75,7 @@ pub(crate) struct Progress {
 
 static PROGRESS: [Progress; MAX_CPUS as usize] = [const { Progress::new() }; MAX_CPUS as usize];
 
-/// The progress of all vCPUs at work.
+/// Returns the progress of the vCPUs that work.
 pub(crate) fn progress(cpus: u32) -> &'static [Progress] {
     &PROGRESS[..cpus as usize]
 }
@@ -94,16 +95,18 @@ impl Progress {
         }
     }
 
+    /// Records that the vCPU has started.
     pub(crate) fn start(&self, at: Position) {
         self.record(at, 0);
         self.started.store(true, Ordering::Release);
     }
 
+    /// Returns true if the vCPU has started.
     pub(crate) fn started(&self) -> bool {
         self.started.load(Ordering::Acquire)
     }
 
-    /// Records where the vCPU is, at the end of each chunk.
+    /// Records the position of the vCPU and the number of pages that it has written, after each chunk.
     pub(crate) fn record(&self, at: Position, pages: u64) {
         let words = [at.pass, at.leg, at.position, pages];
         for (cell, word) in self.cells().into_iter().zip(words) {
@@ -112,7 +115,7 @@ impl Progress {
         self.check.store(mixed(words), Ordering::Relaxed);
     }
 
-    /// Whether the record is still that one.
+    /// Returns true if the record still has these values.
     pub(crate) fn is(&self, at: Position, pages: u64) -> bool {
         let words = [at.pass, at.leg, at.position, pages];
         self.cells().map(|cell| cell.load(Ordering::Relaxed)) == words
@@ -123,31 +126,32 @@ impl Progress {
         [&self.pass, &self.leg, &self.position, &self.pages]
     }
 
-    /// The pass under way, 0 before the start.
+    /// Returns the current pass, or 0 before the start.
     pub(crate) fn pass(&self) -> u64 {
         self.pass.load(Ordering::Relaxed)
     }
 
-    /// Hands in the result of the audit.
+    /// Records the result of the audit.
     pub(crate) fn finish(&self, lost: u64, torn: u64) {
         self.lost.store(lost, Ordering::Relaxed);
         self.torn.store(torn, Ordering::Relaxed);
         self.audited.store(true, Ordering::Release);
     }
 
+    /// Returns true if the vCPU has completed its audit.
     pub(crate) fn audited(&self) -> bool {
         self.audited.load(Ordering::Acquire)
     }
 }
 
-/// Shifts, so that words which change places do not cancel out.
+/// Returns a check value of the words. It rotates the sum, so that swapped words change the value.
 fn mixed(words: [u64; 4]) -> u64 {
     words
         .into_iter()
         .fold(0x5eed, |sum: u64, word| sum.rotate_left(17) ^ word)
 }
 
-/// The sums over all vCPUs.
+/// Returns the totals over all vCPUs.
 pub(crate) fn totals(cpus: u32) -> Totals {
     let sum = |field: fn(&Progress) -> &AtomicU64| {
         progress(cpus)

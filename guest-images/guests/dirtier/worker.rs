@@ -1,8 +1,8 @@
-//! One vCPU's work: passes over its share until it is told to stop, then the audit.
+//! Work of one vCPU: passes over its share until it must stop, then the audit.
 
 use crate::console;
 use crate::control::Control;
-use crate::dirtier::{Fault, Finding, Leg, Plan, Position, Region, Report};
+use crate::dirtier::{Fault, Finding, Leg, Plan, Position, Region, GuestReport};
 use crate::interface::{EXIT_MEMORY_FAULT, MAX_CPUS};
 use crate::memory::Runs;
 use crate::pacer::Pacer;
@@ -10,16 +10,17 @@ use crate::page::{self, Chunk};
 use crate::selftest::{self, Victims};
 use crate::state::{self, Progress, Setup};
 
-/// Positions between two looks at the world: some microseconds at full speed, some milliseconds
-/// when every page faults.
+/// Number of positions that are visited before the vCPU checks for commands and other events. They take
+/// some microseconds at full speed, and some milliseconds if every page faults.
 const CHUNK: u64 = 256;
 
-/// The pass that populates.
+/// Number of the pass that populates the share.
 const FIRST_PASS: u64 = 1;
 
-/// Faults that each vCPU describes in the audit; all are counted.
+/// Maximum number of faults that each vCPU reports in the audit. All faults are counted.
 const DESCRIBED: u64 = 4;
 
+/// A vCPU that works.
 pub(crate) struct Worker {
     cpu: u32,
     setup: &'static Setup,
@@ -31,7 +32,7 @@ pub(crate) struct Worker {
     pages: u64,
     pacer: Option<Pacer>,
     chunk: u64,
-    /// Only vCPU 0 has it.
+    /// Duties of vCPU 0. `None` on the other vCPUs.
     control: Option<Control>,
 }
 
@@ -61,7 +62,7 @@ impl Worker {
         }
     }
 
-    /// Works until the end of the guest.
+    /// Runs passes until the vCPU must stop, then audits the share.
     pub(crate) fn run(mut self) -> ! {
         self.progress.start(self.at);
         while self.may_go_on() {
@@ -74,7 +75,7 @@ impl Worker {
         }
     }
 
-    /// Between chunks: duties, and waiting for the next chunk's time.
+    /// Waits until the next chunk is due. Meanwhile vCPU 0 does its duties. Returns false if the vCPU must stop.
     fn may_go_on(&mut self) -> bool {
         loop {
             if let Some(control) = &mut self.control {
@@ -89,7 +90,7 @@ impl Worker {
             {
                 return false;
             }
-            // The first pass is not paced: it is there to get ready.
+            // The first pass only populates the share and is not paced.
             if self.at.pass == FIRST_PASS || self.pacer.as_mut().is_none_or(Pacer::is_due) {
                 return true;
             }
@@ -97,7 +98,7 @@ impl Worker {
         }
     }
 
-    /// The next chunk, or the step to the next leg or pass.
+    /// Visits the next chunk, or advances to the next leg or pass.
     fn step(&mut self) {
         if !self.progress.is(self.at, self.pages) {
             self.own_state_lost();
@@ -117,6 +118,7 @@ impl Worker {
         self.spoil_if_asked();
     }
 
+    /// Populates or rewrites the next chunk of a leg.
     fn visit(&mut self, leg: Leg) {
         let from = self.at.position;
         let to = leg.order.positions().min(from + self.chunk);
@@ -148,6 +150,7 @@ impl Worker {
         }
     }
 
+    /// Advances to the next pass.
     fn end_pass(&mut self) {
         self.at = Position {
             pass: self.at.pass + 1,
@@ -159,6 +162,7 @@ impl Worker {
         }
     }
 
+    /// Runs the self-test at the end of a pass, on vCPU 0.
     fn spoil_if_asked(&self) {
         let Some(kind) = self.setup.config.selftest else {
             return;
@@ -179,12 +183,13 @@ impl Worker {
         }
     }
 
+    /// Reports the page at `gpa` and ends the guest.
     fn write_lost(&self, gpa: u64, expected: u64) -> ! {
         let (report, _) = self.describe(gpa, expected);
         console::print_and_exit(report, EXIT_MEMORY_FAULT)
     }
 
-    /// The loop's own state is memory too: reported as the loss of the page that it is in.
+    /// Reports that the recorded progress was lost, as a fault of the page that contains it, and ends the guest.
     fn own_state_lost(&self) -> ! {
         let gpa = core::ptr::from_ref(self.progress).addr() as u64;
         let fault = Fault {
@@ -193,30 +198,30 @@ impl Worker {
             expected: self.at.pass,
         };
         console::print_and_exit(
-            Report::LostWrite(fault, self.progress.pass()),
+            GuestReport::LostWrite(fault, self.progress.pass()),
             EXIT_MEMORY_FAULT,
         )
     }
 
-    /// The line for a page that does not hold `expected`, and whether it is torn.
-    fn describe(&self, gpa: u64, expected: u64) -> (Report, bool) {
+    /// Returns the report about a page that does not hold `expected`, and whether the page is torn.
+    fn describe(&self, gpa: u64, expected: u64) -> (GuestReport, bool) {
         let fault = Fault {
             cpu: self.cpu,
             gpa,
             expected,
         };
         match page::examine(gpa, self.cpu) {
-            Finding::Whole(found) => (Report::LostWrite(fault, found), false),
-            Finding::Torn(places) => (Report::TornWrite(fault, places), true),
+            Finding::Whole(found) => (GuestReport::LostWrite(fault, found), false),
+            Finding::Torn(places) => (GuestReport::TornWrite(fault, places), true),
         }
     }
 
-    /// Checks every page of the share against what it must hold now.
+    /// Checks that every page of the share holds its expected iteration.
     fn audit(&self) {
         let (mut lost, mut torn) = (0, 0);
         self.plan.audit(self.at, |span| {
             if span.leg.expected < FIRST_PASS {
-                // Stopped before these were populated: they may hold anything.
+                // The vCPU stopped before these pages were populated. Their contents are undefined.
                 return;
             }
             let (leg, memory) = (span.leg, self.memory(span.leg.region));
@@ -239,7 +244,7 @@ impl Worker {
     }
 }
 
-/// What a vCPU does that has nothing left to do: nothing, for ever.
+/// Loops forever, on a vCPU that has no work.
 pub(crate) fn idle() -> ! {
     loop {
         core::hint::spin_loop();

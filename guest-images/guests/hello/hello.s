@@ -1,4 +1,4 @@
-# The whole of `hello`. Entered in the PVH start state: 32-bit protected mode, paging off, flat
+# The program `hello`. Entered in the PVH start state: 32-bit protected mode, paging off, flat
 # segments, interrupts off, EBX = address of hvm_start_info (Xen, public/arch-x86/hvm/start_info.h).
 #
 # Register use: EBX = start info, EDX = serial port, ESI/ECX = text to print.
@@ -10,8 +10,8 @@
     .set VERSION, 4
     .set MEMMAP_PADDR, 40
     .set MEMMAP_ENTRIES, 48
-    .set MEMMAP_MOST, 128           # entries looked at
-    .set CMDLINE_MOST, 2047         # bytes looked at
+    .set MEMMAP_MOST, 128           # maximum number of entries that are read
+    .set CMDLINE_MOST, 2047         # maximum length that is read
     .set RAM, 1                     # XEN_HVM_MEMMAP_TYPE_RAM
     .set PATIENCE, 256              # units of 2^24 ticks of the time-stamp counter: 1 to 2 s
 
@@ -67,12 +67,13 @@ no_start_info:
     movb $2, %al
     jmp debug_exit
 
-# Another vCPU, started by the monitor: it only counts itself.
+# Entry of the other vCPUs, which only increment the counter.
 direct_start:
     lock incl arrived
     jmp park
 
-# EDI = address of the command line, EBP = its length, both 0 if there is none below 4 GiB.
+# Returns EDI = address of the command line, EBP = its length; the length is 0 if there is none below
+# 4 GiB.
 find_command_line:
     xorl %ebp, %ebp
     movl CMDLINE_PADDR(%ebx), %edi
@@ -87,7 +88,8 @@ find_command_line:
     jb 1b
 2:  ret
 
-# Waits, not for ever, until as many vCPUs have arrived as `cpus=` on the command line says.
+# Waits, with a time limit, until the number of vCPUs that `cpus=` on the command line gives has
+# started.
 wait_for_cpus:
     xorl %ecx, %ecx
 1:  leal 5(%ecx), %eax
@@ -113,13 +115,13 @@ wait_for_cpus:
 4:  movl $SERIAL, %edx
     ret
 
-# EAX = time-stamp counter in units of 2^24 ticks.
+# Returns EAX = time-stamp counter in units of 2^24 ticks.
 read_time:
     rdtsc
     shrdl $24, %edx, %eax
     ret
 
-# EAX = the number of at most three digits at offset EAX of the command line.
+# Returns EAX = number at offset EAX of the command line, at most three digits.
 read_number:
     leal (%edi,%eax), %esi
     xorl %eax, %eax
@@ -136,7 +138,7 @@ read_number:
 2:  movl $SERIAL, %edx
     ret
 
-# EAX = MiB of RAM in the memory map, 0 if there is none (version 0, or above 4 GiB).
+# Returns EAX = MiB of RAM in the memory map, or 0 if there is no map (version 0) or it is above 4 GiB.
 count_memory:
     xorl %eax, %eax
     cmpl $1, VERSION(%ebx)
@@ -184,7 +186,8 @@ print_number:
     rep outsb
     ret
 
-# Prints the command line, with `?` for what is not printable ASCII: the line must stay one line.
+# Prints the command line. Bytes that are not printable ASCII become `?`, so that the output stays one
+# line.
 print_command_line:
     movl %edi, %esi
 1:  testl %ebp, %ebp

@@ -1,9 +1,8 @@
-//! The smallest PVH kernel: one line on the serial port, then the debug exit.
+//! `hello`: a minimal PVH kernel that prints one line on the serial port and exits.
 //!
-//! It exists to measure how soon a monitor gets a guest going. All of it is 32-bit assembly that
-//! runs where the monitor starts it: no paging, no mode switch and no stack deeper than a few
-//! words. That is also the fastest way on a host which emulates ring 0, because a port write costs
-//! about 15 us from there and 115 us from ring 3.
+//! It measures how fast a monitor starts a guest. It is 32-bit assembly without paging or mode
+//! switches. It stays in ring 0, which is the fastest way on a host that emulates ring 0: a port
+//! write costs about 15 us from ring 0 and 115 us from ring 3.
 
 #![no_std]
 #![no_main]
@@ -13,7 +12,7 @@ use core::panic::PanicInfo;
 
 global_asm!(include_str!("hello.s"), options(att_syntax));
 
-/// Never called: there is no Rust code to panic.
+/// Required by the compiler. Never called, because no Rust code runs.
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
     loop {}

@@ -1,4 +1,4 @@
-//! What an attack is, whom it is meant for, and what a device may make of it.
+//! Attacks: their targets, their possible outcomes, and the state of one attack on one device.
 
 use core::fmt;
 
@@ -7,26 +7,26 @@ use crate::dma::{self, Patience, fill};
 use crate::queue::Part;
 use crate::spec::Kind;
 
-/// What a device made of an attack.
+/// Reaction of a device to an attack.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// DEVICE_NEEDS_RESET, with the interrupt that tells of it.
+    /// The device set DEVICE_NEEDS_RESET and sent the configuration change interrupt.
     NeedsReset,
-    /// Nothing: without a reset, it does what it is for.
+    /// The device completes operations without a reset.
     Ignored,
-    /// The request is one that can be carried out, and was.
+    /// The device completed the request, which is valid.
     Served,
-    /// The request came back, and nothing else came of it.
+    /// The device returned the request and did nothing else.
     Dropped,
-    /// The request came back with the status of a failure (5.2.6).
+    /// The request returned with VIRTIO_BLK_S_IOERR (5.2.6).
     IoError,
-    /// The request came back with the status of something unknown (5.2.6).
+    /// The request returned with VIRTIO_BLK_S_UNSUPP (5.2.6).
     Unsupported,
-    /// A reset of the connection that was asked for (5.10.6.6).
+    /// The device answered with a reset of the connection (5.10.6.6).
     ConnectionReset,
-    /// From then on it wrote nothing to memory that was the driver's.
+    /// The device no longer wrote to memory that belongs to the driver.
     Quiet,
-    /// Which of two things it did depends on who was faster: it served the requests, or needs a reset.
+    /// The device completed the requests or needs a reset, depending on a race.
     Survived,
 }
 
@@ -46,16 +46,16 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Whom an attack is meant for.
+/// Targets of an attack.
 #[derive(Clone, Copy)]
 pub(crate) enum Targets {
     /// Each queue of each device.
     EveryQueue,
-    /// Each queue whose buffers the device looks into whatever else happens: all but the events of sockets.
+    /// Each queue whose buffers the device always processes: all except the event queue of vsock devices.
     EveryServedQueue,
     /// The first queue of each device.
     FirstQueue,
-    /// Each device, whatever its queues.
+    /// Each device, once.
     EveryDevice,
     /// All devices of one kind.
     Only(Kind),
@@ -64,7 +64,7 @@ pub(crate) enum Targets {
 }
 
 impl Targets {
-    /// Whether `queue` of `device` is a target, or the device itself where there is no queue.
+    /// Returns true if `queue` of `device` is a target. `None` stands for the device as a whole.
     pub(crate) fn hit(self, device: &Device, queue: Option<usize>) -> bool {
         match (self, queue) {
             (Self::EveryQueue, Some(queue)) => queue < device.queue_count,
@@ -82,6 +82,7 @@ impl Targets {
     }
 }
 
+/// One attack.
 pub(crate) struct Attack {
     pub(crate) name: &'static str,
     pub(crate) on: Targets,
@@ -89,17 +90,18 @@ pub(crate) struct Attack {
     pub(crate) run: fn(&mut Case<'_>) -> Result<Outcome>,
 }
 
-/// Memory that a device must leave alone: addresses, and lengths in bytes.
+/// Memory to which a device must not write: addresses and lengths in bytes.
 pub(crate) type Watched = [Option<(u64, u64)>; 2];
 
+/// Value of the bytes of watched memory.
 const UNTOUCHED: u8 = 0xa5;
 
 /// One attack on one device.
 pub(crate) struct Case<'a> {
     pub(crate) device: &'a mut Device,
-    /// The queue that is attacked; the one for requests where the device itself is.
+    /// Attacked queue, or the main queue if the device as a whole is attacked.
     pub(crate) queue: usize,
-    /// The first address that is no memory.
+    /// End of RAM.
     pub(crate) memory_end: u64,
     watched: Watched,
 }
@@ -115,7 +117,7 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// A descriptor of the direction that the queue's requests begin with.
+    /// Returns a descriptor with the direction of the first descriptor of a request in this queue.
     pub(crate) fn part(&self, address: u64, bytes: u32) -> Part {
         if self.device.kind.is_written(self.queue) {
             Part::into(address, bytes)
@@ -124,17 +126,17 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// Memory for such a descriptor.
+    /// Returns a valid descriptor of that direction.
     pub(crate) fn good_part(&self) -> Part {
         self.part(dma::scratch(), 64)
     }
 
-    /// A start with nothing in the queue that is attacked.
+    /// Initializes the device and leaves the attacked queue empty.
     pub(crate) fn start(&mut self) -> Result {
         self.device.start(Some(self.queue))
     }
 
-    /// Has the device look at the queue.
+    /// Makes the device process the queue.
     pub(crate) fn provoke(&mut self) {
         self.device.notify(self.queue);
         if self.device.kind.is_receive(self.queue) {
@@ -142,6 +144,7 @@ impl<'a> Case<'a> {
         }
     }
 
+    /// Causes a packet to arrive, so that the device uses a receive buffer.
     fn have_something_arrive(&mut self) {
         match self.device.kind {
             Kind::Net => self.device.send_question(2),
@@ -150,12 +153,12 @@ impl<'a> Case<'a> {
                 let bytes = crate::operation::vsock::HEADER_BYTES;
                 self.device.send_packet(&packet, bytes);
             }
-            // Nobody types here; but a console looks at what it is given.
+            // There is no console input. The console processes its receive buffers anyway.
             _ => {}
         }
     }
 
-    /// Waits for what the device makes of a chain.
+    /// Waits until the device has used a chain or needs a reset.
     pub(crate) fn verdict(&mut self) -> Result<Outcome> {
         let mut patience = Patience::new();
         while patience.look() {
@@ -169,14 +172,14 @@ impl<'a> Case<'a> {
         Err(Trouble::Silent("neither an answer nor a need of a reset"))
     }
 
-    /// It works without a reset, and asks for none.
+    /// Checks that the device completes an operation without a reset.
     pub(crate) fn lives_on(&mut self) -> Result<Outcome> {
         self.device.operate()?;
         self.device.runs()?;
         Ok(Outcome::Ignored)
     }
 
-    /// Fills memory, which is to be so still after all other devices have worked.
+    /// Fills memory with a pattern, which is checked after all other devices have completed an operation.
     pub(crate) fn watch(&mut self, watched: Watched) {
         for (at, bytes) in watched.into_iter().flatten() {
             fill(at, UNTOUCHED, bytes);
@@ -189,7 +192,7 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Whether all that is watched is untouched.
+/// Returns true if watched memory still has its pattern.
 pub(crate) fn is_untouched(watched: &Watched) -> bool {
     watched
         .iter()

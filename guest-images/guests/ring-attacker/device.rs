@@ -1,4 +1,4 @@
-//! A device and a driver for it that keeps to the rules, step by step, so that an attack can take the place of any step.
+//! A virtio-mmio device and a correct driver for it, in separate steps, so that an attack can replace any step.
 
 use crate::dma::{self, Patience};
 use crate::mmio;
@@ -8,27 +8,27 @@ use crate::spec::{
     status,
 };
 
-/// Most queues of a device that are used.
+/// Maximum number of queues of a device.
 const QUEUES_MOST: usize = 3;
-/// Buffers begin here in a device's arena, behind its rings.
+/// Offset of the buffers in the arena of a device. The rings come first.
 const BUFFERS: u64 = 0x1_0000;
 pub(crate) const BUFFER_BYTES: u32 = 4096;
-/// The first of the buffers in which a device receives, and how many there are.
+/// Number of the first receive buffer, and number of receive buffers.
 const RECEIVE_BUFFER: u64 = 4;
 pub(crate) const RECEIVE_BUFFERS: u16 = 4;
 
-/// Why a device does not do what it should.
+/// Errors of a device.
 #[derive(Clone, Copy)]
 pub(crate) enum Trouble {
-    /// It does nothing.
+    /// The device does not react in time.
     Silent(&'static str),
-    /// It does something else.
+    /// The device does something wrong.
     Wrong(&'static str),
 }
 
 pub(crate) type Result<T = ()> = core::result::Result<T, Trouble>;
 
-/// `Err` with what is wrong.
+/// Returns [`Trouble::Wrong`] unless a condition holds.
 pub(crate) fn ensure(is_so: bool, what: &'static str) -> Result {
     if is_so {
         Ok(())
@@ -37,19 +37,20 @@ pub(crate) fn ensure(is_so: bool, what: &'static str) -> Result {
     }
 }
 
+/// A device and the state of its driver.
 pub(crate) struct Device {
     pub(crate) kind: Kind,
-    /// Its registers.
+    /// Address of the registers.
     pub(crate) base: u64,
     arena: u64,
     pub(crate) queues: [Queue; QUEUES_MOST],
     pub(crate) queue_count: usize,
-    /// How many real operations were done with it.
+    /// Number of operations that were started.
     pub(crate) operations: u32,
 }
 
 impl Device {
-    /// The device in `slot`, if there is one of a known kind.
+    /// Returns the device in a slot of the bus, if there is one of a known kind.
     pub(crate) fn find(slot: usize) -> Option<Self> {
         let base = FIRST_DEVICE + slot as u64 * DEVICE_BYTES;
         let read = |offset| mmio::read32(base + offset);
@@ -94,7 +95,7 @@ impl Device {
         self.read(register::CONFIG + offset)
     }
 
-    /// Buffer `number` of 4 KiB.
+    /// Returns the address of a buffer, which has 4 KiB.
     pub(crate) fn buffer(&self, number: u64) -> u64 {
         self.arena + BUFFERS + number * u64::from(BUFFER_BYTES)
     }
@@ -107,7 +108,7 @@ impl Device {
         self.read(register::STATUS)
     }
 
-    /// Whether it asks for a reset, and has said so.
+    /// Returns true if the device needs a reset. Fails if it has not sent an interrupt for it.
     pub(crate) fn needs_reset(&self) -> Result<bool> {
         if self.status() & status::DEVICE_NEEDS_RESET == 0 {
             return Ok(false);
@@ -117,7 +118,7 @@ impl Device {
         Ok(true)
     }
 
-    /// It runs, and asks for nothing.
+    /// Checks that the device runs and needs no reset.
     pub(crate) fn runs(&self) -> Result {
         ensure(self.status() == status::RUNNING, "its status changed")
     }
@@ -129,11 +130,12 @@ impl Device {
         low | u64::from(self.read(register::DEVICE_FEATURES)) << 32
     }
 
-    /// What a driver chooses of the features offered.
+    /// Returns the features that the driver accepts.
     pub(crate) fn choice(&self) -> u64 {
         feature::VERSION_1 | self.features() & self.kind.wanted_features()
     }
 
+    /// Resets the device and clears the queues.
     pub(crate) fn reset(&mut self) -> Result {
         self.write(register::STATUS, 0);
         ensure(self.status() == 0, "a status behind a reset")?;
@@ -152,7 +154,7 @@ impl Device {
         self.write(register::DRIVER_FEATURES, (features >> 32) as u32);
     }
 
-    /// As far as FEATURES_OK.
+    /// Resets the device and initializes it up to FEATURES_OK.
     pub(crate) fn negotiate(&mut self, features: u64) -> Result {
         self.reset()?;
         self.write(register::STATUS, status::ACKNOWLEDGE);
@@ -178,7 +180,7 @@ impl Device {
         self.write(register::QUEUE_READY, 1);
     }
 
-    /// Sets up all queues but `left_out`.
+    /// Sets up all queues except `left_out`.
     pub(crate) fn set_up_queues(&self, left_out: Option<usize>) {
         (0..self.queue_count)
             .filter(|index| Some(*index) != left_out)
@@ -189,7 +191,7 @@ impl Device {
         self.write(register::STATUS, status::RUNNING);
     }
 
-    /// A whole start. Buffers to receive in are given to all queues that have some but `left_empty`.
+    /// Initializes the device. Adds receive buffers to the receive queue, unless it is `left_empty`.
     pub(crate) fn start(&mut self, left_empty: Option<usize>) -> Result {
         self.start_with(self.choice(), left_empty)
     }
@@ -205,7 +207,7 @@ impl Device {
         Ok(())
     }
 
-    /// To the queue that receives, where there is one.
+    /// Adds all receive buffers to the receive queue, if the device has one.
     pub(crate) fn give_receive_buffers(&mut self) {
         if !self.kind.is_receive(0) {
             return;
@@ -226,7 +228,7 @@ impl Device {
         self.write(register::QUEUE_NOTIFY, queue as u32);
     }
 
-    /// Waits for the next used chain of `queue`; for its length if it is the one of `head`.
+    /// Waits for the next used chain of `queue`, which must start at `head`. Returns the number of bytes that the device wrote.
     pub(crate) fn wait_used(&mut self, queue: usize, head: u16) -> Result<u32> {
         let mut patience = Patience::new();
         while patience.look() {
@@ -241,7 +243,7 @@ impl Device {
         Err(Trouble::Silent("a request is not answered"))
     }
 
-    /// Gives a chain to `queue`, and waits until it comes back.
+    /// Makes a chain available in `queue` and waits until the device has used it.
     pub(crate) fn request(&mut self, queue: usize, parts: &[Part]) -> Result<u32> {
         self.queues[queue].chain(0, parts);
         self.queues[queue].publish(0);

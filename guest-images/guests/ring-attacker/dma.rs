@@ -1,17 +1,17 @@
-//! Guest memory that devices read and write, by physical address: all of the first 4 GiB is mapped as it is.
+//! Guest memory that devices read and write, by physical address. The first 4 GiB are identity mapped.
 //!
-//! Unsafe: loads and stores at numbers. Every place is either in [`arenas`], which nothing else uses, or named by
-//! an attack that wants it in the first page of RAM, which is nobody's.
+//! Unsafe: loads and stores at addresses that are numbers. Each address is in [`MEMORY`], which nothing else uses, or in
+//! the first page of RAM, which is unused and which one attack needs.
 
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::hint::spin_loop;
 
-/// What each device has for rings and buffers.
+/// Size of the arena of a device, which contains its rings and buffers.
 pub(crate) const ARENA_BYTES: u64 = 256 << 10;
-/// Places for devices on the bus.
+/// Number of slots for devices on the bus.
 pub(crate) const SLOTS: usize = 14;
-/// What is used by one attack at a time.
+/// Size of the memory for the current attack.
 pub(crate) const SCRATCH_BYTES: u64 = 2 << 20;
 
 const BYTES: usize = SLOTS * ARENA_BYTES as usize + SCRATCH_BYTES as usize;
@@ -19,22 +19,22 @@ const BYTES: usize = SLOTS * ARENA_BYTES as usize + SCRATCH_BYTES as usize;
 #[repr(C, align(4096))]
 struct Memory(UnsafeCell<[u8; BYTES]>);
 
-// SAFETY: it is used by vCPU 0 alone, and by devices, through volatile accesses only.
+// SAFETY: only vCPU 0 and devices use it, and vCPU 0 only by volatile accesses.
 unsafe impl Sync for Memory {}
 
 static MEMORY: Memory = Memory(UnsafeCell::new([0; BYTES]));
 
-/// The arena of the device in `slot`.
+/// Returns the address of the arena of the device in `slot`.
 pub(crate) fn arena(slot: usize) -> u64 {
     MEMORY.0.get().expose_provenance() as u64 + slot as u64 * ARENA_BYTES
 }
 
-/// Memory that no device has for itself.
+/// Returns the address of the memory for the current attack.
 pub(crate) fn scratch() -> u64 {
     arena(SLOTS)
 }
 
-/// Integers, of which every bit pattern is a value.
+/// Integer types, for which every bit pattern is a valid value.
 pub(crate) trait Plain: Copy {}
 impl Plain for u8 {}
 impl Plain for u16 {}
@@ -42,7 +42,7 @@ impl Plain for u32 {}
 impl Plain for u64 {}
 
 pub(crate) fn load<T: Plain>(at: u64) -> T {
-    // SAFETY: see the head of the file; any bytes are a `T`.
+    // SAFETY: see the head of the file. Any bytes are a valid `T`.
     unsafe { core::ptr::with_exposed_provenance::<T>(at as usize).read_volatile() }
 }
 
@@ -51,7 +51,7 @@ pub(crate) fn store<T: Plain>(at: u64, value: T) {
     unsafe { core::ptr::with_exposed_provenance_mut::<T>(at as usize).write_volatile(value) };
 }
 
-/// Big-endian, as networks have it.
+/// Stores a number in network byte order (big-endian).
 pub(crate) fn store_be16(at: u64, value: u16) {
     store(at, value.to_be_bytes()[0]);
     store(at + 1, value.to_be_bytes()[1]);
@@ -68,7 +68,7 @@ pub(crate) fn write(at: u64, bytes: &[u8]) {
 }
 
 pub(crate) fn fill(at: u64, byte: u8, bytes: u64) {
-    // SAFETY: as for `store`; the direction flag is clear by the ABI.
+    // SAFETY: as in `store`. The ABI guarantees a clear direction flag.
     unsafe {
         asm!("rep stosb", inout("rcx") bytes => _, inout("rdi") at => _, in("al") byte,
              options(nostack, preserves_flags));
@@ -79,12 +79,12 @@ pub(crate) fn is_filled(at: u64, byte: u8, bytes: u64) -> bool {
     (at..at + bytes).all(|at| load::<u8>(at) == byte)
 }
 
-/// Orders what was written before against what is read or written behind it, as the device sees it.
+/// Memory barrier between the accesses before and after it, as the device sees them.
 pub(crate) fn barrier() {
     core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
 }
 
-/// A bounded wait: some ten seconds of looking at memory, so that a device that hangs does not hang the guest.
+/// Limit of a polling loop: about ten seconds, so that a hanging device does not hang the guest.
 pub(crate) struct Patience(u32);
 
 impl Patience {
@@ -92,14 +92,14 @@ impl Patience {
         Self(1 << 28)
     }
 
-    /// One more look; false when there were enough.
+    /// Counts one poll. Returns false when the limit is reached.
     pub(crate) fn look(&mut self) -> bool {
         spin_loop();
         self.0 = self.0.saturating_sub(1);
         self.0 > 0
     }
 
-    /// Whether it is time to look at a register, which costs as much as thousands of looks at memory.
+    /// Returns true if a register should be read now. A register access costs as much as thousands of memory accesses.
     pub(crate) fn is_due(&self) -> bool {
         self.0.is_multiple_of(4096)
     }

@@ -1,7 +1,8 @@
-//! `ring-attacker`: a driver of virtio devices that breaks every rule on purpose, and notices what comes of it.
+//! `ring-attacker`: a virtio driver that violates the specification on purpose and checks the reaction of the devices.
 //!
-//! After each attack every other device has to do what it is for, and then so has the attacked one, once it is reset.
-//! What is attacked, and what is expected, is said in `attacks`; how to ask for it, in the library's documentation.
+//! After each attack, every other device must complete an operation, and then the attacked device must complete one after
+//! a reset. The module `attacks` lists the attacks and their expected outcomes. The documentation of the library describes
+//! how to run the program.
 
 #![no_std]
 #![no_main]
@@ -42,13 +43,13 @@ use interface::{
 use spec::Kind;
 use start_info::StartInfo;
 
-/// What its lines on the serial port begin with.
+/// Prefix of the lines on the serial port.
 const NAME: &str = "ring-attacker";
-/// A word of the command line: the guest stays when it is done, until a `q` is typed.
+/// Word of the command line that makes the guest wait for a `q` when it is done.
 const HOLD: &str = "hold";
-/// After so many waits in vain there are no more attacks.
+/// Number of timeouts after which no more attacks are made.
 const SILENT_MOST: u32 = 3;
-/// The queue numbers that attacks are made on; none is the device itself.
+/// Queues that are attacked. `None` stands for the device as a whole.
 const QUEUES: [Option<usize>; 4] = [None, Some(0), Some(1), Some(2)];
 
 global_asm!(include_str!("../runtime/boot.s"), options(att_syntax));
@@ -60,7 +61,7 @@ unsafe extern "C" {
 
 type Devices = [Option<Device>; dma::SLOTS];
 
-/// Entered on every vCPU, in ring 3: `index` is 0 on the boot vCPU, which does all the work.
+/// Entry point of every vCPU, in ring 3. `index` is 0 on the boot vCPU, which does all the work.
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(index: u32, start_info: u32) -> ! {
     while index > 0 {
@@ -81,14 +82,14 @@ extern "C" fn guest_main(index: u32, start_info: u32) -> ! {
     cpu::exit(run.exit_status())
 }
 
-/// All attacks, and what became of them.
+/// The run of all attacks, and its counts.
 struct Run {
     devices: Devices,
-    /// The first address that is no memory.
+    /// End of RAM.
     memory_end: u64,
     attacks: u32,
     unexpected: u32,
-    /// How often a device did not answer: each wait for it takes long.
+    /// Number of timeouts. Each takes about ten seconds.
     silent: u32,
 }
 
@@ -107,6 +108,7 @@ impl Run {
         }
     }
 
+    /// Checks that all devices work, then makes all attacks.
     fn all(&mut self) {
         for device in self.devices.iter_mut().flatten() {
             let works = device.start(None).and_then(|()| device.operate());
@@ -128,6 +130,7 @@ impl Run {
         }
     }
 
+    /// Makes one attack and prints its result.
     fn one(&mut self, attack: &Attack, slot: usize, queue: Option<usize>) {
         let Some(device) = self.devices[slot].as_mut() else {
             return;
@@ -157,7 +160,7 @@ impl Run {
         console::print(line);
     }
 
-    /// Has all devices but one do what they are for. Returns how many they were.
+    /// Makes all devices except one complete an operation. Returns their number.
     fn others(&mut self, but: usize) -> core::result::Result<usize, (Kind, Trouble)> {
         let mut count = 0;
         for (slot, device) in self.devices.iter_mut().enumerate() {
@@ -180,7 +183,7 @@ impl Run {
     }
 }
 
-/// The last line.
+/// Writes the summary line.
 impl Display for Run {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{NAME}: attacks={}", self.attacks)?;
@@ -196,7 +199,7 @@ impl Display for Run {
     }
 }
 
-/// One attack, and all that came of it.
+/// Result of one attack.
 struct Line<'a> {
     attack: &'a Attack,
     kind: Kind,
@@ -265,7 +268,7 @@ impl Display for Trouble {
     }
 }
 
-/// A device that does not work before anything was done to it.
+/// A device that does not work even before the first attack.
 struct Unusable(Kind, Trouble);
 
 impl Display for Unusable {
@@ -275,6 +278,7 @@ impl Display for Unusable {
     }
 }
 
+/// Prints the reason why the program cannot run and ends the guest.
 fn refuse(reason: impl Display) -> ! {
     console::print_and_exit(
         format_args!("{NAME}: cannot start: {reason}"),
@@ -287,7 +291,6 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     console::crash(format_args!("{NAME}: PANIC {info}"), EXIT_CRASH)
 }
 
-/// The toolchain's `core` is made for unwinding and names this function in tables that the linker
-/// script drops.
+/// The prebuilt `core` refers to this function in unwind tables, which the linker script discards.
 #[unsafe(no_mangle)]
 extern "C" fn rust_eh_personality() {}

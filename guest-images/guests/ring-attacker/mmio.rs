@@ -1,7 +1,7 @@
-//! Loads and stores of registers, in every width.
+//! Loads and stores of device registers, in every width.
 //!
-//! Unsafe: inline assembly, because a compiler may make any instruction of a volatile access, and those who emulate
-//! it know some of them only.
+//! Unsafe: inline assembly. A compiler may choose any instruction for a volatile access, but hosts emulate only some of
+//! them for MMIO.
 
 use core::arch::asm;
 
@@ -9,7 +9,7 @@ macro_rules! access {
     ($read:ident, $write:ident, $type:ty, $class:ident, $shape:literal) => {
         pub(crate) fn $read(at: u64) -> $type {
             let value: $type;
-            // SAFETY: registers of devices are mapped, and reading them changes no memory of this program.
+            // SAFETY: device registers are mapped, and a read changes no memory of this program.
             unsafe {
                 asm!(concat!("mov {value", $shape, "}, [{at}]"), value = out($class) value, at = in(reg) at,
                      options(nostack, preserves_flags));
@@ -18,7 +18,7 @@ macro_rules! access {
         }
 
         pub(crate) fn $write(at: u64, value: $type) {
-            // SAFETY: what a register makes a device write lies in memory that was made for it.
+            // SAFETY: a write makes a device write only to memory that is reserved for it.
             unsafe {
                 asm!(concat!("mov [{at}], {value", $shape, "}"), value = in($class) value, at = in(reg) at,
                      options(nostack, preserves_flags));

@@ -1,22 +1,22 @@
-//! One real operation of each kind of device, with a result that is checked.
+//! One operation of each kind of device, with a check of its result.
 
 use crate::device::{BUFFER_BYTES, Device, RECEIVE_BUFFERS, Result, Trouble, ensure};
 use crate::dma::{self, Patience, fill, is_filled, load, load_be16, store, store_be16, write};
 use crate::queue::Part;
 use crate::spec::Kind;
 
-/// Buffers by what is in them.
+/// Numbers of the buffers by their contents.
 const HEADER: u64 = 0;
 const DATA: u64 = 1;
 const BACK: u64 = 2;
 const GIVEN_PAGE: u64 = 3;
 
-/// Sectors that nobody writes, whose 64-bit words are the sector's number.
+/// Number of sectors that are only read. Their 64-bit words are the number of the sector.
 const FIXED_SECTORS: u64 = 8;
-/// Sectors that this program writes, behind those.
+/// Number of the following sectors, which this program writes.
 const OWN_SECTORS: u64 = 8;
 pub(crate) const SECTOR_BYTES: u32 = 512;
-/// What the words of its own sectors begin with.
+/// High bits of the words in written sectors.
 const OWN_WORD: u64 = 0x5249_4e47 << 32;
 
 /// Request types of the block device (5.2.6).
@@ -26,20 +26,21 @@ pub(crate) mod block {
     pub(crate) const GET_ID: u32 = 8;
     pub(crate) const DISCARD: u32 = 11;
     pub(crate) const WRITE_ZEROES: u32 = 13;
-    /// Status: done.
+    /// VIRTIO_BLK_S_OK.
     pub(crate) const DONE: u8 = 0;
     pub(crate) const HEADER_BYTES: u32 = 16;
 }
 
-/// `struct virtio_net_hdr` with `num_buffers` (5.1.6), and an ARP packet for IPv4 behind an Ethernet header (RFC 826).
+/// Sizes of `struct virtio_net_hdr` with `num_buffers` (5.1.6), and of an ARP packet for IPv4 with its Ethernet header
+/// (RFC 826).
 pub(crate) const NET_HEADER_BYTES: u32 = 12;
 const ARP_BYTES: u32 = 14 + 28;
 const ARP: u16 = 0x0806;
-/// The host's end of the network, and the prefix of the guest's addresses there.
+/// Address of the host in the network, and prefix of the guest's addresses.
 const HOST_ADDRESS: [u8; 4] = [10, 99, 0, 1];
 const GUEST_PREFIX: [u8; 3] = [10, 99, 0];
 
-/// `struct virtio_vsock_hdr` (5.10.6): what this program sets of it.
+/// Fields of `struct virtio_vsock_hdr` (5.10.6) that this program sets.
 #[derive(Clone, Copy)]
 pub(crate) struct Packet {
     pub(crate) source: u64,
@@ -52,7 +53,7 @@ pub(crate) struct Packet {
 }
 
 impl Packet {
-    /// Writes the header to memory that was of zeros.
+    /// Writes the header to memory that must be zeroed.
     pub(crate) fn store(&self, at: u64) {
         store(at, self.source);
         store(at + 8, self.destination);
@@ -71,12 +72,12 @@ pub(crate) mod vsock {
     pub(crate) const REQUEST: u16 = 1;
     pub(crate) const RESET: u16 = 3;
     pub(crate) const DATA: u16 = 5;
-    /// Nobody listens to ports from here on.
+    /// First port of those without a listener.
     pub(crate) const DEAF_PORTS: u32 = 1 << 20;
 }
 
 impl Device {
-    /// Does what the device is for, once.
+    /// Completes one operation and checks its result.
     pub(crate) fn operate(&mut self) -> Result {
         self.operations += 1;
         match self.kind {
@@ -89,7 +90,7 @@ impl Device {
         }
     }
 
-    /// A request of the block device. Returns its status.
+    /// Makes a request to the block device. Returns its status.
     pub(crate) fn block_request(&mut self, kind: u32, sector: u64, data: &[Part]) -> Result<u8> {
         let header = self.buffer(HEADER);
         let status_byte = header + 64;
@@ -104,6 +105,7 @@ impl Device {
         Ok(load(status_byte))
     }
 
+    /// Reads a sector with known contents; writes another sector and reads it back.
     fn move_sectors(&mut self) -> Result {
         let (data, back) = (self.buffer(DATA), self.buffer(BACK));
         let turn = u64::from(self.operations);
@@ -134,12 +136,13 @@ impl Device {
         )
     }
 
+    /// Requests random bytes.
     fn get_entropy(&mut self) -> Result {
         let data = self.buffer(DATA);
         fill(data, 0, 64);
         let got = self.request(0, &[Part::into(data, 32)])?;
         ensure((1..=32).contains(&got), "as many random bytes as cannot be")?;
-        // One in 2^128 that they are all zeros.
+        // 16 random bytes are all zeros with a probability of 2^-128.
         ensure(
             got < 16 || !is_filled(data, 0, got.into()),
             "random bytes are all zeros",
@@ -150,7 +153,7 @@ impl Device {
         )
     }
 
-    /// Asks the host who it is on the network, each time as somebody else.
+    /// Resolves the address of the host by ARP, each time from another guest address.
     fn resolve(&mut self) -> Result {
         let last = (self.operations % 200 + 10) as u8;
         self.send_question(last);
@@ -161,7 +164,7 @@ impl Device {
         self.receive(reply)
     }
 
-    /// Gives an ARP request to the transmit queue.
+    /// Sends an ARP request. `last` is the last byte of the guest's address.
     pub(crate) fn send_question(&mut self, last: u8) {
         let packet = self.buffer(HEADER);
         fill(packet, 0, u64::from(NET_HEADER_BYTES + ARP_BYTES));
@@ -179,7 +182,7 @@ impl Device {
         self.notify(1);
     }
 
-    /// An Ethernet header to everybody.
+    /// Writes an Ethernet header with the broadcast address as destination.
     pub(crate) fn ethernet(&self, frame: u64, kind: u16) {
         fill(frame, 0xff, 6);
         self.write_mac(frame + 6);
@@ -190,6 +193,7 @@ impl Device {
         (0..6).for_each(|index| store(at + index, self.config8(index)));
     }
 
+    /// Returns true if a received packet is the ARP reply to the guest address that ends with `last`.
     fn is_answer(&self, packet: u64, written: u32, last: u8) -> bool {
         let frame = packet + u64::from(NET_HEADER_BYTES);
         let from = frame + 28;
@@ -201,7 +205,7 @@ impl Device {
             && load::<u8>(to + 3) == last
     }
 
-    /// Takes what arrives until `wanted` says that it is the right thing, and gives the buffers back.
+    /// Receives packets until `wanted` returns true for one, and returns the buffers to the device.
     pub(crate) fn receive(&mut self, wanted: impl Fn(&Self, u16, u32) -> bool) -> Result {
         let mut patience = Patience::new();
         while patience.look() {
@@ -222,7 +226,7 @@ impl Device {
         Err(Trouble::Silent("no answer arrives"))
     }
 
-    /// A packet from this guest to a port of the host where nobody listens.
+    /// Returns a packet from this guest to a port of the host without a listener.
     pub(crate) fn packet(&self, op: u16) -> Packet {
         Packet {
             source: u64::from(self.config32(0)),
@@ -235,7 +239,7 @@ impl Device {
         }
     }
 
-    /// Gives a packet of `bytes` bytes to the transmit queue.
+    /// Sends a packet of `bytes` bytes.
     pub(crate) fn send_packet(&mut self, packet: &Packet, bytes: u32) {
         let at = self.buffer(HEADER);
         fill(at, 0, BUFFER_BYTES.into());
@@ -245,7 +249,7 @@ impl Device {
         self.notify(1);
     }
 
-    /// Sends `packet` whole, and waits for a reset that answers it.
+    /// Sends a packet and waits for the reset that answers it.
     pub(crate) fn expect_reset_of(&mut self, packet: &Packet) -> Result {
         self.send_packet(packet, vsock::HEADER_BYTES);
         self.wait_used(1, 0)?;
@@ -261,12 +265,13 @@ impl Device {
         })
     }
 
+    /// Requests a connection to a port without a listener and receives a reset.
     fn be_turned_away(&mut self) -> Result {
         let packet = self.packet(vsock::REQUEST);
         self.expect_reset_of(&packet)
     }
 
-    /// Gives a page away, which is zeros from then on, and takes it back.
+    /// Inflates the balloon by a page, which must read as zeros, and deflates it.
     fn give_a_page(&mut self) -> Result {
         let page = self.buffer(GIVEN_PAGE);
         let list = self.buffer(DATA);
@@ -285,7 +290,7 @@ impl Device {
         )
     }
 
-    /// Prints `line NUMBER` on the console; whoever reads its output counts.
+    /// Prints `line NUMBER` on the console. The test that reads the output checks the numbers.
     fn print(&mut self) -> Result {
         let data = self.buffer(DATA);
         write(data, b"line 00000000\n");
@@ -299,7 +304,7 @@ impl Device {
     }
 }
 
-/// Whether every word of a sector is `word`.
+/// Returns true if every word of a sector is `word`.
 fn holds(sector: u64, word: u64) -> bool {
     (0..u64::from(SECTOR_BYTES))
         .step_by(8)

@@ -1,15 +1,15 @@
-//! The driver's side of a split virtqueue (2.7): what a good driver does, and the places where a bad one meddles.
+//! Driver side of a split virtqueue (2.7), with access to the parts that attacks change.
 
 use crate::dma::{barrier, fill, load, store};
 use crate::spec::descriptor;
 
-/// Most entries that are used of a queue: its table is a page then.
+/// Maximum size of a queue. Its descriptor table is then one page.
 const SIZE_MOST: u16 = 256;
 const PAGE: u64 = 4096;
-/// What a queue's rings take: a page each.
+/// Size of the descriptor table and the two rings of a queue, one page each.
 pub(crate) const QUEUE_BYTES: u64 = 3 * PAGE;
 
-/// A piece of a request.
+/// A descriptor of a request.
 #[derive(Clone, Copy)]
 pub(crate) struct Part {
     pub(crate) address: u64,
@@ -18,7 +18,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// For the device to read.
+    /// Returns a descriptor of memory that the device reads.
     pub(crate) fn out(address: u64, bytes: u32) -> Self {
         Self {
             address,
@@ -27,7 +27,7 @@ impl Part {
         }
     }
 
-    /// For the device to write.
+    /// Returns a descriptor of memory that the device writes.
     pub(crate) fn into(address: u64, bytes: u32) -> Self {
         Self {
             address,
@@ -36,7 +36,7 @@ impl Part {
         }
     }
 
-    /// A table of descriptors.
+    /// Returns a descriptor of an indirect table.
     pub(crate) fn table(address: u64, bytes: u32) -> Self {
         Self {
             address,
@@ -67,13 +67,13 @@ impl Queue {
         }
     }
 
-    /// As after a reset.
+    /// Clears the rings and the indexes, as after a reset.
     pub(crate) fn clear(&mut self) {
         fill(self.area, 0, QUEUE_BYTES);
         (self.available, self.used) = (0, 0);
     }
 
-    /// Descriptor table, available ring, used ring.
+    /// Returns the addresses of the descriptor table, the available ring and the used ring.
     pub(crate) fn addresses(&self) -> [u64; 3] {
         [self.area, self.area + PAGE, self.used_ring()]
     }
@@ -82,7 +82,7 @@ impl Queue {
         self.area + 2 * PAGE
     }
 
-    /// Where the available ring has the entry that the driver wants to be told of (2.7.7).
+    /// Returns the address of `used_event` in the available ring (2.7.7).
     pub(crate) fn used_event(&self) -> u64 {
         self.area + PAGE + 4 + 2 * u64::from(self.size)
     }
@@ -108,14 +108,14 @@ impl Queue {
         self.set_available_index(self.available);
     }
 
-    /// Says how many were made available, true or not.
+    /// Sets the index of the available ring, which may be wrong.
     pub(crate) fn set_available_index(&self, index: u16) {
         barrier();
         store(self.area + PAGE + 2, index);
         barrier();
     }
 
-    /// The next used chain: its head, and how many bytes were written.
+    /// Returns the next used chain: its head and the number of bytes that the device wrote.
     pub(crate) fn take_used(&mut self) -> Option<(u32, u32)> {
         barrier();
         let ring = self.used_ring();
@@ -129,7 +129,7 @@ impl Queue {
     }
 }
 
-/// Writes a descriptor of the table at `table`.
+/// Writes a descriptor to the table at `table`.
 pub(crate) fn describe(table: u64, index: u16, part: Part, next: Option<u16>) {
     let at = table + u64::from(index) * u64::from(descriptor::BYTES);
     let flag = if next.is_some() { descriptor::NEXT } else { 0 };

@@ -1,6 +1,6 @@
-//! What virtio 1.2 says, as far as this program breaks it or keeps to it.
+//! Constants of the virtio 1.2 specification.
 
-/// Where Ferry puts its devices, and how far from each other.
+/// Address of the first device of Ferry, and distance between devices.
 pub(crate) const FIRST_DEVICE: u64 = 0xd000_0000;
 pub(crate) const DEVICE_BYTES: u64 = 0x1000;
 
@@ -22,7 +22,8 @@ pub(crate) mod register {
     pub(crate) const INTERRUPT_STATUS: u64 = 0x060;
     pub(crate) const INTERRUPT_ACK: u64 = 0x064;
     pub(crate) const STATUS: u64 = 0x070;
-    /// Of the descriptor table, the available ring and the used ring: the low half, with the high half behind it.
+    /// Low halves of the addresses of the descriptor table, the available ring and the used ring. The high half follows
+    /// each.
     pub(crate) const QUEUE_ADDRESSES: [u64; 3] = [0x080, 0x090, 0x0a0];
     pub(crate) const CONFIG_GENERATION: u64 = 0x0fc;
     pub(crate) const CONFIG: u64 = 0x100;
@@ -38,11 +39,11 @@ pub(crate) mod status {
     pub(crate) const DRIVER_OK: u32 = 4;
     pub(crate) const FEATURES_OK: u32 = 8;
     pub(crate) const DEVICE_NEEDS_RESET: u32 = 64;
-    /// All steps of a driver's start.
+    /// Status after a complete initialization.
     pub(crate) const RUNNING: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 }
 
-/// `InterruptStatus`: the configuration changed, or the device needs a reset.
+/// Bit of `InterruptStatus`: the configuration changed or the device needs a reset.
 pub(crate) const CONFIGURATION_CHANGE: u32 = 2;
 
 /// Feature bits (6; 5.1.3, 5.2.3, 5.5.3).
@@ -66,7 +67,7 @@ pub(crate) mod descriptor {
     pub(crate) const BYTES: u32 = 16;
 }
 
-/// The kinds of devices that are known here, by their type (5).
+/// Kinds of devices that the program can attack (5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Net,
@@ -101,7 +102,7 @@ impl Kind {
         }
     }
 
-    /// The queues by number, as the specification calls them.
+    /// Returns the names of the queues by number.
     pub(crate) fn queues(self) -> &'static [&'static str] {
         match self {
             Self::Net | Self::Console => &["receive", "transmit"],
@@ -111,7 +112,7 @@ impl Kind {
         }
     }
 
-    /// The queue on which a driver's requests go.
+    /// Returns the queue for requests of the driver.
     pub(crate) fn main_queue(self) -> usize {
         match self {
             Self::Net | Self::Console | Self::Vsock => 1,
@@ -119,12 +120,12 @@ impl Kind {
         }
     }
 
-    /// Whether the queue has buffers for the device to write at some time of its own.
+    /// Returns true if the queue holds receive buffers.
     pub(crate) fn is_receive(self, queue: usize) -> bool {
         matches!(self, Self::Net | Self::Vsock | Self::Console) && queue == 0
     }
 
-    /// Whether the first descriptor of a request is for the device to write.
+    /// Returns true if the device writes the first descriptor of a request.
     pub(crate) fn is_written(self, queue: usize) -> bool {
         self.is_receive(queue)
             || matches!(
@@ -133,7 +134,7 @@ impl Kind {
             )
     }
 
-    /// Features to choose where they are offered, beside VERSION_1.
+    /// Returns the features that the driver accepts if they are offered, besides VERSION_1.
     pub(crate) fn wanted_features(self) -> u64 {
         feature::INDIRECT_DESC
             | match self {

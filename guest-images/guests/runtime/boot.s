@@ -4,13 +4,13 @@
 # EBX = address of hvm_start_info (Xen, public/arch-x86/hvm/start_info.h). The boot vCPU enters at
 # `pvh_entry`; any other at `direct_start`, with its index, from 1 on, in EAX.
 #
-# On a host that emulates ring 0 each instruction here costs half a microsecond, and what its
-# emulator does not know ends the guest. So all tables are ready-made in the image: nothing is
-# computed, no vCPU waits for another, and only plain instructions are used.
+# On a host that emulates ring 0, each instruction here costs half a microsecond, and an instruction
+# that the emulator does not support ends the guest. Therefore the image contains all tables ready to
+# use, no vCPU waits for another, and only plain instructions are used.
 
     .set CPUS_MOST, 16
-    .set STACK_SHIFT, 14            # 16 KiB for each vCPU in ring 3
-    .set TRAP_STACK, 256            # bytes for each vCPU in ring 0; one frame
+    .set STACK_SHIFT, 14            # ring 3 stack of each vCPU: 16 KiB
+    .set TRAP_STACK, 256            # ring 0 stack of each vCPU in bytes: one frame
 
     .section .note.ferry, "a", @note
     .balign 4
@@ -22,13 +22,14 @@
     .balign 4
     .long direct_start
 
-# Identity map of the first 4 GiB in pages of 2 MiB, open to ring 3 (Intel SDM vol. 3A, 4.5).
-# Accessed and dirty are set beforehand, so that no walk has to write into these tables.
-# The linker script puts this section at 1 MiB; descriptors below need their address split up.
+# Identity map of the first 4 GiB with 2 MiB pages, accessible to ring 3 (Intel SDM vol. 3A, 4.5).
+# The accessed and dirty bits are set in advance, so that page walks do not write to these tables.
+# The linker script places this section at 1 MiB. The address must be known at assembly time, because
+# the descriptors below contain it in pieces.
 
     .set TABLES, 0x100000
     .set TABLE_ENTRY, 0x27          # accessed, user, writable, present
-    .set LEAF_ENTRY, 0xe7           # 2 MiB page, dirty, and the same
+    .set LEAF_ENTRY, 0xe7           # the same, plus dirty and page size
 
     .section .tables, "aw"
     .globl page_directory_pointers
@@ -48,8 +49,9 @@ page_directory_pointers:
     .set number, number + 1
     .endr
 
-# Descriptors (Intel SDM vol. 3A, 3.4.5 and 8.2.3). Each vCPU has its own task state: `ltr` marks it
-# busy, and each needs its own stack to enter ring 0 on. None has an I/O bitmap: see `port_access`.
+# Descriptors (Intel SDM vol. 3A, 3.4.5 and 8.2.3). Each vCPU needs its own task-state segment, because
+# `ltr` marks it busy and because it contains the ring 0 stack. None has an I/O bitmap, see
+# `port_access`.
 
     .set SYSTEM, TABLES + 0x6000
     .set KERNEL_CODE, 0x08
@@ -82,7 +84,7 @@ tasks:
     .long 0
     .quad trap_stacks + (number + 1) * TRAP_STACK   # RSP0
     .fill 90, 1, 0
-    .word TASK_SIZE             # I/O map base: beyond the limit, so no map
+    .word TASK_SIZE             # I/O map base beyond the limit: no bitmap
     .set number, number + 1
     .endr
 
@@ -104,7 +106,7 @@ direct_start:
     cmpl $CPUS_MOST, %eax
     jae park
     movl %eax, %edi                 # first argument of guest_main
-    movl %ebx, %esi                 # and the second
+    movl %ebx, %esi                 # second argument
     lgdt descriptors_pointer
     movl %cr4, %eax
     orl $0x620, %eax                # PAE, OSFXSR, OSXMMEXCPT: ring 3 uses SSE
@@ -137,7 +139,7 @@ long_mode:
     leal 1(%rdi), %eax
     shll $STACK_SHIFT, %eax
     addl $stacks, %eax
-    movl %eax, %esp                 # the stack of ring 3, borrowed to get there
+    movl %eax, %esp                 # the ring 3 stack, also used for iretq
     pushq $USER_DATA
     pushq %rax
     pushq $2                        # RFLAGS: interrupts off
@@ -148,11 +150,12 @@ user_mode:
     call guest_main
     ud2
 
-# Ports, for ring 3: `int3` with the port in DX, the byte in AL, and CL 0 to read, 1 to write; see
-# cpu.rs. There is no other way to a port everywhere. The emulated `iretq` drops IOPL. QEMU's
-# emulation refuses the I/O bitmap of a task state whose descriptor is marked busy, which is how KVM
-# loads it into a machine that was saved: under KVM inside QEMU, migrating closes the ports. And a
-# host that emulates ring 0 may answer `int n` with an undefined-instruction exception.
+# Port access for ring 3: `int3` with the port in DX, the byte in AL, and CL = 0 to read or 1 to
+# write; see cpu.rs. The alternatives do not work on every host:
+# - IOPL: an emulated `iretq` drops it.
+# - I/O bitmap: QEMU's emulation refuses the bitmap of a task-state segment that is marked busy. KVM
+#   restores it in that state, so that under KVM inside QEMU a migration revokes the access.
+# - `int n`: a host that emulates ring 0 may raise an undefined-instruction exception.
 
     .globl port_access
 port_access:
@@ -163,8 +166,8 @@ port_access:
 1:  outb %al, %dx
     iretq
 
-# An exception turns into a call, in ring 3, of
-# report_exception(vector, error code, instruction, address): see trap.rs.
+# An exception continues in ring 3 as a call of
+# report_exception(vector, error code, instruction, address); see trap.rs.
 
     .globl exception_stubs
     .balign 16
@@ -172,7 +175,7 @@ exception_stubs:
     .set vector, 0
     .rept 32
     .balign 16
-    # These push an error code themselves (Intel SDM vol. 3A, table 6-1; AMD APM vol. 2, table 8-1).
+    # For these vectors the processor pushes an error code (Intel SDM vol. 3A, table 6-1; AMD APM vol. 2, table 8-1).
     .if !(vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21 || vector == 29 || vector == 30)
     pushq $0
     .endif
@@ -190,7 +193,7 @@ exception:
     movq $USER_CODE, 8(%rsp)
     movq 24(%rsp), %rax
     andq $-16, %rax
-    subq $264, %rax                 # below the red zone, as after a call
+    subq $264, %rax                 # below the red zone, aligned as after a call
     movq %rax, 24(%rsp)
     movq $USER_DATA, 32(%rsp)
     iretq

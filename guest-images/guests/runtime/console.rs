@@ -1,4 +1,4 @@
-//! Lines on the serial port, one vCPU at a time.
+//! Output of lines on the serial port. A lock keeps the lines of different vCPUs apart.
 
 use core::fmt::{self, Display, Write};
 use core::hint::spin_loop;
@@ -26,7 +26,7 @@ pub(crate) fn print(line: impl Display) {
     BUSY.store(false, Ordering::Release);
 }
 
-/// Prints one last line and ends the guest. No other vCPU gets a word in after it.
+/// Prints a last line and ends the guest. No other vCPU can print after it.
 pub(crate) fn print_and_exit(line: impl Display, status: u8) -> ! {
     while BUSY.swap(true, Ordering::Acquire) {
         spin_loop();
@@ -35,7 +35,7 @@ pub(crate) fn print_and_exit(line: impl Display, status: u8) -> ! {
     cpu::exit(status)
 }
 
-/// As [`print_and_exit`], but whoever is printing is interrupted: it may be this very vCPU.
+/// Prints a last line and ends the guest without waiting for the lock, because this vCPU itself may hold it.
 pub(crate) fn crash(line: impl Display, status: u8) -> ! {
     BUSY.store(true, Ordering::Release);
     write_line(line);
@@ -43,6 +43,6 @@ pub(crate) fn crash(line: impl Display, status: u8) -> ! {
 }
 
 fn write_line(line: impl Display) {
-    // The port takes everything, and no `Display` in the guest fails.
+    // Neither the port nor any `Display` of the guest fails.
     let _ = writeln!(Serial, "{line}");
 }

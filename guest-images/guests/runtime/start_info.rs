@@ -1,8 +1,8 @@
-//! What the monitor hands over: `hvm_start_info` (Xen, public/arch-x86/hvm/start_info.h).
+//! The start info of the monitor, `hvm_start_info` (Xen, public/arch-x86/hvm/start_info.h), which is
+//! copied and checked before use.
 //!
-//! Copied out and checked before use. Unsafe: reads physical memory at the addresses that the
-//! monitor names; all of the first 4 GiB is mapped, so a wrong address yields wrong bytes, which
-//! are checked, and no exception.
+//! Unsafe: reads physical memory at the addresses that the monitor gives. The first 4 GiB are mapped,
+//! so that an invalid address yields wrong bytes, which the checks refuse, and no exception.
 
 use crate::interface::CMDLINE_MOST;
 use crate::memory::Runs;
@@ -15,12 +15,12 @@ const MEMORY_MAP_ENTRIES: u64 = 48;
 const ENTRY_SIZE: u64 = 24;
 /// `XEN_HVM_MEMMAP_TYPE_RAM`.
 const RAM: u32 = 1;
-/// Most entries looked at.
+/// Maximum number of memory map entries that are read.
 const ENTRIES_MOST: u32 = 128;
-/// What ring 0 has mapped.
+/// End of the memory that the boot page tables map.
 const MAPPED: u64 = 4 << 30;
 
-/// Why the start info was refused.
+/// Errors of the start info.
 #[derive(Clone, Copy)]
 pub(crate) enum Trouble {
     NoMagic,
@@ -40,7 +40,7 @@ impl core::fmt::Display for Trouble {
     }
 }
 
-/// A checked reference to the monitor's start info.
+/// Start info whose address and magic value have been checked.
 pub(crate) struct StartInfo(u64);
 
 impl StartInfo {
@@ -53,7 +53,7 @@ impl StartInfo {
         }
     }
 
-    /// Usable RAM at `floor` and above.
+    /// Returns the usable RAM at or above `floor`.
     pub(crate) fn memory(&self, floor: u64) -> Result<Runs, Trouble> {
         let map = self.memory_map().ok_or(Trouble::NoMemoryMap)?;
         let entries = read::<u32>(self.0 + MEMORY_MAP_ENTRIES)
@@ -78,7 +78,7 @@ impl StartInfo {
         (version >= 1 && map != 0 && map < MAPPED).then_some(map)
     }
 
-    /// The command line, copied to `buffer`; empty if there is none.
+    /// Copies the command line to `buffer` and returns it. It is empty if the monitor gives none.
     pub(crate) fn command_line<'a>(
         &self,
         buffer: &'a mut [u8; CMDLINE_MOST],
@@ -97,7 +97,7 @@ fn ram_entry(at: u64) -> Option<(u64, u64)> {
     (read::<u32>(at + 16)? == RAM).then_some((address, bytes))
 }
 
-/// Length without the final zero; `None` if there is no zero in reach.
+/// Copies a C string. Returns its length, or `None` if it does not fit into `buffer`.
 fn copy_string(address: u64, buffer: &mut [u8]) -> Option<usize> {
     let length = buffer.len() as u64;
     for index in 0..=length {
@@ -110,7 +110,7 @@ fn copy_string(address: u64, buffer: &mut [u8]) -> Option<usize> {
     None
 }
 
-/// Integers, of which every bit pattern is a value.
+/// Integer types, for which every bit pattern is a valid value.
 trait Plain: Copy {}
 impl Plain for u8 {}
 impl Plain for u32 {}
@@ -121,6 +121,6 @@ fn read<T: Plain>(address: u64) -> Option<T> {
     if address == 0 || end > MAPPED {
         return None;
     }
-    // SAFETY: mapped, and any bytes are a `T`. Nobody writes there while the guest starts.
+    // SAFETY: the memory is mapped, any bytes are a valid `T`, and nothing writes to it while the guest starts.
     Some(unsafe { core::ptr::with_exposed_provenance::<T>(address as usize).read_unaligned() })
 }

@@ -1,8 +1,8 @@
-//! Exceptions. By one, breakpoint, ring 3 asks for port access; there should be no others, so they
-//! end the guest with a line that says where.
+//! Exception handlers. Ring 3 requests port accesses with the breakpoint exception. Any other
+//! exception is an error: its handler prints a line and ends the guest.
 //!
-//! Unsafe: writes the interrupt descriptor table. Its gates are filled in from ring 3, where that
-//! is free; an exception or port access before then is a triple fault.
+//! Unsafe: writes the interrupt descriptor table. Ring 3 fills in its gates, because instructions in
+//! ring 0 are slow on some hosts. An exception before that is a triple fault.
 
 use core::fmt;
 
@@ -12,12 +12,12 @@ use crate::interface::EXIT_CRASH;
 
 const VECTORS: usize = 32;
 const BREAKPOINT: usize = 3;
-/// The assembly places its stubs this far apart.
+/// Distance between two exception stubs in `boot.s`.
 const STUB_SIZE: usize = 16;
 const KERNEL_CODE: u64 = 0x08;
 /// Present, 64-bit interrupt gate (Intel SDM vol. 3A, 6.14.1).
 const GATE: u64 = 0x8e00;
-/// The same, which `int3` in ring 3 may use.
+/// The same gate with privilege level 3, so that `int3` in ring 3 may use it.
 const OPEN_GATE: u64 = 0xee00;
 
 unsafe extern "C" {
@@ -26,7 +26,7 @@ unsafe extern "C" {
     static port_access: u8;
 }
 
-/// Fills in the gates. Before it nothing can be printed. Called once, by vCPU 0.
+/// Fills in the gates. Nothing can be printed before. vCPU 0 calls this once.
 pub(crate) fn install() {
     for vector in 0..VECTORS {
         let stub = (&raw const exception_stubs).addr() + vector * STUB_SIZE;
@@ -36,7 +36,7 @@ pub(crate) fn install() {
 }
 
 fn set(vector: usize, gate: [u64; 2]) {
-    // SAFETY: `vector` is below `VECTORS`; only one vCPU writes the table, at the start.
+    // SAFETY: `vector` is below `VECTORS`, and only vCPU 0 writes the table, before the other vCPUs begin.
     unsafe {
         (&raw mut exception_gates)
             .cast::<[u64; 2]>()
@@ -45,7 +45,7 @@ fn set(vector: usize, gate: [u64; 2]) {
     }
 }
 
-/// The descriptor of a gate to an address below 4 GiB.
+/// Returns the descriptor of a gate to a handler below 4 GiB.
 fn gate(kind: u64, handler: usize) -> [u64; 2] {
     let handler = handler as u64;
     [
@@ -74,7 +74,7 @@ impl fmt::Display for Exception {
     }
 }
 
-/// Called in ring 3 by the assembly; the stack is whatever it was.
+/// Reports an exception and ends the guest. `boot.s` calls it in ring 3 on the interrupted stack.
 #[unsafe(no_mangle)]
 extern "C" fn report_exception(vector: u64, error: u64, instruction: u64, address: u64) -> ! {
     console::crash(

@@ -1,4 +1,4 @@
-//! Writes the guest programs out as ELF files, for use with other monitors.
+//! Writes the guest programs to ELF files, for use with other monitors.
 //!
 //!     cargo run -p ferry-guest-images --bin write-images -- DIR
 
@@ -30,8 +30,12 @@ fn main() -> ExitCode {
 
 fn write(directory: &Path, name: &str, image: &[u8]) -> Result<(), String> {
     let path = directory.join(name);
-    fs::create_dir_all(directory)
-        .map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
+    fs::create_dir_all(directory).map_err(|error| {
+        format!(
+            "cannot create the directory {}: {error}",
+            directory.display()
+        )
+    })?;
     fs::write(&path, image).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     println!("{} ({} bytes)", path.display(), image.len());
     Ok(())

@@ -1,4 +1,4 @@
-//! The dirtier's command line: one type that is written by the host and read by the guest.
+//! The dirtier's configuration. The host formats it as a kernel command line and the guest parses it.
 
 use core::fmt;
 use core::str::FromStr;
@@ -6,12 +6,12 @@ use core::str::FromStr;
 use super::Size;
 use crate::interface::MAX_CPUS;
 
-/// Largest rate and clock taken, so that their products stay far from overflow.
+/// Maximum of `rate` and `tsc_khz`, so that their product cannot overflow.
 const RATE_MOST: u64 = 1 << 32;
 
-/// What the dirtier is asked to do.
+/// Configuration of the dirtier.
 ///
-/// Fill in what matters and take the rest from the default:
+/// Set the fields that matter and take the rest from the default:
 ///
 /// ```
 /// use guest_images::dirtier::{Config, Pattern, Size};
@@ -26,30 +26,31 @@ const RATE_MOST: u64 = 1 << 32;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// `cpus=`: vCPUs that work, 1 to 16. More than one needs the monitor's direct start.
+    /// `cpus=`: number of vCPUs that work, 1 to 16. More than one requires a monitor that supports the
+    /// direct start.
     pub cpus: u32,
-    /// `pattern=`: which page is written when.
+    /// `pattern=`: order in which pages are written.
     pub pattern: Pattern,
-    /// `memory=`: RAM worked on in total, over all vCPUs; all that is usable if absent.
+    /// `memory=`: size of the area over all vCPUs. Default: all usable RAM.
     pub memory: Option<Size>,
-    /// `hot=`: the hot set of [`Pattern::Hot`] (an eighth if absent); with other patterns the
-    /// limit of the working set, the rest being treated as cold.
+    /// `hot=`: size of the hot set of [`Pattern::Hot`] (default: an eighth of the working set). With
+    /// other patterns, size of the working set; all other pages are cold.
     pub hot: Option<Size>,
     /// `cold=`: part of `memory` that is stamped once, with iteration 1, and then only audited.
     pub cold: Option<Size>,
-    /// `rate=`: pages a second over all vCPUs, with any pattern. Needs `tsc_khz`.
+    /// `rate=`: pages written per second over all vCPUs, with any pattern. Requires `tsc_khz`.
     pub rate: Option<u64>,
-    /// `tsc_khz=`: time-stamp counter's frequency in kHz.
+    /// `tsc_khz=`: frequency of the time-stamp counter in kHz.
     pub tsc_khz: Option<u64>,
-    /// `passes=`: stop and audit after so many passes, the first (populating) one included.
+    /// `passes=`: number of passes before the audit, including the first one, which populates.
     pub passes: Option<u64>,
-    /// `seed=`: start of the random orders.
+    /// `seed=`: seed of the pseudo-random orders.
     pub seed: u64,
-    /// `serial=`: listen to commands on the serial port.
+    /// `serial=`: whether commands are read from the serial port.
     pub serial: bool,
-    /// `quiet`: print faults and the final verdict only.
+    /// `quiet`: print only faults, the verdict and answers to commands.
     pub quiet: bool,
-    /// `selftest=`: spoil memory on purpose, to see it noticed.
+    /// `selftest=`: corruption of the guest's own memory that the guest must detect.
     pub selftest: Option<Selftest>,
 }
 
@@ -72,41 +73,43 @@ impl Default for Config {
     }
 }
 
-/// Which page is written when.
+/// Order in which pages are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pattern {
-    /// Every page once a pass, ascending.
+    /// Every page once per pass, in ascending order.
     #[default]
     Sequential,
-    /// Every page once a pass, in another pseudo-random order each pass.
+    /// Every page once per pass, in a pseudo-random order that differs between passes.
     Random,
-    /// The hot set once a pass, and of the rest one sixteenth a pass, in turn.
+    /// The hot set once per pass, and one sixteenth of the other pages per pass, in turn.
     Hot,
-    /// As sequential, at the rate of `rate=`, which it requires.
+    /// Like `Sequential`, but `rate=` is required.
     Rate,
 }
 
-/// How memory is spoilt on purpose, once, behind the dirtier's own back.
+/// Corruption of memory that the guest causes once, to test that the dirtier detects it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selftest {
-    /// After pass 3 one page goes back to what it held after pass 2.
+    /// After pass 3, one page gets its contents of pass 2 back.
     Lost,
-    /// After pass 3 the tail of one page goes back to what it held after pass 2.
+    /// After pass 3, the tail of one page gets its contents of pass 2 back.
     Torn,
-    /// After pass 3 one cold page is zeroed, which only the audit can see.
+    /// After pass 3, one cold page is zeroed. Only the audit can detect it.
     Cold,
-    /// After pass 3 the loop's own state goes back to what it was one step before.
+    /// After pass 3, the recorded state of the loop gets an older value back.
     State,
-    /// After pass 3 an undefined instruction is executed.
+    /// After pass 3, the guest executes an undefined instruction.
     Crash,
 }
 
-/// Words of the command line for the values of an enumeration.
+/// An enumeration whose values are words on the command line.
 trait Words: Sized + Copy + PartialEq + 'static {
+    /// The words and their values.
     const WORDS: &'static [(&'static str, Self)];
-    /// The words, for messages.
+    /// List of the words for error messages.
     const CHOICE: &'static str;
 
+    /// Returns the word of a value.
     fn word(self) -> &'static str {
         Self::WORDS
             .iter()
@@ -114,6 +117,7 @@ trait Words: Sized + Copy + PartialEq + 'static {
             .map_or("", |(word, _)| word)
     }
 
+    /// Returns the value of a word.
     fn find(word: &str) -> Option<Self> {
         Self::WORDS
             .iter()
@@ -171,34 +175,34 @@ impl fmt::Display for Selftest {
     }
 }
 
-/// Why a command line, or a [`Config`], was refused.
+/// Errors of a command line or a [`Config`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConfigError<'a> {
-    /// There is no such key.
+    /// The key is unknown.
     UnknownKey(&'a str),
-    /// The key is there twice.
+    /// The key is given twice.
     Repeated(&'a str),
-    /// The key's value cannot be read.
+    /// The value of the key cannot be parsed.
     BadValue {
         /// The key.
         key: &'a str,
-        /// What was found.
+        /// Its value.
         value: &'a str,
-        /// What would do.
+        /// Description of valid values.
         needed: &'static str,
     },
-    /// The key's value can be read but does not suit.
+    /// The value of the key is out of range or contradicts another key.
     Unsuitable {
         /// The key.
         key: &'static str,
-        /// What would do.
+        /// Description of valid values.
         needed: &'static str,
     },
-    /// More memory than there is.
+    /// The key asks for more memory than is usable.
     TooLarge {
-        /// The key that asked for it.
+        /// The key.
         key: &'static str,
-        /// What there is.
+        /// Usable memory.
         usable: Size,
     },
 }
@@ -222,7 +226,7 @@ impl fmt::Display for ConfigError<'_> {
 impl core::error::Error for ConfigError<'_> {}
 
 impl fmt::Display for Config {
-    /// The shortest command line that stands for this configuration.
+    /// Writes the shortest command line for this configuration.
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "cpus={} pattern={}", self.cpus, self.pattern)?;
         write_optional(out, "memory", self.memory)?;
@@ -247,13 +251,13 @@ fn write_optional(
 }
 
 impl Config {
-    /// Reads a command line. Words are separated by white space, in any order, no key twice.
+    /// Parses a command line. Words are separated by white space and may be in any order.
     ///
-    /// Keys with a dot in them are passed over: monitors add those for Linux by themselves
+    /// Keys that contain a dot are ignored, because monitors add such keys for Linux
     /// (`virtio_mmio.device=…`).
     ///
     /// # Errors
-    /// The first thing wrong, as a [`ConfigError`] that names the key.
+    /// Returns [`ConfigError`] for the first invalid word.
     pub fn parse(line: &str) -> Result<Self, ConfigError<'_>> {
         let mut config = Self::default();
         for (index, word) in line.split_ascii_whitespace().enumerate() {
@@ -306,10 +310,10 @@ impl Config {
         Ok(())
     }
 
-    /// Checks what can be checked without knowing the machine.
+    /// Checks the values that do not depend on the machine.
     ///
     /// # Errors
-    /// The first value that does not suit.
+    /// Returns [`ConfigError::Unsuitable`] for the first invalid value.
     pub fn check(&self) -> Result<(), ConfigError<'static>> {
         let paced = self.rate.is_some();
         let checks = [
@@ -357,7 +361,7 @@ fn key_of(word: &str) -> &str {
     word.split_once('=').map_or(word, |(key, _)| key)
 }
 
-/// Plain decimal digits only: `u64::from_str` would take a plus sign too.
+/// Parses decimal digits. Unlike `u64::from_str`, it refuses a plus sign.
 pub(super) fn decimal(digits: &str) -> Option<u64> {
     if digits.bytes().all(|byte| byte.is_ascii_digit()) {
         digits.parse().ok()
@@ -427,7 +431,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_back(config in configs()) {
+        fn a_command_line_is_parsed_to_the_same_configuration(config in configs()) {
             let line = config.command_line().unwrap();
             prop_assert_eq!(Config::parse(&line), Ok(config));
         }
@@ -441,12 +445,12 @@ mod tests {
         }
 
         #[test]
-        fn anything_is_read_without_a_panic(line in "\\PC*") {
+        fn any_line_is_parsed_without_a_panic(line in "\\PC*") {
             let _ = Config::parse(&line);
         }
 
         #[test]
-        fn nearly_right_lines_are_read_without_a_panic(
+        fn nearly_valid_lines_are_parsed_without_a_panic(
             line in "((cpus|memory|hot|cold|rate|passes|seed|quiet)=?[0-9]{0,21}[KMGT]? ?){0,5}"
         ) {
             if let Ok(config) = Config::parse(&line) {
@@ -462,13 +466,13 @@ mod tests {
     }
 
     #[test]
-    fn words_that_monitors_add_for_linux_are_passed_over() {
+    fn words_that_monitors_add_for_linux_are_ignored() {
         let line = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=x passes=2";
         assert_eq!(Config::parse(line).map(|config| config.passes), Ok(Some(2)));
     }
 
     #[test]
-    fn messages_name_the_key_and_what_would_do() {
+    fn messages_name_the_key_and_its_valid_values() {
         for (line, message) in [
             ("speed=9", "speed: unknown key"),
             ("console", "console: unknown key"),

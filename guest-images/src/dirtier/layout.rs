@@ -1,39 +1,40 @@
-//! How the memory worked on is divided: working set and cold part, and each vCPU's share of both.
+//! Division of the area into the working set and cold pages, and into the shares of the vCPUs.
 
 use super::{Config, ConfigError, Pattern, Selftest, Size};
 
-/// The division of the area, in pages. The working set comes first, the cold part after it.
+/// Sizes of the parts of the area in pages. The working set comes first, the cold pages follow it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Pages that are rewritten.
+    /// Pages of the working set, which are rewritten.
     pub work: u64,
-    /// Pages of the working set that are rewritten every pass: all of them, except with
+    /// Pages of the working set that are rewritten in every pass: all of them, except with
     /// [`Pattern::Hot`].
     pub hot: u64,
-    /// Pages that are stamped once.
+    /// Cold pages, which are stamped once.
     pub cold: u64,
 }
 
-/// One vCPU's share, in pages.
+/// Share of one vCPU, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Share {
-    /// Where its part of the working set begins, counted from the start of the area.
+    /// First page of its part of the working set, counted from the start of the area.
     pub work_first: u64,
     /// Length of that part.
     pub work: u64,
-    /// How many of the part's pages, from its start, are hot.
+    /// Number of hot pages at the start of that part.
     pub hot: u64,
-    /// Where its part of the cold pages begins, counted from the start of the area.
+    /// First page of its part of the cold pages, counted from the start of the area.
     pub cold_first: u64,
     /// Length of that part.
     pub cold: u64,
 }
 
 impl Layout {
-    /// Divides `usable` pages of RAM as `config` asks.
+    /// Divides `usable` pages of RAM according to `config`.
     ///
     /// # Errors
-    /// The key that asks for more than there is, or leaves a vCPU without a page to write.
+    /// Returns [`ConfigError`] if a key asks for more than the usable memory, or if a vCPU would have
+    /// no page to write.
     pub fn new(config: &Config, usable: u64) -> Result<Self, ConfigError<'static>> {
         let total = at_most("memory", config.memory, usable)?.unwrap_or(usable);
         let cold = at_most("cold", config.cold, total)?.unwrap_or(0);
@@ -68,7 +69,7 @@ impl Layout {
                 needed: "a page or more for each vCPU",
             });
         }
-        // The page to be spoilt is one of vCPU 0, which gets a cold page if anyone does.
+        // The self-test zeroes a cold page of vCPU 0, which has one if there are any.
         if config.selftest == Some(Selftest::Cold) && layout.cold == 0 {
             return Err(ConfigError::Unsuitable {
                 key: "selftest",
@@ -78,18 +79,18 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Pages in total.
+    /// Returns the number of pages of the area.
     #[must_use]
     pub const fn pages(&self) -> u64 {
         self.work + self.cold
     }
 
-    /// The share of vCPU `cpu` of `cpus`.
+    /// Returns the share of vCPU `cpu` out of `cpus`.
     #[must_use]
     pub fn share(&self, cpu: u32, cpus: u32) -> Share {
         let (work_first, work) = part(self.work, cpu, cpus);
         let (cold_first, cold) = part(self.cold, cpu, cpus);
-        // Rounding can give a vCPU one hot page more than it has pages.
+        // Rounding can give a vCPU one more hot page than it has pages.
         let hot = part(self.hot, cpu, cpus).1.min(work);
         Share {
             work_first,
@@ -101,6 +102,7 @@ impl Layout {
     }
 }
 
+/// Returns the requested size in pages, or an error if it exceeds `pages`.
 fn at_most(
     key: &'static str,
     asked: Option<Size>,
@@ -115,7 +117,8 @@ fn at_most(
     }
 }
 
-/// First page and length of part `cpu` when `pages` pages are split as evenly as can be.
+/// Returns the first page and the length of part `cpu` if `pages` pages are split as evenly as
+/// possible.
 fn part(pages: u64, cpu: u32, cpus: u32) -> (u64, u64) {
     let (cpu, cpus) = (u64::from(cpu), u64::from(cpus));
     let (each, more) = (pages / cpus, pages % cpus);
@@ -153,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_by_name() {
+    fn keys_that_do_not_fit_are_named() {
         for (line, message) in [
             ("memory=8M", "memory: more than the 4000K that there is"),
             (

@@ -1,8 +1,8 @@
-//! What the guest program `dirtier` and its host side share, word for word: the command line, the
-//! stamps in the pages, the order of the visits, and the lines on the serial port.
+//! Code that the guest program `dirtier` and the host share: the command line, the stamps in the
+//! pages, the order of visits, and the reports on the serial port.
 //!
-//! Everything here is plain computation on `core`; the guest includes these very files, so that
-//! what is tested on the host is what runs in the guest.
+//! The guest includes these source files, so that the host tests the code that runs in the guest.
+//! They use `core` only.
 
 mod config;
 mod layout;
@@ -16,6 +16,6 @@ pub use config::{Config, ConfigError, Pattern, Selftest};
 pub use layout::{Layout, Share};
 pub use order::Order;
 pub use plan::{COLD_STRIPS, Leg, Plan, Position, Region, Span};
-pub use report::{Fault, Report, Totals};
+pub use report::{Fault, GuestReport, Totals};
 pub use size::Size;
 pub use stamp::{Finding, PLACES, Stamp, WORDS, judge};

@@ -1,11 +1,11 @@
-//! The order of visits: every page of a run exactly once, computed and not remembered.
+//! Orders that visit every page of a run exactly once, without a table in memory.
 //!
-//! A shuffled order is a bijection on the numbers of `bits` bits, made of steps that can each be
-//! undone (multiplication by an odd number and an exclusive-or with the shifted self, both modulo a
-//! power of two). Each position is computed by itself, so a processor can work on several at a
-//! time; positions whose number is past the end are skipped.
+//! A shuffled order is a bijection on numbers of a fixed bit width. It is composed of invertible
+//! steps: multiplication by an odd number and exclusive-or with the shifted value, modulo a power of
+//! two. Each position is computed independently, so that the processor can overlap several.
+//! Positions that map past the end of the run are skipped.
 
-/// An order over the pages `0..pages`.
+/// Order of the pages `0..pages`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Order {
     pages: u64,
@@ -16,7 +16,7 @@ pub struct Order {
 }
 
 impl Order {
-    /// Ascending.
+    /// Creates the ascending order.
     #[must_use]
     pub const fn ascending(pages: u64) -> Self {
         Self {
@@ -28,7 +28,7 @@ impl Order {
         }
     }
 
-    /// Shuffled; another `key`, another order.
+    /// Creates a shuffled order, which depends on `key`.
     #[must_use]
     pub fn shuffled(pages: u64, key: u64) -> Self {
         let bits = u64::BITS - pages.saturating_sub(1).leading_zeros();
@@ -37,7 +37,7 @@ impl Order {
         } else {
             (1 << bits) - 1
         };
-        // An odd number either way; two of a key that differ.
+        // Two different odd numbers.
         let factors = [scramble(key) | 1, scramble(!key) | 1];
         let shift = bits.div_ceil(2).max(1);
         Self {
@@ -49,7 +49,7 @@ impl Order {
         }
     }
 
-    /// Number of positions; at most twice the pages.
+    /// Returns the number of positions, which is at most twice the number of pages.
     #[must_use]
     pub const fn positions(&self) -> u64 {
         if self.mask == u64::MAX || self.pages == 0 {
@@ -59,7 +59,7 @@ impl Order {
         }
     }
 
-    /// The page at `position`, or `None` if that position is to be skipped.
+    /// Returns the page at `position`, or `None` if the position must be skipped.
     #[inline]
     #[must_use]
     pub const fn page(&self, position: u64) -> Option<u64> {
@@ -73,7 +73,7 @@ impl Order {
     }
 }
 
-/// Spreads every bit of a key over all bits (the finaliser of SplitMix64, Steele et al. 2014).
+/// Mixes all bits of a key (the finalizer of SplitMix64, Steele et al. 2014).
 const fn scramble(key: u64) -> u64 {
     let mut mixed = key.wrapping_add(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -113,7 +113,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_page_comes_once(count in 0u64..5000, key: u64) {
+        fn every_page_is_visited_once(count in 0u64..5000, key: u64) {
             let mut all = pages(Order::shuffled(count, key));
             all.sort_unstable();
             prop_assert_eq!(all, (0..count).collect::<Vec<_>>());

@@ -1,45 +1,46 @@
-//! What a vCPU visits in each pass, and what every page must hold at any moment.
+//! The plan of a vCPU: the pages that it visits in each pass, and the iteration that every page must
+//! hold at any time.
 //!
-//! A pass is one or two legs; a leg is a run of pages in some order that all hold the same
-//! iteration before it and the pass's number after it. The plan is a pure function of the
-//! configuration and the pass, so what a page must hold never has to be read from memory that
-//! might have been lost.
+//! A pass consists of one or two legs. A leg is a run of pages with an order. All its pages hold the
+//! same iteration before the leg and the number of the pass after it. The plan is a pure function of
+//! the configuration and the pass, so that expected values are never read from memory that may have
+//! been lost.
 
 use super::{Config, Order, Pattern, Share};
 
-/// With [`Pattern::Hot`], the pages that are not hot are cut into so many strips, and each pass
-/// rewrites one of them.
+/// Number of strips into which [`Pattern::Hot`] divides the pages that are not hot. Each pass
+/// rewrites one strip.
 pub const COLD_STRIPS: u64 = 16;
 
-/// The pass that populates the area.
+/// Number of the first pass, which populates the area.
 const FIRST_PASS: u64 = 1;
 
-/// Which part of a vCPU's share.
+/// Part of a vCPU's share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Region {
-    /// Its part of the working set.
+    /// Pages of the working set.
     Work,
-    /// Its part of the cold pages.
+    /// Cold pages.
     Cold,
 }
 
-/// A run of pages, an order, and the iteration that all of them hold before they are rewritten.
+/// A run of pages, their order, and the iteration that they hold before they are rewritten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leg {
-    /// The part of the share that `first` counts in.
+    /// Part of the share that contains the run.
     pub region: Region,
-    /// First page of the run.
+    /// First page of the run, counted from the start of the region.
     pub first: u64,
-    /// The order over the run.
+    /// Order in which the pages are visited.
     pub order: Order,
-    /// The iteration that the pages hold.
+    /// Iteration that the pages hold.
     pub expected: u64,
 }
 
-/// Part of a leg: its positions `from..to`.
+/// The positions `from..to` of a leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// The leg, with what its pages hold now.
+    /// The leg, whose `expected` is the iteration that these pages hold now.
     pub leg: Leg,
     /// First position.
     pub from: u64,
@@ -47,18 +48,18 @@ pub struct Span {
     pub to: u64,
 }
 
-/// How far a vCPU has come: everything before it in the pass holds the pass's number.
+/// Progress of a vCPU. All pages before it in the pass hold the number of the pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {
-    /// The pass under way. Passes are numbered from 1, which populates.
+    /// Number of the current pass. Pass 1 populates the area.
     pub pass: u64,
-    /// The leg of that pass.
+    /// Index of the current leg in the pass.
     pub leg: u64,
-    /// The position in that leg's order.
+    /// Next position in the order of the leg.
     pub position: u64,
 }
 
-/// One vCPU's plan.
+/// Plan of one vCPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     share: Share,
@@ -67,7 +68,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of vCPU `cpu` for its `share`.
+    /// Creates the plan of vCPU `cpu` for its share.
     #[must_use]
     pub fn new(config: &Config, cpu: u32, share: Share) -> Self {
         let seed = config.seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ u64::from(cpu) << 56;
@@ -78,7 +79,7 @@ impl Plan {
         }
     }
 
-    /// Leg `leg` of pass `pass`, from pass 1 on; `None` if the pass has no such leg.
+    /// Returns leg `leg` of pass `pass`, or `None` if the pass has no such leg. Passes start at 1.
     #[must_use]
     pub fn leg(&self, pass: u64, leg: u64) -> Option<Leg> {
         match (pass, leg) {
@@ -91,7 +92,7 @@ impl Plan {
         }
     }
 
-    /// Pages of the first leg of every pass after the first.
+    /// Returns the first leg of a pass after the populating one.
     fn hot_leg(&self, pass: u64) -> Leg {
         let mut leg = ascending(Region::Work, 0, self.share.hot, pass - 1);
         if self.pattern == Pattern::Random {
@@ -100,22 +101,24 @@ impl Plan {
         leg
     }
 
+    /// Returns true if there are pages that are not hot.
     const fn has_strips(&self) -> bool {
         self.share.work > self.share.hot
     }
 
-    /// Strip `strip` of the pages that are not hot, as it is once pass `done` has been through.
+    /// Returns strip `strip` of the pages that are not hot, with the iteration that they hold after pass
+    /// `done`.
     fn strip(&self, strip: u64, done: u64) -> Leg {
         let rest = self.share.work - self.share.hot;
-        // Cut so that no product of page and strip numbers is needed.
+        // Divides first, because a product of page and strip numbers could overflow.
         let (each, more) = (rest / COLD_STRIPS, rest % COLD_STRIPS);
         let first = self.share.hot + strip * each + strip.min(more);
         let pages = each + u64::from(strip < more);
         ascending(Region::Work, first, pages, last_rewrite(strip, done))
     }
 
-    /// Calls `visit` for runs of pages that together are the whole share, each once, with what
-    /// they hold at `at`.
+    /// Calls `visit` for spans that together cover every page of the share exactly once, with the
+    /// iteration that the pages hold when the vCPU is at `at`.
     pub fn audit(&self, at: Position, mut visit: impl FnMut(Span)) {
         let mut index = 0;
         while let Some(leg) = self.leg(at.pass, index) {
@@ -140,11 +143,12 @@ impl Plan {
             index += 1;
         }
         if at.pass > FIRST_PASS {
-            self.audit_what_the_pass_leaves_alone(at.pass, visit);
+            self.audit_other_pages(at.pass, visit);
         }
     }
 
-    fn audit_what_the_pass_leaves_alone(&self, pass: u64, mut visit: impl FnMut(Span)) {
+    /// Calls `visit` for the pages that pass `pass` does not rewrite.
+    fn audit_other_pages(&self, pass: u64, mut visit: impl FnMut(Span)) {
         for strip in (0..COLD_STRIPS).filter(|strip| *strip != pass % COLD_STRIPS) {
             visit(whole(self.strip(strip, pass)));
         }
@@ -157,6 +161,7 @@ impl Plan {
     }
 }
 
+/// Returns a span of all positions of a leg.
 fn whole(leg: Leg) -> Span {
     Span {
         leg,
@@ -165,6 +170,7 @@ fn whole(leg: Leg) -> Span {
     }
 }
 
+/// Returns a leg in ascending order.
 const fn ascending(region: Region, first: u64, pages: u64, expected: u64) -> Leg {
     Leg {
         region,
@@ -174,7 +180,7 @@ const fn ascending(region: Region, first: u64, pages: u64, expected: u64) -> Leg
     }
 }
 
-/// The last pass up to `done` that rewrote strip `strip`; the populating pass if none did.
+/// Returns the last pass up to `done` that rewrote strip `strip`, or the populating pass if none did.
 const fn last_rewrite(strip: u64, done: u64) -> u64 {
     let ago = (done % COLD_STRIPS + COLD_STRIPS - strip) % COLD_STRIPS;
     if done < FIRST_PASS + 1 + ago {
@@ -190,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// A share's pages, each holding the number of the pass that wrote it last, 0 at first.
+    /// Pages of a share. Each holds the number of the pass that wrote it last, initially 0.
     struct Model {
         work: Vec<u64>,
         cold: Vec<u64>,
@@ -213,7 +219,7 @@ mod tests {
             }
         }
 
-        /// Visits as the guest does, until `steps` positions have been passed.
+        /// Visits `steps` positions in the order of the guest.
         fn run(&mut self, plan: &Plan, steps: u64) -> Position {
             let mut at = Position {
                 pass: 1,
@@ -264,7 +270,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_expectation_is_what_was_written(
+        fn expected_iterations_are_those_that_were_written(
             share in shares(), seed: u64, steps in 0u64..6000,
             pattern in prop::sample::select(vec![Pattern::Sequential, Pattern::Random, Pattern::Hot]),
         ) {
@@ -281,7 +287,7 @@ mod tests {
                 for page in (span.from..span.to).filter_map(|n| span.leg.order.page(n)) {
                     let held = *model.page(span.leg.region, span.leg.first + page);
                     assert_eq!(held, span.leg.expected, "page {page} of {span:?} at {at:?}");
-                    // Seen twice would now be noticed.
+                    // Makes a second visit of the same page fail.
                     *model.page(span.leg.region, span.leg.first + page) = u64::MAX;
                     seen += 1;
                 }

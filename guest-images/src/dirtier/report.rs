@@ -1,54 +1,56 @@
-//! The lines that the dirtier prints: written by the guest, read by the host.
+//! Reports of the dirtier: lines that the guest prints and the host parses.
 
 use core::fmt;
 
 use super::Pattern;
 
-/// What has been done, over all vCPUs.
+/// Totals over all vCPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Passes that every vCPU has completed, the populating one included.
+    /// Number of passes that every vCPU has completed, including the populating one.
     pub passes: u64,
-    /// Pages written.
+    /// Number of page writes.
     pub pages: u64,
-    /// Pages that hold an older stamp than was written.
+    /// Number of pages with an older stamp than was written.
     pub lost: u64,
-    /// Pages whose stamps contradict each other.
+    /// Number of pages whose stamps differ from each other.
     pub torn: u64,
 }
 
-/// A page that does not hold what was written to it.
+/// A page that does not hold the stamp that was written to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The vCPU that wrote it.
+    /// Index of the vCPU that wrote the page.
     pub cpu: u32,
-    /// Its guest-physical address.
+    /// Guest-physical address of the page.
     pub gpa: u64,
-    /// The iteration that it must hold.
+    /// Iteration that the page must hold.
     pub expected: u64,
 }
 
-/// One line on the serial port.
+/// A report of the dirtier, which is one line on the serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Report {
-    /// Every vCPU has populated its part.
+pub enum GuestReport {
+    /// Every vCPU has populated its share.
     Ready {
-        /// vCPUs at work.
+        /// Number of vCPUs that work.
         cpus: u32,
-        /// Memory worked on, in MiB, rounded down.
+        /// Size of the area in MiB, rounded down.
         area_mib: u64,
-        /// The pattern.
+        /// Order in which pages are written.
         pattern: Pattern,
     },
     /// Answer to the command `s`.
     Status(Totals),
-    /// The final verdict: all is as it was written.
+    /// Verdict: every page holds the stamp that was written.
     AuditPassed(Totals),
-    /// The final verdict: it is not.
+    /// Verdict: at least one page does not.
     AuditFailed(Totals),
-    /// A page holds a whole stamp of another iteration; 0 if it holds zeroes.
+    /// A page holds an intact stamp of another iteration, which is given. A page of zeros has
+    /// iteration 0.
     LostWrite(Fault, u64),
-    /// A page's stamps differ or are damaged: the iterations at head, middle and tail.
+    /// The stamps of a page differ or are damaged. The values are the iterations at its head, middle
+    /// and tail.
     TornWrite(Fault, [u64; 3]),
 }
 
@@ -71,7 +73,7 @@ impl fmt::Display for Fault {
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for GuestReport {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(PREFIX)?;
         match self {
@@ -99,11 +101,11 @@ impl fmt::Display for Report {
     }
 }
 
-/// What every line begins with.
+/// Prefix of every line.
 const PREFIX: &str = "dirtier: ";
 
-impl Report {
-    /// Reads a line; `None` if it is none of these.
+impl GuestReport {
+    /// Parses a line. Returns `None` if it is not a report.
     #[must_use]
     pub fn parse(line: &str) -> Option<Self> {
         let line = line.trim_end().strip_prefix(PREFIX)?;
@@ -114,25 +116,30 @@ impl Report {
     }
 }
 
-type Reader = fn(Fields<'_>) -> Option<Report>;
+/// Parser of the fields of one kind of report.
+type Reader = fn(Fields<'_>) -> Option<GuestReport>;
 
+/// First words of each kind of report, and the parser of its fields.
 const KINDS: [(&str, Reader); 6] = [
     ("ready", |fields| {
-        Some(Report::Ready {
+        Some(GuestReport::Ready {
             cpus: fields.number("cpus")?.try_into().ok()?,
             area_mib: fields.number("area")?,
             pattern: fields.text("pattern")?.parse().ok()?,
         })
     }),
-    ("status", |fields| fields.totals().map(Report::Status)),
+    ("status", |fields| fields.totals().map(GuestReport::Status)),
     ("audit passed", |fields| {
-        fields.totals().map(Report::AuditPassed)
+        fields.totals().map(GuestReport::AuditPassed)
     }),
     ("audit FAILED", |fields| {
-        fields.totals().map(Report::AuditFailed)
+        fields.totals().map(GuestReport::AuditFailed)
     }),
     ("LOST WRITE", |fields| {
-        Some(Report::LostWrite(fields.fault()?, fields.number("found")?))
+        Some(GuestReport::LostWrite(
+            fields.fault()?,
+            fields.number("found")?,
+        ))
     }),
     ("TORN WRITE", |fields| {
         let places = [
@@ -140,11 +147,11 @@ const KINDS: [(&str, Reader); 6] = [
             fields.number("middle")?,
             fields.number("tail")?,
         ];
-        Some(Report::TornWrite(fields.fault()?, places))
+        Some(GuestReport::TornWrite(fields.fault()?, places))
     }),
 ];
 
-/// The `key=value` words of a line.
+/// The `key=value` fields of a line.
 #[derive(Clone, Copy)]
 struct Fields<'a>(&'a str);
 
@@ -201,19 +208,20 @@ mod tests {
         any::<(u32, u64, u64)>().prop_map(|(cpu, gpa, expected)| Fault { cpu, gpa, expected })
     }
 
-    fn reports() -> impl Strategy<Value = Report> {
+    fn reports() -> impl Strategy<Value = GuestReport> {
         prop_oneof![
-            any::<(u32, u64)>().prop_map(|(cpus, area_mib)| Report::Ready {
+            any::<(u32, u64)>().prop_map(|(cpus, area_mib)| GuestReport::Ready {
                 cpus,
                 area_mib,
                 pattern: Pattern::Hot
             }),
-            totals().prop_map(Report::Status),
-            totals().prop_map(Report::AuditPassed),
-            totals().prop_map(Report::AuditFailed),
-            (faults(), any::<u64>()).prop_map(|(fault, found)| Report::LostWrite(fault, found)),
+            totals().prop_map(GuestReport::Status),
+            totals().prop_map(GuestReport::AuditPassed),
+            totals().prop_map(GuestReport::AuditFailed),
+            (faults(), any::<u64>())
+                .prop_map(|(fault, found)| GuestReport::LostWrite(fault, found)),
             (faults(), any::<[u64; 3]>())
-                .prop_map(|(fault, places)| Report::TornWrite(fault, places)),
+                .prop_map(|(fault, places)| GuestReport::TornWrite(fault, places)),
         ]
     }
 
@@ -221,12 +229,12 @@ mod tests {
         #[test]
         fn what_is_printed_is_read_back(report in reports()) {
             let line = format!("{report}\r\n");
-            prop_assert_eq!(Report::parse(&line), Some(report));
+            prop_assert_eq!(GuestReport::parse(&line), Some(report));
         }
 
         #[test]
         fn anything_is_read_without_a_panic(line in "(dirtier: )?\\PC*") {
-            let _ = Report::parse(&line);
+            let _ = GuestReport::parse(&line);
         }
     }
 
@@ -238,11 +246,11 @@ mod tests {
             expected: 5,
         };
         assert_eq!(
-            Report::LostWrite(fault, 4).to_string(),
+            GuestReport::LostWrite(fault, 4).to_string(),
             "dirtier: LOST WRITE cpu=1 gpa=0x200000 expected iteration=5 found=4"
         );
         assert_eq!(
-            Report::TornWrite(fault, [5, 5, 4]).to_string(),
+            GuestReport::TornWrite(fault, [5, 5, 4]).to_string(),
             "dirtier: TORN WRITE cpu=1 gpa=0x200000 expected iteration=5 head=5 middle=5 tail=4"
         );
     }

@@ -1,21 +1,21 @@
-//! Amounts of memory as they are written on the command line: `64M`, `4K`, `8192`.
+//! Sizes of memory, as written on the command line: `64M`, `4K`, `8192`.
 
 use core::fmt;
 use core::str::FromStr;
 
 use crate::interface::PAGE_SIZE;
 
-/// Powers of 1024 and their letters, largest first.
+/// Suffixes and their powers of two, largest first.
 const UNITS: [(u32, &str); 4] = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
 
-/// A whole number of pages.
+/// Size of memory, a whole number of pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size {
     pages: u64,
 }
 
 impl Size {
-    /// `pages` pages of 4 KiB; `None` if that is more bytes than an address can count.
+    /// Creates a size of `pages` pages of 4 KiB. Returns `None` if the number of bytes exceeds 64 bits.
     #[must_use]
     pub const fn from_pages(pages: u64) -> Option<Self> {
         if pages <= u64::MAX / PAGE_SIZE {
@@ -25,22 +25,21 @@ impl Size {
         }
     }
 
-    /// `mebibytes` MiB.
+    /// Creates a size of `mebibytes` MiB.
     #[must_use]
     pub const fn from_mib(mebibytes: u32) -> Self {
-        // Widening; `u64::from` is not const.
-        #[allow(clippy::cast_lossless)]
+        #[allow(clippy::cast_lossless, reason = "`u64::from` is not const")]
         let pages = (mebibytes as u64) << 8;
         Self { pages }
     }
 
-    /// The amount in pages.
+    /// Returns the size in pages.
     #[must_use]
     pub const fn pages(self) -> u64 {
         self.pages
     }
 
-    /// The amount in bytes.
+    /// Returns the size in bytes.
     #[must_use]
     pub const fn bytes(self) -> u64 {
         self.pages * PAGE_SIZE
@@ -59,7 +58,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// The text is no whole number of pages, with or without a unit.
+/// Error of a text that is not a whole number of pages with an optional suffix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotASize;
 

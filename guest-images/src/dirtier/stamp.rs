@@ -1,40 +1,39 @@
-//! The stamps that the dirtier writes into its pages, and what their damage means.
+//! Stamps that the dirtier writes into its pages, and the detection of damaged stamps.
 //!
-//! A stamp is three words: the iteration, the page's address with the vCPU's number in its low
-//! bits, and a check value over both. Every page bears the same stamp at its head, its middle and
-//! its tail, each with a check value of its own place; the head is written first and the tail
-//! last, so a page that was copied while it was written shows an older tail.
+//! A stamp has three words: the iteration, the address of the page with the index of the vCPU in its
+//! low bits, and a check value over both. Each page has the same stamp at its head, its middle and
+//! its tail, except that the check value depends on the place. The head is written first and the
+//! tail last, so that a page that was copied during a write has an older tail.
 
-/// Offsets in a page at which the stamps are, in the order in which they are written.
+/// Offsets of the stamps in a page, in the order in which they are written.
 pub const PLACES: [u64; 3] = [0, 2048, 4096 - 24];
 
-/// Words of 8 bytes in a stamp.
+/// Number of 8-byte words in a stamp.
 pub const WORDS: usize = 3;
 
-/// Odd constants without pattern (the golden ratio's and the SplitMix64 finaliser's).
+/// Odd multipliers of the check value (the golden ratio, and the finalizer of SplitMix64).
 const FACTORS: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9];
 
-/// A stamp, as the page of its `owner` must hold it.
+/// Stamp of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
-    /// The iteration that wrote it; 0 stands for a page that was never written.
+    /// Iteration that wrote it. 0 means that the page was never written.
     pub iteration: u64,
-    /// The page's guest-physical address, plus the vCPU's number.
+    /// Guest-physical address of the page, plus the index of the vCPU.
     pub owner: u64,
 }
 
-/// What a page's three stamps say.
+/// Result of the check of a page's three stamps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finding {
-    /// One and the same iteration, intact at all places: that of a whole page. Zeroes at all
-    /// places are iteration 0.
+    /// All stamps are intact and have the same iteration. Zeros at all places are iteration 0.
     Whole(u64),
-    /// Anything else; the iterations found.
+    /// The stamps differ or are damaged. The values are the iterations found.
     Torn([u64; 3]),
 }
 
 impl Stamp {
-    /// The stamp of `iteration` for the page at `gpa`, which vCPU `cpu` writes.
+    /// Creates the stamp of `iteration` for the page at `gpa`, which vCPU `cpu` writes.
     #[inline]
     #[must_use]
     pub fn new(iteration: u64, gpa: u64, cpu: u32) -> Self {
@@ -44,18 +43,18 @@ impl Stamp {
         }
     }
 
-    /// The words to be found at place number `place` of the page.
+    /// Returns the words of the stamp at place number `place` of the page.
     #[inline]
     #[must_use]
     pub const fn words(&self, place: usize) -> [u64; WORDS] {
-        // Both products are computed once a page, or once a pass, whatever the number of places.
+        // The compiler computes both products once per page or per pass, not once per place.
         let mixed = self.iteration.wrapping_mul(FACTORS[0]).rotate_left(29);
         let check = mixed ^ self.owner.wrapping_mul(FACTORS[1]) ^ PLACES[place];
         [self.iteration, self.owner, check]
     }
 }
 
-/// Judges what was read from the page of `owner`.
+/// Checks the words that were read from the three places of the page of `owner`.
 #[must_use]
 pub fn judge(owner: u64, found: [[u64; WORDS]; 3]) -> Finding {
     let iteration = found[0][0];
@@ -81,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_zeroes_was_never_written() {
+    fn a_page_of_zeros_was_never_written() {
         assert_eq!(judge(0x1000, [[0; 3]; 3]), Finding::Whole(0));
     }
 

@@ -1,7 +1,7 @@
-//! The program `dirtier`, booted: it passes when memory is sound and notices when it is not.
+//! Tests of the program `dirtier`: its audit passes if memory is intact, and it detects corruption.
 
 use crate::machine::{Accelerator, Ended, Guest, everywhere};
-use guest_images::dirtier::{Config, Fault, Pattern, Report, Selftest, Size, Totals};
+use guest_images::dirtier::{Config, Fault, GuestReport, Pattern, Selftest, Size, Totals};
 use guest_images::interface::{EXIT_BAD_REQUEST, EXIT_CRASH, EXIT_MEMORY_FAULT, EXIT_SUCCESS};
 
 const MEMORY_MIB: u32 = 64;
@@ -14,13 +14,14 @@ fn run(accelerator: Accelerator, config: &Config) -> Ended {
     Guest::dirtier(accelerator, MEMORY_MIB, &config.command_line().unwrap()).end()
 }
 
-fn reports(ended: &Ended) -> Vec<Report> {
-    let read = |line: &String| Report::parse(line).unwrap_or_else(|| panic!("odd line: {line}"));
+fn reports(ended: &Ended) -> Vec<GuestReport> {
+    let read =
+        |line: &String| GuestReport::parse(line).unwrap_or_else(|| panic!("odd line: {line}"));
     ended.lines.iter().map(read).collect()
 }
 
-fn passed(passes: u64, pages: u64) -> Report {
-    Report::AuditPassed(Totals {
+fn passed(passes: u64, pages: u64) -> GuestReport {
+    GuestReport::AuditPassed(Totals {
         passes,
         pages,
         lost: 0,
@@ -43,7 +44,7 @@ fn every_pattern_passes_its_audit() {
     for (pattern, config, pages) in [
         (Pattern::Sequential, Config::default(), 8 * 256 * 40),
         (Pattern::Random, Config::default(), 8 * 256 * 40),
-        // 1 MiB in 40 passes, the other 5 MiB in the first and in 39 strips, 2 MiB in the first.
+        // Page writes: 1 MiB in 40 passes, 5 MiB in the first pass and 39 strips of it, 2 MiB in the first pass.
         (
             Pattern::Hot,
             hot,
@@ -59,7 +60,7 @@ fn every_pattern_passes_its_audit() {
         };
         everywhere(|accelerator| {
             let ended = run(accelerator, &config);
-            let ready = Report::Ready {
+            let ready = GuestReport::Ready {
                 cpus: 1,
                 area_mib: 8,
                 pattern,
@@ -71,7 +72,7 @@ fn every_pattern_passes_its_audit() {
 }
 
 #[test]
-fn one_pass_one_page_and_all_of_memory_are_not_special() {
+fn one_pass_one_page_and_all_memory_work() {
     everywhere(|accelerator| {
         for line in [
             "passes=1 memory=4K",
@@ -86,7 +87,7 @@ fn one_pass_one_page_and_all_of_memory_are_not_special() {
 
 #[test]
 fn memory_on_both_sides_of_the_hole_below_4_gib_is_one_area() {
-    // This machine has 3 GiB below the hole, and the area is at the end of RAM.
+    // The machine has 3 GiB of RAM below the hole, and the area is at the end of RAM.
     for line in ["passes=3 memory=40M", "passes=3 memory=40M pattern=random"] {
         everywhere(|accelerator| {
             let ended = Guest::dirtier(accelerator, 3 * 1024 + 20, line).end();
@@ -123,14 +124,14 @@ fn commands_are_answered() {
         let line = config.command_line().unwrap();
         let mut guest = Guest::dirtier(accelerator, MEMORY_MIB, &line);
         assert!(matches!(
-            guest.line().as_deref().and_then(Report::parse),
-            Some(Report::Ready { .. })
+            guest.line().as_deref().and_then(GuestReport::parse),
+            Some(GuestReport::Ready { .. })
         ));
         let mut earlier = 0;
         for _ in 0..3 {
             guest.send(b"\ns");
-            let status = guest.line().as_deref().and_then(Report::parse);
-            let Some(Report::Status(totals)) = status else {
+            let status = guest.line().as_deref().and_then(GuestReport::parse);
+            let Some(GuestReport::Status(totals)) = status else {
                 panic!("{status:?}")
             };
             assert!(totals.pages > earlier, "it works on");
@@ -139,7 +140,7 @@ fn commands_are_answered() {
         }
         guest.send(b"q");
         let ended = guest.end();
-        let Some(Report::AuditPassed(totals)) = reports(&ended).last().copied() else {
+        let Some(GuestReport::AuditPassed(totals)) = reports(&ended).last().copied() else {
             panic!("{ended:?}")
         };
         assert!(totals.pages >= earlier);
@@ -148,13 +149,13 @@ fn commands_are_answered() {
 }
 
 #[test]
-fn stopped_before_it_is_ready_it_audits_what_it_has_written() {
+fn a_guest_that_is_stopped_early_audits_the_pages_that_it_has_written() {
     everywhere(|accelerator| {
         let mut guest = Guest::dirtier(accelerator, 512, "cold=200M");
         guest.send(b"q");
         let ended = guest.end();
         assert!(
-            matches!(reports(&ended).last(), Some(Report::AuditPassed(_))),
+            matches!(reports(&ended).last(), Some(GuestReport::AuditPassed(_))),
             "{ended:?}"
         );
         assert_eq!(ended.status, EXIT_SUCCESS);
@@ -172,8 +173,8 @@ fn quiet_prints_the_verdict_only() {
     everywhere(|accelerator| assert_eq!(reports(&run(accelerator, &config)), [passed(2, 512)]));
 }
 
-/// Runs a self-test and returns what was printed after `ready`.
-fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<Report>, u8) {
+/// Runs a self-test. Returns the reports after `ready` and the exit status.
+fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<GuestReport>, u8) {
     let ended = run(
         accelerator,
         &Config {
@@ -183,7 +184,7 @@ fn spoilt(accelerator: Accelerator, kind: Selftest, config: Config) -> (Vec<Repo
         },
     );
     let reports = reports(&ended);
-    assert!(matches!(reports[0], Report::Ready { .. }), "{ended:?}");
+    assert!(matches!(reports[0], GuestReport::Ready { .. }), "{ended:?}");
     (reports[1..].to_vec(), ended.status)
 }
 
@@ -199,7 +200,7 @@ fn a_lost_write_is_noticed_at_the_next_visit() {
             assert!(
                 matches!(
                     reports[..],
-                    [Report::LostWrite(
+                    [GuestReport::LostWrite(
                         Fault {
                             cpu: 0,
                             expected: 3,
@@ -222,7 +223,7 @@ fn a_torn_write_is_noticed_at_the_next_visit() {
         assert!(
             matches!(
                 reports[..],
-                [Report::TornWrite(Fault { expected: 3, .. }, [3, 3, 2])]
+                [GuestReport::TornWrite(Fault { expected: 3, .. }, [3, 3, 2])]
             ),
             "{reports:?}"
         );
@@ -231,7 +232,7 @@ fn a_torn_write_is_noticed_at_the_next_visit() {
 }
 
 #[test]
-fn the_audit_notices_what_no_visit_has_seen() {
+fn the_audit_detects_damage_that_no_visit_has_seen() {
     let ends = Config {
         passes: Some(3),
         ..Config::default()
@@ -246,7 +247,11 @@ fn the_audit_notices_what_no_visit_has_seen() {
             [(Selftest::Lost, &ends, 3, 2), (Selftest::Cold, &cold, 1, 0)]
         {
             let (reports, status) = spoilt(accelerator, kind, config.clone());
-            let [Report::LostWrite(fault, held), Report::AuditFailed(totals)] = reports[..] else {
+            let [
+                GuestReport::LostWrite(fault, held),
+                GuestReport::AuditFailed(totals),
+            ] = reports[..]
+            else {
                 panic!("{reports:?}")
             };
             assert_eq!((fault.expected, held), (expected, found));
@@ -257,7 +262,7 @@ fn the_audit_notices_what_no_visit_has_seen() {
         assert!(
             matches!(
                 reports[1],
-                Report::AuditFailed(Totals {
+                GuestReport::AuditFailed(Totals {
                     lost: 0,
                     torn: 1,
                     ..
@@ -275,7 +280,7 @@ fn the_loss_of_its_own_state_is_noticed() {
         assert!(
             matches!(
                 reports[..],
-                [Report::LostWrite(Fault { expected: 4, .. }, 3)]
+                [GuestReport::LostWrite(Fault { expected: 4, .. }, 3)]
             ),
             "{reports:?}"
         );
@@ -329,7 +334,7 @@ fn bad_command_lines_are_refused_by_name() {
 }
 
 #[test]
-fn more_memory_than_there_is_is_refused_with_what_there_is() {
+fn too_much_memory_is_refused_with_the_usable_size() {
     everywhere(|accelerator| {
         let ended = Guest::dirtier(accelerator, MEMORY_MIB, "memory=65M").end();
         let line = &ended.lines[0];
@@ -342,7 +347,7 @@ fn more_memory_than_there_is_is_refused_with_what_there_is() {
 }
 
 #[test]
-fn vcpus_that_never_start_are_missed_aloud() {
+fn vcpus_that_never_start_are_reported() {
     everywhere(|accelerator| {
         let mut guest = Guest::dirtier(accelerator, MEMORY_MIB, "cpus=2 memory=1M passes=2");
         let line = guest.line().unwrap();
@@ -350,7 +355,7 @@ fn vcpus_that_never_start_are_missed_aloud() {
             line.starts_with("dirtier: waiting, 1 of cpus=2 started"),
             "{line}"
         );
-        // Told to stop, it does not wait for them any longer.
+        // After `q` it no longer waits for them.
         guest.send(b"q");
         let ended = guest.end();
         assert_eq!(reports_after(&ended, 1), [passed(0, 128)]);
@@ -358,9 +363,9 @@ fn vcpus_that_never_start_are_missed_aloud() {
     });
 }
 
-fn reports_after(ended: &Ended, skipped: usize) -> Vec<Report> {
+fn reports_after(ended: &Ended, skipped: usize) -> Vec<GuestReport> {
     ended.lines[skipped..]
         .iter()
-        .filter_map(|line| Report::parse(line))
+        .filter_map(|line| GuestReport::parse(line))
         .collect()
 }

@@ -1,4 +1,4 @@
-//! The program `hello`, booted.
+//! Tests of the program `hello`.
 
 use crate::machine::{Guest, everywhere};
 
@@ -15,7 +15,7 @@ fn it_prints_its_line_and_exits() {
 }
 
 #[test]
-fn it_counts_the_vcpus_that_arrived_and_not_those_that_were_promised() {
+fn it_counts_the_vcpus_that_started() {
     everywhere(|accelerator| {
         let ended = Guest::hello(accelerator, 64, "cpus=2").end();
         assert_eq!(
@@ -37,7 +37,7 @@ fn it_counts_memory_above_4_gib() {
 }
 
 #[test]
-fn its_line_stays_one_line() {
+fn unprintable_bytes_do_not_split_its_line() {
     everywhere(|accelerator| {
         let ended = Guest::hello(accelerator, 64, "a\nb\tc\u{7f}\u{e9}").end();
         assert_eq!(

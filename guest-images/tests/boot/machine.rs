@@ -1,4 +1,4 @@
-//! Running a guest program in QEMU, with each accelerator that this machine has.
+//! Guest programs in QEMU, with each accelerator that the host supports.
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -10,19 +10,19 @@ use std::time::{Duration, Instant};
 
 use guest_images::{DIRTIER, HELLO, RING_ATTACKER};
 
-/// Far more than any of these guests needs, so that a busy machine fails no test.
+/// Time limit of a guest. It is long enough for a busy host.
 const PATIENCE: Duration = Duration::from_secs(50);
 
-/// What QEMU runs the guest with.
+/// Accelerator of QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Accelerator {
-    /// The machine's own /dev/kvm.
+    /// KVM of the host.
     Kvm,
-    /// Emulation.
+    /// Emulation by QEMU.
     Tcg,
 }
 
-/// Calls `test` with every accelerator, and says which. Emulation is always one of them.
+/// Calls `test` with every accelerator and prints its name. Emulation is always available.
 pub(crate) fn everywhere(test: impl Fn(Accelerator)) {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     match kvm {
@@ -45,27 +45,27 @@ pub(crate) struct Guest {
     until: Instant,
 }
 
-/// How a guest ended.
+/// Output and exit status of a guest that has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Everything that it printed.
+    /// All lines that it printed.
     pub(crate) lines: Vec<String>,
-    /// The byte that it wrote to the debug exit.
+    /// Byte that it wrote to the debug exit.
     pub(crate) status: u8,
 }
 
 impl Guest {
-    /// The dirtier.
+    /// Starts the dirtier.
     pub(crate) fn dirtier(accelerator: Accelerator, memory_mib: u32, command_line: &str) -> Self {
         Self::start(accelerator, ("dirtier", DIRTIER), memory_mib, command_line)
     }
 
-    /// The hello program.
+    /// Starts the program `hello`.
     pub(crate) fn hello(accelerator: Accelerator, memory_mib: u32, command_line: &str) -> Self {
         Self::start(accelerator, ("hello", HELLO), memory_mib, command_line)
     }
 
-    /// The ring attacker.
+    /// Starts the ring attacker.
     pub(crate) fn ring_attacker(accelerator: Accelerator, command_line: &str) -> Self {
         let image = ("ring-attacker", RING_ATTACKER);
         Self::start(accelerator, image, 64, command_line)
@@ -104,7 +104,7 @@ impl Guest {
         }
     }
 
-    /// The next line; `None` at the end of the guest.
+    /// Returns the next line, or `None` if the guest has ended.
     pub(crate) fn line(&mut self) -> Option<String> {
         let left = self.until.saturating_duration_since(Instant::now());
         match self.lines.recv_timeout(left) {
@@ -122,13 +122,13 @@ impl Guest {
         }
     }
 
-    /// Sends bytes to its serial port.
+    /// Sends bytes to the serial port.
     pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.input.write_all(bytes).unwrap();
         self.input.flush().unwrap();
     }
 
-    /// Waits for its end.
+    /// Waits until the guest ends.
     pub(crate) fn end(mut self) -> Ended {
         while self.line().is_some() {}
         let code = self.child.wait().unwrap().code();
@@ -139,7 +139,7 @@ impl Guest {
             .unwrap()
             .read_to_string(&mut complaints)
             .unwrap();
-        // isa-debug-exit ends QEMU with twice the byte, plus one.
+        // isa-debug-exit makes QEMU exit with twice the byte plus one.
         let status = code
             .filter(|code| code % 2 == 1)
             .and_then(|code| u8::try_from(code / 2).ok());
@@ -158,7 +158,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Ended already unless a test failed.
+        // The guest is still running only if a test failed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -204,8 +204,8 @@ fn qemu(
     command
 }
 
-/// Writes an image where QEMU can read it. Tests run at the same time, so each writes a file of its
-/// own and renames it.
+/// Writes an image to a file for QEMU. Tests run concurrently, so that each writes its own file and
+/// renames it.
 fn on_disk(name: &str, image: &[u8]) -> PathBuf {
     let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.elf"));
     let thread = format!("{:?}", thread::current().id()).replace(['(', ')'], "-");

@@ -1,4 +1,4 @@
-//! The guest programs, booted in real machines: QEMU with KVM where there is one, and emulated.
+//! Tests that boot the guest programs in QEMU, with emulation and, if available, with KVM.
 
 mod dirtier;
 mod hello;

@@ -1,10 +1,10 @@
-//! The program `ring-attacker`, booted where there is nothing for it to attack. What it does elsewhere is tested with the
-//! monitor whose devices it attacks.
+//! Test of the program `ring-attacker` in a machine without virtio devices. The package ferry-tests runs its attacks on
+//! Ferry's devices.
 
 use crate::machine::{Guest, everywhere};
 
 #[test]
-fn without_a_device_at_its_place_it_says_so_and_ends() {
+fn without_a_device_it_prints_an_error_and_ends() {
     everywhere(|accelerator| {
         let ended = Guest::ring_attacker(accelerator, "hold").end();
         assert_eq!(ended.lines.len(), 1, "{ended:?}");

@@ -1,4 +1,4 @@
-//! `ferry ctl`: one call to a running monitor.
+//! `ferry ctl`: makes one API call to a running monitor.
 
 use std::path::Path;
 use std::time::Duration;
@@ -7,11 +7,12 @@ use std::{fs, io};
 use serde_json::{Value, json};
 
 use super::arguments::{Call, CtlArguments, ResolveArgument, SendArguments};
-use super::report::{send_and_watch, table};
-use super::{Failure, say};
+use super::report::{send_migration, table};
+use super::{Failure, print_line};
 use vmm::api::{Method, USUAL_LIMIT, call, metrics};
 use vmm::monitor::SendMigrationData;
 
+/// Makes the call and prints its answer. Returns the exit status.
 pub(super) fn ctl(arguments: &CtlArguments) -> Result<u8, Failure> {
     let socket = &arguments.api_socket;
     match &arguments.call {
@@ -32,7 +33,7 @@ pub(super) fn ctl(arguments: &CtlArguments) -> Result<u8, Failure> {
             USUAL_LIMIT,
         )?),
         Call::Metrics => {
-            say(metrics(socket)?.trim_end())?;
+            print_line(metrics(socket)?.trim_end())?;
             Ok(0)
         }
         Call::Create { file } => put(socket, "vm.create", Some(&read_json(file)?)),
@@ -43,7 +44,7 @@ pub(super) fn ctl(arguments: &CtlArguments) -> Result<u8, Failure> {
             Method::Put,
             "vm.dirty-rate",
             Some(&json!({ "interval_ms": interval_ms })),
-            // As long as it was asked to take, and as any call may take beyond that.
+            // The monitor answers when the interval has passed.
             USUAL_LIMIT.map(|limit| limit + Duration::from_millis(*interval_ms)),
         )?),
         Call::Pause => put(socket, "vm.pause", None),
@@ -73,12 +74,13 @@ pub(super) fn ctl(arguments: &CtlArguments) -> Result<u8, Failure> {
     }
 }
 
+/// Makes a PUT call whose answer has no body.
 fn put(socket: &Path, name: &str, body: Option<&Value>) -> Result<u8, Failure> {
     call(socket, Method::Put, name, body, USUAL_LIMIT)?;
     Ok(0)
 }
 
-/// The JSON in a file, or in standard input.
+/// Reads JSON from a file, or from standard input if the path is `-`.
 fn read_json(file: &Path) -> Result<Value, Failure> {
     let text = match file == Path::new("-") {
         true => io::read_to_string(io::stdin()),
@@ -89,13 +91,15 @@ fn read_json(file: &Path) -> Result<Value, Failure> {
     Ok(serde_json::from_str(&text).map_err(|error| named(&error))?)
 }
 
+/// Prints the answer of a call as indented JSON.
 fn show(answer: &Value) -> Result<u8, Failure> {
-    say(&format!("{answer:#}"))?;
+    print_line(&format!("{answer:#}"))?;
     Ok(0)
 }
 
+/// Sends the guest to another process and prints the report of the migration.
 fn send(socket: &Path, arguments: &SendArguments) -> Result<u8, Failure> {
-    let wish = SendMigrationData {
+    let request = SendMigrationData {
         destination_url: arguments.url.to_string(),
         downtime_ms: arguments.downtime_ms,
         timeout_s: arguments.timeout_s,
@@ -103,10 +107,10 @@ fn send(socket: &Path, arguments: &SendArguments) -> Result<u8, Failure> {
         throttle_max: arguments.throttle_max,
         verify: arguments.verify,
     };
-    let snapshot = send_and_watch(socket, &wish, |_| {})?;
+    let report = send_migration(socket, &request, |_| {})?;
     match arguments.json {
-        true => say(&serde_json::to_string(&snapshot)?)?,
-        false => say(table(&snapshot).trim_end())?,
+        true => print_line(&serde_json::to_string(&report)?)?,
+        false => print_line(table(&report).trim_end())?,
     }
     Ok(0)
 }

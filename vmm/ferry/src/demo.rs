@@ -1,50 +1,50 @@
-//! `ferry demo`: the main job on built-in parts.
+//! `ferry demo`: migrates a guest between two processes and verifies that no write was lost.
 //!
-//! Two more processes of this program are the source and the destination; the guest is the dirtier of
-//! ferry-guest-images, which checks every page before it writes it anew. The verdict is that of two
-//! witnesses: the digests of memory on both sides at the switchover, and the guest's own audit afterwards.
+//! The guest is the dirtier of ferry-guest-images, which checks each page before it writes the page again. Two independent
+//! checks give the verdict: the engine compares the digests of guest memory on both sides at the switchover, and the guest
+//! audits all its pages at the destination.
 
-use std::cell::RefCell;
-use std::io::{self, BufRead, BufReader, Write};
+mod output;
+mod process;
+
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use guest_images::dirtier::{Config, Pattern, Report, Size, Totals};
-use serde_json::{Value, json};
+use guest_images::dirtier::{Config, GuestReport, Pattern, Size, Totals};
+use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::Failure;
 use super::arguments::{DemoArguments, Transport};
-use super::report::{progress, send_and_watch, table};
-use super::{Failure, say};
-use migration::TimeoutStrategy;
-use migration::{Phase, Report as MigrationReport};
+use super::report::send_migration;
+use migration::{Phase, Report, TimeoutStrategy};
+use output::Output;
+use process::FerryProcess;
 use vmm::kvm::host::Host;
 use vmm::monitor::SendMigrationData;
 
-/// How long the guest may take to populate its memory; a first write costs tens of microseconds.
+/// Time limit for the guest to populate its memory. The first write to a page takes tens of microseconds.
 const READY_LIMIT: Duration = Duration::from_secs(300);
-const START_LIMIT: Duration = Duration::from_secs(30);
-const AUDIT_LIMIT: Duration = Duration::from_secs(300);
-/// How long the guest works before the migration, and after it.
+/// Time limit for a ferry process to exit.
+const EXIT_LIMIT: Duration = Duration::from_secs(30);
+/// Time that the guest rewrites its memory before the migration, and again after it.
 const WORK: Duration = Duration::from_millis(500);
+/// Time limit of the migration. After it, the target downtime is ignored.
 const TIMEOUT_S: u64 = 120;
-/// The demo's guest does nothing but dirty memory: on a busy host nothing less would let it go.
+/// Maximum throttling. The guest does nothing but dirty memory, so on a busy host less would not let pre-copy converge.
 const THROTTLE_MAX: u32 = 90;
 
+/// Runs the demo and prints the verdict. The exit status is 0 only if no write was lost.
 pub(super) fn demo(arguments: &DemoArguments) -> Result<u8, Failure> {
     let command_line = command_line(arguments)?;
-    // Its message is better than that of a child.
+    // If KVM is missing, this error is clearer than that of a child process.
     drop(Host::open()?);
     let directory = tempfile::Builder::new().prefix("ferry-demo-").tempdir()?;
     clean_up_on_signals(directory.path().to_owned())?;
-    let output = Output {
-        json: arguments.json,
-        failed: RefCell::new(None),
-    };
+    let output = Output::new(arguments);
     let pair = Pair::start(arguments, directory.path(), &command_line)?;
     output.event(
         "demo/started",
@@ -52,33 +52,19 @@ pub(super) fn demo(arguments: &DemoArguments) -> Result<u8, Failure> {
     );
     let verdict = pair.migrate(arguments, &output)?;
     output.verdict(arguments, &verdict);
-    if let Some(error) = output.failed.take() {
-        return Err(format!("standard output: {error}").into());
-    }
-    Ok(u8::from(!verdict.verified()))
+    output.finish()?;
+    Ok(u8::from(!verdict.is_verified()))
 }
 
-/// A demo that is told to end leaves nothing behind: its two processes end with it.
-fn clean_up_on_signals(directory: PathBuf) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
-    thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            // The processes may still be making sockets there, and there is nobody left to tell.
-            let _left = std::fs::remove_dir_all(&directory);
-            std::process::exit(128 + signal);
-        }
-    });
-    Ok(())
-}
-
+/// Returns the kernel command line that gives the guest its task.
 fn command_line(arguments: &DemoArguments) -> Result<String, Failure> {
     let total = arguments
         .hot
         .checked_add(arguments.cold)
-        .ok_or("--hot and --cold: too large")?;
+        .ok_or("--hot and --cold are too large")?;
     if total >= arguments.memory {
         return Err(format!(
-            "--hot and --cold together are {total} bytes: they must be less than --memory, {} bytes",
+            "--hot and --cold together are {total} bytes; they must be less than --memory, which is {} bytes",
             arguments.memory
         )
         .into());
@@ -93,65 +79,51 @@ fn command_line(arguments: &DemoArguments) -> Result<String, Failure> {
     Ok(config.command_line().map_err(|error| error.to_string())?)
 }
 
-fn size(what: &str, bytes: u64) -> Result<Size, Failure> {
+fn size(option: &str, bytes: u64) -> Result<Size, Failure> {
     if !bytes.is_multiple_of(1 << 20) {
-        return Err(format!("{what}: {bytes} bytes are no whole number of MiB").into());
+        return Err(format!("{option}: {bytes} bytes is not a multiple of 1 MiB").into());
     }
     let mib =
-        u32::try_from(bytes >> 20).map_err(|_| format!("{what}: {bytes} bytes are too many"))?;
+        u32::try_from(bytes >> 20).map_err(|_| format!("{option}: {bytes} bytes is too large"))?;
     Ok(Size::from_mib(mib))
 }
 
-/// What the two witnesses said.
-struct Verdict {
-    migration: MigrationReport,
-    audit: Option<Totals>,
-    complaint: Option<String>,
-    source_status: Option<i32>,
-    destination_status: Option<i32>,
+/// Starts a thread that removes `directory` and exits on a signal. The child processes get SIGTERM when this process exits.
+fn clean_up_on_signals(directory: PathBuf) -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            // Fails if a child process creates a socket at the same time. The exit must not depend on it.
+            let _left = fs::remove_dir_all(&directory);
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
 }
 
-impl Verdict {
-    fn digest_equal(&self) -> bool {
-        self.migration.phase == Phase::Completed && self.migration.digest.is_some()
-    }
-
-    fn lost_writes(&self) -> u64 {
-        let audited = self.audit.map_or(0, |totals| totals.lost + totals.torn);
-        audited.max(u64::from(self.complaint.is_some()))
-    }
-
-    fn verified(&self) -> bool {
-        self.digest_equal()
-            && self.audit.is_some()
-            && self.lost_writes() == 0
-            && self.source_status == Some(0)
-            && self.destination_status == Some(0)
-    }
-}
-
-/// The source and the destination.
+/// The source and the destination of the migration.
 struct Pair {
-    source: Ferry,
-    destination: Ferry,
+    source: FerryProcess,
+    destination: FerryProcess,
     destination_url: String,
 }
 
 impl Pair {
+    /// Starts both processes and boots the guest at the source.
     fn start(
         arguments: &DemoArguments,
         directory: &Path,
         command_line: &str,
     ) -> Result<Self, Failure> {
         let kernel = directory.join("dirtier.elf");
-        std::fs::write(&kernel, guest_images::DIRTIER)?;
+        fs::write(&kernel, guest_images::DIRTIER)?;
         let url = match arguments.transport {
             Transport::Tcp => "tcp:127.0.0.1:0".to_owned(),
             Transport::Unix => format!("unix:{}", directory.join("migration.sock").display()),
         };
-        let mut destination = Ferry::start(directory, "destination", &["receive", &url])?;
+        let mut destination = FerryProcess::start(directory, "destination", &["receive", &url])?;
         let destination_url = destination.wait_for_url()?;
-        let source = Ferry::start(
+        let source = FerryProcess::start(
             directory,
             "source",
             &[
@@ -173,12 +145,14 @@ impl Pair {
         })
     }
 
+    /// Migrates the guest and lets it audit its memory at the destination.
     fn migrate(mut self, arguments: &DemoArguments, output: &Output) -> Result<Verdict, Failure> {
-        self.source
-            .wait_for(READY_LIMIT, |report| matches!(report, Report::Ready { .. }))?;
+        self.source.wait_for(READY_LIMIT, |report| {
+            matches!(report, GuestReport::Ready { .. })
+        })?;
         output.event("demo/guest-ready", &json!({}));
         thread::sleep(WORK);
-        let wish = SendMigrationData {
+        let request = SendMigrationData {
             destination_url: self.destination_url.clone(),
             downtime_ms: arguments.downtime_ms,
             timeout_s: TIMEOUT_S,
@@ -187,15 +161,15 @@ impl Pair {
             verify: true,
         };
         let mut rounds_shown = 0;
-        let migration = send_and_watch(&self.source.socket, &wish, |snapshot| {
-            rounds_shown = output.rounds(snapshot, rounds_shown);
+        let migration = send_migration(&self.source.socket, &request, |report| {
+            rounds_shown = output.rounds(report, rounds_shown);
         })?;
         output.rounds(&migration, rounds_shown);
-        let source_status = self.source.wait_for_exit(START_LIMIT)?;
+        let source_status = self.source.wait_for_exit(EXIT_LIMIT)?;
         thread::sleep(WORK);
-        self.destination.stdin.write_all(b"q")?;
+        self.destination.type_in(b"q")?;
         let (audit, complaint) = self.destination.audit()?;
-        let destination_status = self.destination.wait_for_exit(START_LIMIT)?;
+        let destination_status = self.destination.wait_for_exit(EXIT_LIMIT)?;
         Ok(Verdict {
             migration,
             audit,
@@ -206,211 +180,35 @@ impl Pair {
     }
 }
 
-/// A process of this program. It ends with this value.
-struct Ferry {
-    name: &'static str,
-    child: Child,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-    socket: PathBuf,
+/// Results of the digest comparison and of the guest's audit.
+struct Verdict {
+    migration: Report,
+    /// Totals of the audit, or `None` if the guest did not complete it.
+    audit: Option<Totals>,
+    /// Line in which the guest reported an error.
+    complaint: Option<String>,
+    source_status: Option<i32>,
+    destination_status: Option<i32>,
 }
 
-impl Ferry {
-    fn start(directory: &Path, name: &'static str, arguments: &[&str]) -> Result<Self, Failure> {
-        let socket = directory.join(format!("{name}.sock"));
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(arguments)
-            .args(["--end-with-parent", &std::process::id().to_string()])
-            .args(["--serial", "stdio", "--api-socket"])
-            .arg(&socket)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let stdin = child
-            .stdin
-            .take()
-            .ok_or("the child has no standard input")?;
-        let stdout = child
-            .stdout
-            .take()
-            .ok_or("the child has no standard output")?;
-        let (sender, lines) = channel();
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
-                if sender
-                    .send(String::from_utf8_lossy(&line).into_owned())
-                    .is_err()
-                {
-                    return;
-                }
-            }
-        });
-        Ok(Self {
-            name,
-            child,
-            stdin,
-            lines,
-            socket,
-        })
+impl Verdict {
+    /// Returns true if the digests of guest memory were equal at the switchover.
+    fn is_digest_equal(&self) -> bool {
+        self.migration.phase == Phase::Completed && self.migration.digest.is_some()
     }
 
-    /// The address that a destination listens on.
-    fn wait_for_url(&mut self) -> Result<String, Failure> {
-        let began = Instant::now();
-        while began.elapsed() < START_LIMIT {
-            if let Some(status) = self.child.try_wait()? {
-                return Err(format!("the {} ended too early ({status})", self.name).into());
-            }
-            if let Ok(snapshot) = progress(&self.socket)
-                && snapshot.phase == Phase::Listening
-                && let Some(url) = snapshot.url
-            {
-                return Ok(url);
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        Err(format!(
-            "the {} does not listen after {} s",
-            self.name,
-            START_LIMIT.as_secs()
-        )
-        .into())
+    /// Returns the number of lost or torn writes that the guest found, at least 1 if it reported any error.
+    fn lost_writes(&self) -> u64 {
+        let audited = self.audit.map_or(0, |totals| totals.lost + totals.torn);
+        audited.max(u64::from(self.complaint.is_some()))
     }
 
-    /// Waits for the guest's report that is `wanted`; any complaint of it is an error.
-    fn wait_for(
-        &self,
-        limit: Duration,
-        wanted: impl Fn(&Report) -> bool,
-    ) -> Result<Report, Failure> {
-        let deadline = Instant::now() + limit;
-        loop {
-            let line = self.line_before(deadline)?;
-            match Report::parse(&line) {
-                Some(report) if wanted(&report) => return Ok(report),
-                Some(Report::Status(_)) => {}
-                _ => return Err(format!("the guest at the {} says: {line}", self.name).into()),
-            }
-        }
-    }
-
-    /// The guest's verdict, and its complaint if it has one.
-    fn audit(&self) -> Result<(Option<Totals>, Option<String>), Failure> {
-        let deadline = Instant::now() + AUDIT_LIMIT;
-        loop {
-            let line = self.line_before(deadline)?;
-            match Report::parse(&line) {
-                Some(Report::AuditPassed(totals)) => return Ok((Some(totals), None)),
-                Some(Report::AuditFailed(totals)) => return Ok((Some(totals), Some(line))),
-                Some(Report::Status(_) | Report::Ready { .. }) => {}
-                _ => return Ok((None, Some(line))),
-            }
-        }
-    }
-
-    fn line_before(&self, deadline: Instant) -> Result<String, Failure> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        self.lines.recv_timeout(left).map_err(|error| {
-            let name = self.name;
-            match error {
-                RecvTimeoutError::Timeout => format!("the guest at the {name} says nothing"),
-                RecvTimeoutError::Disconnected => format!("the {name} ended too early"),
-            }
-            .into()
-        })
-    }
-
-    fn wait_for_exit(&mut self, limit: Duration) -> Result<Option<i32>, Failure> {
-        let began = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status.code());
-            }
-            if began.elapsed() >= limit {
-                return Err(format!("the {} does not end", self.name).into());
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-    }
-}
-
-impl Drop for Ferry {
-    fn drop(&mut self) {
-        // Both fail only for a child that has ended and was waited for.
-        let _ended = self.child.kill();
-        let _waited = self.child.wait();
-    }
-}
-
-/// Where the demo says what it does.
-struct Output {
-    json: bool,
-    /// The first line that could not be written: the demo goes on without its reader, and says so at the end.
-    failed: RefCell<Option<io::Error>>,
-}
-
-impl Output {
-    fn say(&self, line: &str) {
-        if let Err(error) = say(line) {
-            self.failed.borrow_mut().get_or_insert(error);
-        }
-    }
-
-    fn event(&self, event: &str, fields: &Value) {
-        if self.json {
-            let mut object = json!({ "event": event });
-            if let (Some(object), Some(fields)) = (object.as_object_mut(), fields.as_object()) {
-                object.extend(fields.clone());
-            }
-            self.say(&object.to_string());
-        } else if event == "demo/guest-ready" {
-            self.say("The guest has populated its memory and rewrites it; migrating.");
-        }
-    }
-
-    /// Tells the rounds that are complete and were not told yet. Returns how many have been told.
-    fn rounds(&self, snapshot: &MigrationReport, told: usize) -> usize {
-        for (number, round) in (1..).zip(&snapshot.rounds).skip(told) {
-            self.event("demo/round", &json!({ "round": number, "figures": round }));
-        }
-        snapshot.rounds.len().max(told)
-    }
-
-    fn verdict(&self, arguments: &DemoArguments, verdict: &Verdict) {
-        let migration = &verdict.migration;
-        if self.json {
-            self.event(
-                "demo/finished",
-                &json!({
-                    "verified": verdict.verified(),
-                    "digest_equal": verdict.digest_equal(),
-                    "lost_writes": verdict.lost_writes(),
-                    "rounds": migration.rounds.len(),
-                    "total_ms": migration.total_ms,
-                    "downtime_ms": migration.downtime_ms,
-                    "pause_ms": migration.pause_ms,
-                    "digest_ms": migration.digest_ms,
-                    "throttle_percent": migration.throttle_percent,
-                    "bytes_sent": migration.bytes_sent,
-                    "memory_bytes": arguments.memory,
-                    "cpus": arguments.cpus,
-                }),
-            );
-            return;
-        }
-        self.say(&format!("\n{}", table(migration)));
-        let digest = migration.digest.as_deref().unwrap_or("differs");
-        self.say(&format!("digest    {digest}"));
-        let audit = match (&verdict.audit, &verdict.complaint) {
-            (_, Some(complaint)) => complaint.clone(),
-            (Some(totals), None) => format!("audit passed: {totals}"),
-            (None, None) => "no audit".into(),
-        };
-        self.say(&format!("guest     {audit}"));
-        let text = match verdict.verified() {
-            true => "verified: memory was equal at the switchover, and no write was lost",
-            false => "NOT verified",
-        };
-        self.say(&format!("\n{text}"));
+    /// Returns true if both checks passed and both processes exited with status 0.
+    fn is_verified(&self) -> bool {
+        self.is_digest_equal()
+            && self.audit.is_some()
+            && self.lost_writes() == 0
+            && self.source_status == Some(0)
+            && self.destination_status == Some(0)
     }
 }

@@ -1,6 +1,6 @@
-//! Descriptors that whoever started this program left open for it, as `fd=N`.
+//! File descriptors that the parent process leaves open for this program, which options name as `fd=N`.
 //!
-//! This file has `unsafe` for one thing that only numbers can say: that descriptor N is this program's to own.
+//! This file uses `unsafe` because only the caller can guarantee that nothing else in the program owns descriptor N.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -9,29 +9,31 @@ use std::sync::Mutex;
 
 use rustix::io::FdFlags;
 
-/// Those that were taken: each is owned once.
+/// Numbers of the descriptors that were taken. Each has exactly one owner.
 static TAKEN: Mutex<Vec<i32>> = Mutex::new(Vec::new());
 
-/// Takes descriptor `number`, which from now on is not inherited any further.
+/// Takes ownership of the inherited descriptor `number` and sets its close-on-exec flag.
 ///
-/// To be called before this program opens anything itself, so that what is open was left open for it.
+/// Must be called before this program opens a file, so that an open descriptor is known to be inherited.
 ///
 /// # Errors
-/// One of the three standard descriptors, one that was taken already, and one that is not open.
+/// Returns an error if `number` is one of the three standard descriptors, was taken before, or is not open.
 pub(super) fn take(number: i32) -> io::Result<OwnedFd> {
     if (0..=2).contains(&number) {
-        return Err(io::Error::other("it is a standard descriptor"));
+        return Err(io::Error::other(
+            "it is a standard descriptor: pass number 3 or higher",
+        ));
     }
     let mut taken = TAKEN.lock().unwrap_or_else(|error| error.into_inner());
     if taken.contains(&number) {
-        return Err(io::Error::other("it was given twice"));
+        return Err(io::Error::other("the descriptor is named twice"));
     }
-    // SAFETY: fcntl takes any number, and says EBADF where it is no descriptor.
+    // SAFETY: F_GETFD reads no memory, and it returns EBADF for a number that is not an open descriptor.
     if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
         return Err(io::Error::last_os_error());
     }
     taken.push(number);
-    // SAFETY: it is open, nothing in this program has opened it, and it is handed out once.
+    // SAFETY: the descriptor is open, this program has not opened it itself, and `TAKEN` makes sure that it is taken once.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&descriptor, FdFlags::CLOEXEC)?;
     Ok(descriptor)

@@ -1,15 +1,15 @@
-//! One line at the bottom of a terminal that says how far something is.
+//! A progress bar on one line of the terminal.
 
 use std::io::{IsTerminal, Write, stderr};
 
 use rustix::termios::tcgetwinsize;
 
-/// Characters of the bar.
-const BAR: usize = 30;
-/// Of a terminal that does not say how wide it is.
-const USUAL_COLUMNS: u16 = 80;
+/// Width of the bar in characters.
+const BAR_WIDTH: usize = 30;
+/// Assumed width of a terminal that does not report its size.
+const DEFAULT_COLUMNS: u16 = 80;
 
-/// A line of progress on standard error, where that is a terminal; nothing elsewhere. Gone when it is dropped.
+/// A progress line on standard error. It is not shown if standard error is not a terminal. Dropping it clears the line.
 pub(super) struct ProgressLine {
     on_terminal: bool,
 }
@@ -21,11 +21,15 @@ impl ProgressLine {
         }
     }
 
-    /// Shows that `done` of `all` are done, and `message` behind it.
+    /// Shows a bar for `done` of `all`, followed by `message`.
     pub(super) fn show(&self, done: u64, all: u64, message: &str) {
         if self.on_terminal {
             let columns = tcgetwinsize(stderr()).map_or(0, |size| size.ws_col);
-            let columns = if columns == 0 { USUAL_COLUMNS } else { columns };
+            let columns = if columns == 0 {
+                DEFAULT_COLUMNS
+            } else {
+                columns
+            };
             write(&fit(&line(done, all, message), columns));
         }
     }
@@ -42,21 +46,21 @@ impl Drop for ProgressLine {
 fn line(done: u64, all: u64, message: &str) -> String {
     let (done, all) = (u128::from(done.min(all)), u128::from(all.max(1)));
     let percent = usize::try_from(done * 100 / all).unwrap_or(0);
-    let bar = "#".repeat(percent * BAR / 100);
-    format!("[{bar:<BAR$}] {percent:>3} %  {message}")
+    let bar = "#".repeat(percent * BAR_WIDTH / 100);
+    format!("[{bar:<BAR_WIDTH$}] {percent:>3} %  {message}")
 }
 
-/// What fits without a second line.
+/// Cuts `line` so that it fits into one line of a terminal with this number of columns.
 fn fit(line: &str, columns: u16) -> String {
     line.chars()
         .take(usize::from(columns).saturating_sub(1))
         .collect()
 }
 
-/// In the place of the line that is there.
+/// Replaces the current line of the terminal.
 fn write(line: &str) {
     let mut terminal = stderr().lock();
-    // A terminal that has gone shows nothing, and nothing depends on it.
+    // An error means that the terminal is gone. The work itself does not depend on it.
     let _gone = write!(terminal, "\r\x1b[K{line}").and_then(|()| terminal.flush());
 }
 
@@ -65,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bar_is_as_full_as_what_is_done() {
+    fn the_bar_shows_the_share_that_is_done() {
         assert_eq!(line(0, 0, "x"), format!("[{}]   0 %  x", " ".repeat(30)));
         let half = format!("[{}{}]  50 %  ", "#".repeat(15), " ".repeat(15));
         assert_eq!(line(4, 8, ""), half);

@@ -1,4 +1,4 @@
-//! `ferry receive`: wait for a guest, then be its monitor.
+//! `ferry receive`: waits for a guest that another process migrates here, and runs it.
 
 use std::sync::Arc;
 use std::thread;
@@ -11,11 +11,12 @@ use vmm::serial::SerialBackend;
 
 use super::Failure;
 use super::arguments::ReceiveArguments;
-use super::service::{Outside, Service, end_with_parent};
+use super::service::{ApiAndEvents, Service, end_with_parent};
 use super::stdio::StdioSerial;
 
-pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
-    let outside = Outside::open(
+/// Receives a guest and runs it until it ends. Returns the exit status.
+pub(super) fn receive(arguments: ReceiveArguments) -> Result<u8, Failure> {
+    let api_and_events = ApiAndEvents::open(
         arguments.api_socket.as_ref(),
         arguments.event_monitor.as_ref(),
     )?;
@@ -24,15 +25,15 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
         end_with_parent(parent)?;
     }
     let stdio = Arc::new(StdioSerial::default());
-    let mut service = Service::start(outside, None, Arc::clone(&stdio))?;
-    service.answer()?;
-    let serial = arguments.serial.clone().unwrap_or_default();
+    let mut service = Service::start(api_and_events, None, Arc::clone(&stdio))?;
+    service.serve_api()?;
+    let serial = arguments.serial.unwrap_or_default();
     // Opened once before a guest arrives, so that an invalid path is reported now.
     drop(stdio.open_output(&serial)?);
     let devices = arguments.devices.config();
-    // Limits that depend on the size of guest memory are checked when the size is known.
+    // The size of guest memory is not known yet. The checks that depend on it run when a guest arrives.
     devices.check(u64::MAX)?;
-    machine::look(&devices)?;
+    machine::check_host_resources(&devices)?;
     let listener = Arc::new(arguments.url.listen()?);
     let reception = Reception {
         host,
@@ -49,7 +50,7 @@ pub(super) fn receive(arguments: &ReceiveArguments) -> Result<u8, Failure> {
     thread::Builder::new()
         .name("_migration".into())
         .spawn(move || monitor.receive_guest(&reception))?;
-    let status = service.until_end();
+    let status = service.run_until_end();
     listener.close();
     status
 }

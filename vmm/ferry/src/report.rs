@@ -1,4 +1,4 @@
-//! What a user sees of a migration: its progress while it runs, its rounds at the end.
+//! Migrations as a user sees them: a progress line while the migration runs, and a table of its report.
 
 use std::path::Path;
 use std::thread;
@@ -9,54 +9,41 @@ use migration::{Phase, Report};
 use vmm::api::{ClientError, Method, NO_LIMIT, USUAL_LIMIT, call};
 use vmm::monitor::SendMigrationData;
 
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Time between two polls of the progress.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const MIB: f64 = 1024.0 * 1024.0;
 
-/// Sends the guest of the monitor at `socket` away, and shows how that goes on a terminal. `on_progress`
-/// sees every look that is taken.
-pub(super) fn send_and_watch(
+/// Calls `vm.send-migration` of the monitor at `socket` and waits for the result. Meanwhile polls the progress, shows it on a
+/// terminal and passes it to `on_progress`. Returns the final report.
+pub(super) fn send_migration(
     socket: &Path,
-    wish: &SendMigrationData,
+    request: &SendMigrationData,
     mut on_progress: impl FnMut(&Report),
 ) -> Result<Report, ClientError> {
-    let body = encode(wish)?;
+    let name = "vm.send-migration";
+    let body = serde_json::to_value(request).map_err(|error| broken(name, &error.to_string()))?;
     let line = ProgressLine::new();
     thread::scope(|scope| {
-        let sent = scope.spawn(|| {
-            call(
-                socket,
-                Method::Put,
-                "vm.send-migration",
-                Some(&body),
-                NO_LIMIT,
-            )
-        });
+        let sent = scope.spawn(|| call(socket, Method::Put, name, Some(&body), NO_LIMIT));
         while !sent.is_finished() {
-            thread::sleep(LOOK_EVERY);
-            if let Ok(snapshot) = progress(socket) {
-                show(&line, &snapshot);
-                on_progress(&snapshot);
+            thread::sleep(POLL_INTERVAL);
+            if let Ok(report) = migration_progress(socket) {
+                show(&line, &report);
+                on_progress(&report);
             }
         }
         drop(line);
-        let answer = sent.join().unwrap_or_else(|_| {
-            Err(broken(
-                "vm.send-migration",
-                "the thread that waited for the answer panicked",
-            ))
-        })?;
-        decode("vm.send-migration", answer)
+        let answer = sent
+            .join()
+            .unwrap_or_else(|_| Err(broken(name, "the thread that made the call panicked")))?;
+        decode(name, answer)
     })
 }
 
-/// The progress of the migration into or out of the monitor at `socket`.
-pub(super) fn progress(socket: &Path) -> Result<Report, ClientError> {
+/// Returns the progress of the migration into or out of the monitor at `socket`.
+pub(super) fn migration_progress(socket: &Path) -> Result<Report, ClientError> {
     let name = "vm.migration-progress";
     decode(name, call(socket, Method::Get, name, None, USUAL_LIMIT)?)
-}
-
-fn encode(wish: &SendMigrationData) -> Result<serde_json::Value, ClientError> {
-    serde_json::to_value(wish).map_err(|error| broken("vm.send-migration", &error.to_string()))
 }
 
 fn decode(name: &str, answer: serde_json::Value) -> Result<Report, ClientError> {
@@ -70,28 +57,28 @@ fn broken(call: &str, why: &str) -> ClientError {
     }
 }
 
-fn show(line: &ProgressLine, snapshot: &Report) {
-    let phase = match snapshot.phase {
-        Phase::Rounds => format!("round {}", snapshot.rounds.len() + 1),
-        other => format!("{other:?}").to_lowercase(),
+fn show(line: &ProgressLine, report: &Report) {
+    let phase = match report.phase {
+        Phase::Rounds => format!("round {}", report.rounds.len() + 1),
+        other => other.to_string(),
     };
-    let warning = snapshot
+    let warning = report
         .message
         .as_deref()
         .map(|text| format!(", {text}"))
         .unwrap_or_default();
-    let message = format!("{phase}, {:.0} MiB sent{warning}", mib(snapshot.bytes_sent));
-    line.show(snapshot.round_pages_sent, snapshot.round_pages, &message);
+    let message = format!("{phase}, {:.0} MiB sent{warning}", mib(report.bytes_sent));
+    line.show(report.round_pages_sent, report.round_pages, &message);
 }
 
-/// The rounds as a table, and the figures below it.
-pub(super) fn table(snapshot: &Report) -> String {
+/// Formats the report: a table of the rounds, then the totals.
+pub(super) fn table(report: &Report) -> String {
     let mut text = format!(
         "{:>6}  {:>9}  {:>9}  {:>10}  {:>9}  {:>12}\n",
         "round", "pages", "zero", "MiB", "ms", "dirty MiB/s"
     );
-    for (number, round) in (1..).zip(&snapshot.rounds) {
-        let last = number == snapshot.rounds.len();
+    for (number, round) in (1..).zip(&report.rounds) {
+        let last = number == report.rounds.len();
         text += &format!(
             "{:>6}  {:>9}  {:>9}  {:>10.1}  {:>9.1}  {:>12}\n",
             if last {
@@ -110,27 +97,26 @@ pub(super) fn table(snapshot: &Report) -> String {
             },
         );
     }
-    text += &format!("\ntotal     {:>8.1} ms\n", snapshot.total_ms);
+    text += &format!("\ntotal     {:>8.1} ms\n", report.total_ms);
     text += &format!(
         "downtime  {:>8.1} ms, of which {:.1} ms to stop the vCPUs and {:.1} ms for the digest\n",
-        snapshot.downtime_ms, snapshot.pause_ms, snapshot.digest_ms
+        report.downtime_ms, report.pause_ms, report.digest_ms
     );
-    if snapshot.throttle_percent > 0 {
+    if report.throttle_percent > 0 {
         text += &format!(
             "throttled {:>8} % of the time the vCPUs were held, at the end\n",
-            snapshot.throttle_percent
+            report.throttle_percent
         );
     }
     text += &format!(
         "sent      {:>8.1} MiB for {:.0} MiB of guest memory\n",
-        mib(snapshot.bytes_sent),
-        mib(snapshot.memory_bytes)
+        mib(report.bytes_sent),
+        mib(report.memory_bytes)
     );
     text
 }
 
-/// Byte counts are far below 2^52, where floating point is exact.
-#[allow(clippy::cast_precision_loss)]
+#[allow(clippy::cast_precision_loss, reason = "byte counts are far below 2^52")]
 fn mib(bytes: u64) -> f64 {
     bytes as f64 / MIB
 }

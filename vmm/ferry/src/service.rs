@@ -1,5 +1,5 @@
-//! What `ferry run` and `ferry receive` share: a monitor with its API and the signals that end it, until its guest is
-//! over.
+//! The parts that `ferry run` and `ferry receive` share: the monitor, its API socket, its event log and its signal
+//! handlers.
 
 use std::fs::File;
 use std::io;
@@ -24,33 +24,36 @@ use super::arguments::DescriptorOrPath;
 use super::inherited;
 use super::stdio::{self, StdioSerial};
 
-/// A monitor in a process of its own.
+/// The monitor of this process, with its API server and its serial port.
 pub(super) struct Service {
     pub(super) monitor: Arc<Monitor>,
-    /// Socket of the API, until [`Self::answer`].
+    /// API socket, until [`Self::serve_api`] takes it.
     listener: Option<ApiListener>,
-    // Removes the file of its socket when it is dropped.
+    /// Running API server. Dropping it removes the socket file.
     api: Option<ApiServer>,
     serial: Arc<StdioSerial>,
 }
 
-/// The API socket and the sink of events, opened. Inherited descriptors are taken before this program opens others.
-pub(super) struct Outside {
+/// The API socket and the event log that the command line names.
+///
+/// They must be opened before any other file, so that the number of an inherited descriptor cannot refer to a file that
+/// this program opened itself.
+pub(super) struct ApiAndEvents {
     events: Events,
     api: Option<ApiListener>,
 }
 
-/// Socket on which API clients connect.
+/// Socket to which API clients connect.
 enum ApiListener {
     Path(PathBuf),
     Listener(UnixListener),
 }
 
-impl Outside {
-    /// Opens the API socket and the sink of events that the arguments name.
+impl ApiAndEvents {
+    /// Takes the API socket and opens the event log.
     ///
     /// # Errors
-    /// Returns a message that names the option whose descriptor or path cannot be used.
+    /// Returns an error that names the option if its descriptor or path cannot be used.
     pub(super) fn open(
         api_socket: Option<&DescriptorOrPath>,
         event_monitor: Option<&DescriptorOrPath>,
@@ -74,7 +77,7 @@ impl Outside {
             match error.raw_os_error() {
                 Some(libc::ENXIO) => {
                     format!(
-                        "--event-monitor {place}: nobody reads this pipe; start its reader first"
+                        "--event-monitor {place}: the named pipe has no reader; start the reader first"
                     )
                 }
                 _ => format!("--event-monitor {place}: {error}"),
@@ -84,7 +87,7 @@ impl Outside {
     }
 }
 
-/// Takes the inherited descriptor `number` as a listening Unix socket.
+/// Takes the inherited descriptor `number`, which must be a listening Unix socket.
 fn listener(number: i32) -> io::Result<UnixListener> {
     use rustix::net::{AddressFamily, sockopt};
     let socket = inherited::take(number)?;
@@ -92,22 +95,25 @@ fn listener(number: i32) -> io::Result<UnixListener> {
         && sockopt::socket_acceptconn(&socket)?;
     match listens {
         true => Ok(socket.into()),
-        false => Err(io::Error::other("it is no Unix socket that listens")),
+        false => Err(io::Error::other(
+            "the descriptor is not a listening Unix socket",
+        )),
     }
 }
 
 impl Service {
-    /// Creates a monitor without a guest, which answers no calls yet.
+    /// Creates a monitor without a guest, and installs the signal handlers. The API is not served yet.
     ///
     /// # Errors
-    /// Returns the error of the signal handlers or of the limit of descriptors.
+    /// Returns an error if the limit of descriptors cannot be raised or a signal handler cannot be installed.
     pub(super) fn start(
-        outside: Outside,
+        api_and_events: ApiAndEvents,
         launcher: Option<Launcher>,
         serial: Arc<StdioSerial>,
     ) -> Result<Self, Failure> {
-        allow_all_descriptors().map_err(|error| format!("RLIMIT_NOFILE: {error}"))?;
-        let events = outside.events;
+        raise_descriptor_limit()
+            .map_err(|error| format!("cannot raise RLIMIT_NOFILE to the hard limit: {error}"))?;
+        let events = api_and_events.events;
         events.tell(EventSource::Vmm, "starting", serde_json::Value::Null);
         let monitor = Monitor::new(launcher, events);
         end_on_signals(Arc::clone(&monitor))?;
@@ -119,17 +125,17 @@ impl Service {
         });
         Ok(Self {
             monitor,
-            listener: outside.api,
+            listener: api_and_events.api,
             api: None,
             serial,
         })
     }
 
-    /// Starts to answer API calls, if there is a socket for them.
+    /// Starts to serve the API if the command line names a socket.
     ///
     /// # Errors
-    /// Returns the error of the socket or of the thread.
-    pub(super) fn answer(&mut self) -> Result<(), Failure> {
+    /// Returns an error if the socket cannot be bound or the server thread cannot be started.
+    pub(super) fn serve_api(&mut self) -> Result<(), Failure> {
         let monitor = Arc::clone(&self.monitor);
         self.api = match self.listener.take() {
             None => None,
@@ -139,11 +145,11 @@ impl Service {
         Ok(())
     }
 
-    /// Serves until the guest is over. Returns the exit status of the program.
+    /// Waits until the guest ends, restores the terminal and flushes all output. Returns the exit status.
     ///
     /// # Errors
-    /// Returns the reason if the guest failed.
-    pub(super) fn until_end(self) -> Result<u8, Failure> {
+    /// Returns an error if the guest failed.
+    pub(super) fn run_until_end(self) -> Result<u8, Failure> {
         let end = self.monitor.wait_for_end();
         self.serial.restore_terminal();
         self.monitor.finish(&end);
@@ -155,22 +161,24 @@ impl Service {
     }
 }
 
-/// Asks the kernel to send SIGTERM to this process when `parent`, which started it, ends in any way.
+/// Asks the kernel to send SIGTERM to this process when its parent process exits. `parent` is the process ID of the parent.
 ///
 /// # Errors
-/// Returns an error if `parent` is gone already.
+/// Returns an error if the parent has exited already.
 pub(super) fn end_with_parent(parent: u32) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::TERM))?;
     // The parent may have ended before the call.
     if std::os::unix::process::parent_id() != parent {
-        return Err(format!("process {parent}, which started this one, is gone").into());
+        return Err(format!("the parent process {parent} has exited already").into());
     }
     Ok(())
 }
 
-/// Raises the soft limit of descriptors to the hard limit. The soft limit is usually 1024 because of select(2), which is
-/// not used here. The connections of a socket device alone can be as many, and the API needs descriptors too.
-fn allow_all_descriptors() -> io::Result<()> {
+/// Raises the soft limit of open descriptors to the hard limit.
+///
+/// The soft limit is usually 1024 for the sake of select(2), which this program does not use. The connections of a vsock
+/// device alone can exceed it.
+fn raise_descriptor_limit() -> io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     let all = Rlimit {
         current: limit.maximum,
@@ -179,6 +187,7 @@ fn allow_all_descriptors() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, all)?)
 }
 
+/// Starts a thread that ends the guest on SIGTERM, SIGINT or SIGHUP.
 fn end_on_signals(monitor: Arc<Monitor>) -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     thread::Builder::new()
@@ -196,16 +205,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_descriptors_that_may_be_had_are_allowed() {
+    fn the_soft_descriptor_limit_is_raised_to_the_hard_limit() {
         let before = getrlimit(Resource::Nofile);
-        // Not so few that other tests would want for any.
+        // High enough that other tests in this process do not run out of descriptors.
         let fewer = before.maximum.map_or(1 << 16, |most| most - 1);
         let lowered = Rlimit {
             current: Some(fewer),
             ..before
         };
         setrlimit(Resource::Nofile, lowered).unwrap();
-        allow_all_descriptors().unwrap();
+        raise_descriptor_limit().unwrap();
         let after = getrlimit(Resource::Nofile);
         assert_eq!(after.current, before.maximum);
         assert_eq!(after.maximum, before.maximum);

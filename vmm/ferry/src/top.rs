@@ -1,8 +1,9 @@
-//! `ferry top`: a view of a running guest that is looked at again and again.
+//! `ferry top`: a live view of a running guest.
 //!
-//! A thread looks, this one draws and listens to keys: a monitor that answers slowly does not make the view deaf.
+//! A thread of its own takes the samples, so that a slow monitor does not block drawing or key presses.
 
-mod look;
+mod figures;
+mod sample;
 mod view;
 
 use std::io::{self, IsTerminal};
@@ -17,60 +18,65 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, Ke
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::arguments::TopArguments;
-use super::{Failure, say};
-use look::{Look, Watcher};
+use super::{Failure, print_line};
+use sample::{Logging, Sample, Sampler};
 use view::View;
 use vmm::api::ClientError;
 
-/// How long a key may wait at most.
+/// Maximum time that the view waits for a key before it draws again.
 const KEY_WAIT: Duration = Duration::from_millis(50);
 
+/// Shows the guest until the user quits, or prints one sample. Returns the exit status.
 pub(super) fn top(arguments: &TopArguments) -> Result<u8, Failure> {
-    let watcher = Watcher {
+    let sampler = Sampler {
         socket: arguments.api_socket.clone(),
         interval: Duration::from_millis(arguments.interval_ms),
-        measures: !arguments.no_dirty_rate,
+        logging: match arguments.no_dirty_rate {
+            true => Logging::Off,
+            false => Logging::On,
+        },
     };
     if arguments.once {
-        return once(&watcher);
+        return print_once(&sampler);
     }
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         return Err(
-            "top: standard input and output are no terminal; --once prints one look as text".into(),
+            "top: standard input and output must be a terminal; use --once to print one sample as text".into(),
         );
     }
-    // What cannot be looked at at all is told before the terminal is taken.
-    let first = watcher.glance()?;
-    watch(watcher, first)
+    // Before the terminal changes its mode, so that an error is printed as usual.
+    let first = sampler.sample_now()?;
+    show(sampler, first)
 }
 
-fn once(watcher: &Watcher) -> Result<u8, Failure> {
-    let mut view = View::new(watcher.socket.clone());
-    view.see(watcher.glance()?);
-    view.see(watcher.look()?);
-    say(view.text().trim_end())?;
+/// Prints the figures of one interval.
+fn print_once(sampler: &Sampler) -> Result<u8, Failure> {
+    let mut view = View::new(sampler.socket.clone());
+    view.push(sampler.sample_now()?);
+    view.push(sampler.sample_interval()?);
+    print_line(view.text().trim_end())?;
     Ok(0)
 }
 
-/// Draws until a key or a signal ends it. The terminal is as it was afterwards, whatever happens: ratatui's panic hook
-/// restores it as well.
-fn watch(watcher: Watcher, first: Look) -> Result<u8, Failure> {
+/// Draws on the terminal until the user quits or a signal arrives. [`Screen`] restores the terminal, and so does the panic
+/// hook of ratatui.
+fn show(sampler: Sampler, first: Sample) -> Result<u8, Failure> {
     let ended = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&ended))?;
     }
-    let mut view = View::new(watcher.socket.clone());
-    view.see(first);
-    let looks = look_on(watcher)?;
+    let mut view = View::new(sampler.socket.clone());
+    view.push(first);
+    let samples = start_sampling(sampler)?;
     let mut terminal = Screen(ratatui::try_init()?);
     while !ended.load(Ordering::Relaxed) {
         terminal.0.draw(|frame| view.draw(frame))?;
-        if asks_for_end()? {
+        if quit_is_pressed()? {
             break;
         }
-        for seen in looks.try_iter() {
-            match seen {
-                Ok(look) => view.see(look),
+        for sample in samples.try_iter() {
+            match sample {
+                Ok(sample) => view.push(sample),
                 Err(error) => view.lose(&error.to_string()),
             }
         }
@@ -78,37 +84,37 @@ fn watch(watcher: Watcher, first: Look) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// The terminal as the view has it, until it is dropped.
+/// The terminal while the view draws on it. Dropping it restores the terminal.
 struct Screen(DefaultTerminal);
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // A terminal that has gone cannot be restored.
+        // Fails only if the terminal is gone.
         let _gone = ratatui::try_restore();
     }
 }
 
-/// Looks from a thread of its own, for as long as somebody sees it.
-fn look_on(watcher: Watcher) -> io::Result<Receiver<Result<Look, ClientError>>> {
-    let (sender, looks) = channel();
+/// Starts a thread that takes samples until the receiver is dropped.
+fn start_sampling(sampler: Sampler) -> io::Result<Receiver<Result<Sample, ClientError>>> {
+    let (sender, samples) = channel();
     thread::Builder::new()
-        .name("_look".into())
-        .spawn(move || while sender.send(watcher.look()).is_ok() {})?;
-    Ok(looks)
+        .name("_sampler".into())
+        .spawn(move || while sender.send(sampler.sample_interval()).is_ok() {})?;
+    Ok(samples)
 }
 
-/// Waits a moment for a key.
-fn asks_for_end() -> io::Result<bool> {
+/// Waits at most [`KEY_WAIT`] for a key. Returns true if it quits the view.
+fn quit_is_pressed() -> io::Result<bool> {
     if !event::poll(KEY_WAIT)? {
         return Ok(false);
     }
     match event::read()? {
-        Event::Key(key) if key.kind == KeyEventKind::Press => Ok(is_end(key)),
+        Event::Key(key) if key.kind == KeyEventKind::Press => Ok(quits(key)),
         _ => Ok(false),
     }
 }
 
-fn is_end(key: KeyEvent) -> bool {
+fn quits(key: KeyEvent) -> bool {
     let control = key.modifiers.contains(KeyModifiers::CONTROL);
     matches!(
         (key.code, control),
@@ -121,8 +127,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn q_escape_and_control_c_end_it() {
-        let key = |code, modifiers| is_end(KeyEvent::new(code, modifiers));
+    fn q_escape_and_control_c_quit() {
+        let key = |code, modifiers| quits(KeyEvent::new(code, modifiers));
         assert!(key(KeyCode::Char('q'), KeyModifiers::NONE));
         assert!(key(KeyCode::Esc, KeyModifiers::NONE));
         assert!(key(KeyCode::Char('c'), KeyModifiers::CONTROL));

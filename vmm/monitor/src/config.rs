@@ -227,7 +227,7 @@ impl VmConfig {
             return Err(ConfigError::new(
                 "net",
                 format!(
-                    "{} descriptors came with the call, for {} interfaces that name no tap",
+                    "{} descriptors were passed, but {} interfaces name no tap",
                     passed.len(),
                     nets.len()
                 ),
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn wrong_json_is_refused_in_words_of_json() {
-        for (json, said) in [
+        for (json, message) in [
             ("[]", "expected an object"),
             ("7", "expected an object"),
             (
@@ -391,7 +391,7 @@ mod tests {
         ] {
             let error = VmConfig::from_json(json.as_bytes()).unwrap_err();
             let text = error.to_string();
-            assert!(text.contains(said) && !text.starts_with('.'), "{text}");
+            assert!(text.contains(message) && !text.starts_with('.'), "{text}");
         }
     }
 }

@@ -1,12 +1,13 @@
-//! Events of a monitor and its guest as JSON lines, in the shape and with the names of Cloud Hypervisor's event monitor:
+//! Events of a monitor and its guest as JSON lines, in the format and with the names of Cloud Hypervisor's event
+//! monitor:
 //!
 //! ```text
 //! {"event":"booted","properties":null,"source":"vm","timestamp":{"nanos":1843211,"secs":0}}
 //! ```
 //!
-//! `timestamp` is the time since the monitor started. Whoever tells of an event never waits: lines go through a bounded
-//! queue to a thread that writes them. A reader that stalls loses events, which are counted and told of; one that goes
-//! away is no failure, and may come back.
+//! `timestamp` is the time since the monitor started. Emitting an event never blocks: lines go through a bounded queue
+//! to a thread that writes them. If the reader stalls, events are dropped, and an event `events-lost` reports their
+//! number when the reader continues. A reader that disconnects is not an error, and may connect again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -21,12 +22,12 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// Lines that wait for the writer.
+/// Capacity of the queue in lines.
 const QUEUE_LINES: usize = 1024;
-/// How long an ending monitor waits until its last events are written.
+/// Maximum time that [`Events::flush`] waits for the queue to empty.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
-/// What an event is about.
+/// Subject of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EventSource {
@@ -36,17 +37,19 @@ pub enum EventSource {
     Vmm,
 }
 
-/// Where a monitor's events go. Clones go to the same place.
+/// Sink of events. Clones share the same sink.
 #[derive(Clone, Default)]
 pub struct Events(Option<Arc<Queue>>);
 
+/// Queue to the thread that writes the lines.
 struct Queue {
+    /// Start of the monitor: time 0 of the timestamps.
     began: Instant,
     lines: SyncSender<String>,
     counters: Arc<QueueCounters>,
 }
 
-/// What becomes of lines.
+/// Numbers of lines that are waiting in the queue and that were lost.
 #[derive(Default)]
 struct QueueCounters {
     waiting: AtomicUsize,
@@ -54,16 +57,16 @@ struct QueueCounters {
 }
 
 impl Events {
-    /// Events go nowhere.
+    /// Returns a sink that drops all events.
     #[must_use]
     pub fn nowhere() -> Self {
         Self(None)
     }
 
-    /// Events go to `file`, written by a thread of their own.
+    /// Returns a sink that writes to `file` from a thread of its own.
     ///
     /// # Errors
-    /// A thread that cannot be had.
+    /// Returns the error of the system if the thread cannot be started.
     pub fn to(file: File) -> io::Result<Self> {
         let (lines, queue) = sync_channel(QUEUE_LINES);
         let began = Instant::now();
@@ -79,12 +82,14 @@ impl Events {
         }))))
     }
 
-    /// Events are appended to what is at `path`: a file, made if it is not there, or a named pipe that somebody reads.
+    /// Returns a sink that appends to the file at `path`, which is created if it does not exist, or to a FIFO.
     ///
     /// # Errors
-    /// The system's; a pipe that nobody reads is `ENXIO` (fifo(7)).
+    /// Returns the error of the system if the file cannot be opened. For a FIFO without a reader this is `ENXIO`
+    /// (fifo(7)).
     pub fn append_to(path: &Path) -> io::Result<Self> {
-        // Opened without waiting for a reader; the thread that writes may wait for one.
+        // O_NONBLOCK keeps open(2) from waiting for a reader of a FIFO. It is cleared again, because the writing thread
+        // may block.
         let file = OpenOptions::new()
             .create(true)
             .append(true)
@@ -95,7 +100,7 @@ impl Events {
         Self::to(file)
     }
 
-    /// Tells of `event`, with `properties` where there is more to say of it.
+    /// Emits the event named `event`. `properties` is null if there are no details.
     pub fn tell(&self, source: EventSource, event: &str, properties: Value) {
         let Some(queue) = &self.0 else {
             return;
@@ -107,17 +112,17 @@ impl Events {
         }
     }
 
-    /// Tells of `event` of the guest.
+    /// Emits an event of the guest without properties.
     pub fn vm(&self, event: &str) {
         self.tell(EventSource::Vm, event, Value::Null);
     }
 
-    /// Tells of `event` of the guest, and why.
+    /// Emits an event of the guest with the property `reason`.
     pub fn vm_because(&self, event: &str, reason: &str) {
         self.tell(EventSource::Vm, event, json!({ "reason": reason }));
     }
 
-    /// Events that were lost, because their reader had stalled or gone.
+    /// Returns the number of events that were dropped because the reader stalled or disconnected.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.0
@@ -125,7 +130,7 @@ impl Events {
             .map_or(0, |queue| queue.counters.lost.load(Ordering::Relaxed))
     }
 
-    /// Waits until all events are written, unless their reader has stalled.
+    /// Waits until all queued events are written, for one second at most.
     pub fn flush(&self) {
         let Some(queue) = &self.0 else {
             return;
@@ -138,13 +143,14 @@ impl Events {
 }
 
 impl QueueCounters {
+    /// Counts a line that was not written.
     fn line_lost(&self) {
         self.lost.fetch_add(1, Ordering::Relaxed);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// An event that comes now, as a line without its end.
+/// Formats an event that happens now as a line without a line feed.
 fn line(began: Instant, source: EventSource, event: &str, properties: Value) -> String {
     let age = began.elapsed();
     json!({
@@ -156,14 +162,14 @@ fn line(began: Instant, source: EventSource, event: &str, properties: Value) -> 
     .to_string()
 }
 
-/// Each line in one write: lines of several writers to one file do not mix.
+/// Writes the queued lines to `file`. Each line is one write, so that lines of several writers to one file do not mix.
 fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, counters: &QueueCounters) {
-    let mut told = 0;
+    let mut reported = 0;
     while let Ok(next) = queue.recv() {
         let mut text = next;
         let lost = counters.lost.load(Ordering::Relaxed);
-        if lost > told {
-            let count = json!({ "count": lost - told });
+        if lost > reported {
+            let count = json!({ "count": lost - reported });
             text = format!(
                 "{}\n{text}",
                 line(began, EventSource::Vmm, "events-lost", count)
@@ -172,7 +178,7 @@ fn write_out(mut file: File, queue: &Receiver<String>, began: Instant, counters:
         text.push('\n');
         match file.write_all(text.as_bytes()) {
             Ok(()) => {
-                told = lost;
+                reported = lost;
                 counters.waiting.fetch_sub(1, Ordering::SeqCst);
             }
             Err(_) => counters.line_lost(),
@@ -222,7 +228,7 @@ mod tests {
     fn a_reader_that_stalls_holds_nobody_up_and_is_told_what_it_lost() {
         let (reader, writer) = pipe();
         let events = Events::to(writer).unwrap();
-        // More than the pipe and the queue hold together.
+        // More than the pipe and the queue can hold together.
         let text = "x".repeat(4096);
         let count = 2 * QUEUE_LINES;
         (0..count).for_each(|_| events.vm_because("failed", &text));
@@ -233,17 +239,17 @@ mod tests {
             .lines()
             .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
             .collect();
-        let told: u64 = lines
+        let reported: u64 = lines
             .iter()
             .filter(|line| line["event"] == "events-lost")
             .filter_map(|line| line["properties"]["count"].as_u64())
             .sum();
-        assert_eq!(told, lost);
-        let came = lines
+        assert_eq!(reported, lost);
+        let written = lines
             .iter()
             .filter(|line| line["event"] == "failed")
             .count();
-        assert_eq!(came as u64 + lost, count as u64);
+        assert_eq!(written as u64 + lost, count as u64);
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub use error::MachineError;
 pub(crate) use facts::cpuid;
 pub use gauges::Gauges;
 pub use live::{Failed, Live, Machine, Paused, RunState, Running};
-pub use virtio::{DeviceCounters, DevicesError, DiskError, OnLoss, TapError, look};
+pub use virtio::{DeviceCounters, DevicesError, DiskError, OnLoss, TapError, check_host_resources};
 
 /// Maximum number of vCPUs of a guest.
 pub const MAX_CPUS: u32 = 64;

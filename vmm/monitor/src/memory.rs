@@ -253,15 +253,15 @@ mod tests {
             assert!(
                 error
                     .to_string()
-                    .starts_with(&format!("guest memory of {size} cannot be")),
+                    .starts_with(&format!("guest memory of {size} is not possible")),
                 "{error}"
             );
         }
         assert!(layout(MEMORY_MIN + PAGE_SIZE, Backing::Hugetlb).is_err());
     }
 
-    /// Pages counted as populated: exactly those in `written`, or with transparent huge pages their
-    /// neighbours too.
+    /// Checks that exactly the pages in `written` count as populated. With transparent huge pages, their neighbours may
+    /// count too.
     fn assert_populated(ram: &GuestRam, part: GpaRange, written: &[GpaRange]) {
         let found = ram.populated_in(part).unwrap();
         if ram.backing() == Backing::Memfd {

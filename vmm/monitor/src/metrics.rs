@@ -1,7 +1,7 @@
-//! A monitor's figures in the text format of Prometheus (exposition format, version 0.0.4).
+//! Metrics of a monitor in the text format of Prometheus (exposition format, version 0.0.4).
 //!
-//! The figures live where they are counted: in the tracker, the gates, the devices. Here they are read and named, once
-//! for each question. A registry that owns metrics would be a second copy of each, so there is none.
+//! The counters live where they are counted: in the tracker, the gates and the devices. They are read and formatted for
+//! each request. There is no metrics registry, because it would be a second copy of each counter.
 
 use std::fmt::Write;
 
@@ -10,14 +10,14 @@ use ept::Source;
 use crate::monitor::{Counters, Monitor, VmState, source_name};
 use migration::{Phase, Report};
 
-/// The content type of what [`render`] returns.
+/// Content type of the text that [`render`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// All figures of `monitor`.
+/// Returns all metrics of `monitor` as text.
 #[must_use]
 pub fn render(monitor: &Monitor) -> String {
     let mut text = Exposition::default();
-    text.family("ferry_build_info", "gauge", "The version of this monitor.");
+    text.family("ferry_build_info", "gauge", "Version of this monitor.");
     text.sample(
         "ferry_build_info",
         &[("version", env!("CARGO_PKG_VERSION"))],
@@ -33,7 +33,7 @@ pub fn render(monitor: &Monitor) -> String {
     text.family(
         "ferry_events_lost_total",
         "counter",
-        "Events that their reader did not take.",
+        "Events that were dropped because their reader stalled or disconnected.",
     );
     text.sample("ferry_events_lost_total", &[], monitor.events().lost());
     text.0
@@ -45,7 +45,7 @@ fn guest(text: &mut Exposition, monitor: &Monitor) {
     text.family(
         "ferry_vm_state",
         "gauge",
-        "1 for the state that the guest is in; all 0 without a guest.",
+        "1 for the state that the guest is in; 0 for all states without a guest.",
     );
     for (state, name) in [
         (VmState::Created, "created"),
@@ -60,9 +60,13 @@ fn guest(text: &mut Exposition, monitor: &Monitor) {
         );
     }
     if let Some(info) = info {
-        text.family("ferry_vm_memory_bytes", "gauge", "Memory of the guest.");
+        text.family(
+            "ferry_vm_memory_bytes",
+            "gauge",
+            "Bytes of guest memory without those in the balloon.",
+        );
         text.sample("ferry_vm_memory_bytes", &[], info.memory_actual_size);
-        text.family("ferry_vm_vcpus", "gauge", "vCPUs of the guest.");
+        text.family("ferry_vm_vcpus", "gauge", "Number of vCPUs of the guest.");
         text.sample(
             "ferry_vm_vcpus",
             &[],
@@ -76,7 +80,7 @@ fn tracker(text: &mut Exposition, counters: &Counters) {
     text.family(
         dirtied,
         "counter",
-        "Pages that were clean and became dirty, by who wrote to them; vCPUs' only while the dirty log is on.",
+        "Pages that became dirty, by the source of the write. Writes of vCPUs count only while the dirty log is on.",
     );
     for source in Source::ALL {
         let pages = counters.tracker.dirtied_by(source);
@@ -85,7 +89,7 @@ fn tracker(text: &mut Exposition, counters: &Counters) {
     text.family(
         "ferry_tracker_outside_pages_total",
         "counter",
-        "Marked pages that lie outside of guest memory.",
+        "Pages outside of guest memory that were marked dirty.",
     );
     text.sample(
         "ferry_tracker_outside_pages_total",
@@ -95,7 +99,7 @@ fn tracker(text: &mut Exposition, counters: &Counters) {
     text.family(
         "ferry_tracker_coarse_entries_total",
         "counter",
-        "Entries marked whole because memory for detail was short.",
+        "Tracker entries that were marked dirty as a whole because memory for single pages could not be allocated.",
     );
     text.sample(
         "ferry_tracker_coarse_entries_total",
@@ -105,7 +109,7 @@ fn tracker(text: &mut Exposition, counters: &Counters) {
     text.family(
         "ferry_tracker_memory_bytes",
         "gauge",
-        "Memory that the dirty tracker takes.",
+        "Bytes of memory that the dirty tracker uses.",
     );
     text.sample("ferry_tracker_memory_bytes", &[], counters.tracker_bytes);
 }
@@ -124,7 +128,7 @@ fn vcpus(text: &mut Exposition, counters: &Counters) {
         text.sample(stall, &[("vcpu", label)], vcpu.stall.as_secs_f64());
     }
     let stops = "ferry_vcpu_stops_total";
-    text.family(stops, "counter", "How often a vCPU was stopped.");
+    text.family(stops, "counter", "Number of times that a vCPU was stopped.");
     for (label, vcpu) in labels.iter().zip(&counters.vcpus) {
         text.sample(stops, &[("vcpu", label)], vcpu.stops);
     }
@@ -135,7 +139,7 @@ fn devices(text: &mut Exposition, counters: &Counters) {
     text.family(
         name,
         "counter",
-        "What a device counted, by the names of vm.counters.",
+        "Counter of a device, with the names that vm.counters uses.",
     );
     for (device, counters) in &counters.devices {
         for (counter, value) in counters {
@@ -148,7 +152,7 @@ fn migration(text: &mut Exposition, progress: &Report) {
     text.family(
         "ferry_migration_active",
         "gauge",
-        "1 while a guest is sent or received.",
+        "1 while a guest is being sent or received.",
     );
     text.sample(
         "ferry_migration_active",
@@ -158,26 +162,26 @@ fn migration(text: &mut Exposition, progress: &Report) {
     text.family(
         "ferry_migration_unconfirmed",
         "gauge",
-        "1 while a person must say on which side the guest is.",
+        "1 while the hand-over of a guest is unconfirmed and vm.migration-resolve is needed.",
     );
     let unconfirmed = progress.phase == Phase::HandedOverUnconfirmed;
     text.sample("ferry_migration_unconfirmed", &[], u64::from(unconfirmed));
     text.family(
         "ferry_migration_sent_bytes",
         "gauge",
-        "Bytes that the last migration has sent.",
+        "Bytes that the current or last migration has sent.",
     );
     text.sample("ferry_migration_sent_bytes", &[], progress.bytes_sent);
     text.family(
         "ferry_migration_rounds",
         "gauge",
-        "Rounds of the last migration.",
+        "Pre-copy rounds of the current or last migration.",
     );
     text.sample("ferry_migration_rounds", &[], progress.rounds.len());
     text.family(
         "ferry_migration_downtime_seconds",
         "gauge",
-        "How long the last migration stopped the guest.",
+        "Downtime of the guest in the last migration.",
     );
     text.sample(
         "ferry_migration_downtime_seconds",
@@ -186,17 +190,18 @@ fn migration(text: &mut Exposition, progress: &Report) {
     );
 }
 
-/// The text, as it grows.
+/// Metrics in text form, built one metric after the other.
 #[derive(Default)]
 struct Exposition(String);
 
 impl Exposition {
-    /// Begins the samples of the metric `name`.
+    /// Writes the help text and the type of the metric `name`. Its samples must follow.
     fn family(&mut self, name: &str, kind: &str, help: &str) {
-        // A string takes all that is written to it.
-        let _endless = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        // Writing to a string cannot fail.
+        let _infallible = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
+    /// Writes one sample of a metric.
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) {
         let labels: Vec<String> = labels
             .iter()
@@ -206,11 +211,11 @@ impl Exposition {
             true => String::new(),
             false => format!("{{{}}}", labels.join(",")),
         };
-        let _endless = writeln!(self.0, "{name}{labels} {value}");
+        let _infallible = writeln!(self.0, "{name}{labels} {value}");
     }
 }
 
-/// As the format wants label values: `\`, `"` and line ends escaped.
+/// Escapes `\`, `"` and line feeds in a label value.
 fn escaped(value: &str) -> String {
     value
         .replace('\\', "\\\\")
@@ -232,7 +237,7 @@ mod tests {
         );
         assert!(text.contains("\nferry_migration_active 0\n"), "{text}");
         assert!(!text.contains("ferry_vcpu_"), "{text}");
-        // Each sample's family was declared before it.
+        // Each sample must follow the declaration of its metric.
         let mut declared = Vec::new();
         for line in text.lines() {
             if let Some(rest) = line.strip_prefix("# TYPE ") {

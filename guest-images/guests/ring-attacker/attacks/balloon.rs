@@ -1,4 +1,4 @@
-//! Pages for the balloon that are none (5.5.6).
+//! Invalid page lists for the balloon (5.5.6).
 
 use super::chains::chain;
 use crate::attack::{Attack, Case, Outcome, Targets};
@@ -8,7 +8,7 @@ use crate::queue::Part;
 use crate::spec::{FIRST_DEVICE, Kind};
 
 const ENTRY_BYTES: u32 = 4;
-/// The most that a device takes at once, of which the specification says nothing; Linux names 256.
+/// Maximum number of pages in a list that the device accepts. The specification sets no limit; Linux uses 256.
 const PAGES_MOST: u32 = 16_384;
 
 const fn attack(
@@ -35,7 +35,7 @@ pub(super) const ATTACKS: [Attack; 10] = [
         pages(case, 1, u32::MAX)
     }),
     attack("pages-good-then-bad", Outcome::NeedsReset, |case| {
-        // What is kept of the first page is looked at by nobody; that the device asks for a reset is.
+        // Only the need of a reset is checked, not the contents of the first page.
         store(scratch() + 4, u32::MAX);
         store(scratch(), page_of(scratch() + 0x4000));
         chain(case, &[Part::out(scratch(), 2 * ENTRY_BYTES)])
@@ -76,12 +76,12 @@ fn page_of(address: u64) -> u32 {
     (address / u64::from(BUFFER_BYTES)) as u32
 }
 
-/// Behind the longest list.
+/// Returns the address of a page after the longest list.
 fn free_page() -> u64 {
     scratch() + (3 << 19)
 }
 
-/// A list that names `page`, `count` times.
+/// Sends a list that contains `page` `count` times.
 fn pages(case: &mut Case<'_>, count: u32, page: u32) -> Result<Outcome> {
     for index in 0..u64::from(count) {
         store(scratch() + index * u64::from(ENTRY_BYTES), page);

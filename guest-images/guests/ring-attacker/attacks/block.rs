@@ -1,4 +1,4 @@
-//! Requests to a disk that ask for what cannot be (5.2.6).
+//! Invalid requests to block devices (5.2.6).
 
 use super::chains::chain;
 use crate::attack::{Attack, Case, Outcome, Targets};
@@ -8,9 +8,9 @@ use crate::operation::{SECTOR_BYTES, block};
 use crate::queue::Part;
 use crate::spec::Kind;
 
-/// A sector that no operation writes to.
+/// A sector that no operation uses.
 const FOREIGN_SECTOR: u64 = 20;
-/// A range to discard: sector, sectors, flags.
+/// Range of a discard or write-zeroes request: first sector, number of sectors, flags.
 type Range = (u64, u32, u32);
 const RANGE_BYTES: u32 = 16;
 const UNMAP: u32 = 1;
@@ -81,7 +81,7 @@ pub(super) const ATTACKS: [Attack; 27] = [
     attack("discard-of-unknown-flags", Outcome::Unsupported, |case| {
         ranges(case, block::DISCARD, &[(FOREIGN_SECTOR, 1, 0x8000_0000)])
     }),
-    // Nothing of a request is done when a part of it cannot be.
+    // The device must check all ranges before it discards the first.
     attack("discard-good-then-bad", Outcome::IoError, |case| {
         let good = (FOREIGN_SECTOR, 1, 0);
         ranges(case, block::DISCARD, &[good, (u64::MAX, 1, 0)])
@@ -121,6 +121,7 @@ pub(super) const ATTACKS: [Attack; 27] = [
     }),
 ];
 
+/// Returns the capacity of the disk in sectors.
 fn sectors(case: &Case<'_>) -> u64 {
     u64::from(case.device.config32(0)) | u64::from(case.device.config32(4)) << 32
 }
@@ -133,7 +134,7 @@ fn out(bytes: u32) -> Part {
     Part::out(scratch(), bytes)
 }
 
-/// A request whose failure is in its status, and does not stop the disk.
+/// Makes a request that the device must answer with a status. The device must continue to work.
 fn request(case: &mut Case<'_>, kind: u32, sector: u64, data: &[Part]) -> Result<Outcome> {
     case.device.start(None)?;
     answered(case, kind, sector, data)
@@ -150,6 +151,7 @@ fn answered(case: &mut Case<'_>, kind: u32, sector: u64, data: &[Part]) -> Resul
     }
 }
 
+/// Makes a discard or write-zeroes request.
 fn ranges(case: &mut Case<'_>, kind: u32, ranges: &[Range]) -> Result<Outcome> {
     case.device.start(None)?;
     for ((sector, sectors, flags), at) in ranges.iter().zip((scratch()..).step_by(16)) {
@@ -161,7 +163,7 @@ fn ranges(case: &mut Case<'_>, kind: u32, ranges: &[Range]) -> Result<Outcome> {
     answered(case, kind, 0, &[out(bytes)])
 }
 
-/// A driver may cut a request as it likes (2.7.4.1): a header of 16 single bytes is one.
+/// Makes a request whose header consists of 16 descriptors of one byte. The framing of messages is free (2.7.4.1).
 fn header_in_pieces(case: &mut Case<'_>) -> Result<Outcome> {
     const PIECES: u64 = block::HEADER_BYTES as u64;
     let status = scratch() + 64;

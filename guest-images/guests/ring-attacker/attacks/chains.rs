@@ -1,4 +1,4 @@
-//! Chains that are none, and available rings that lie (2.7.5, 2.7.6).
+//! Invalid descriptor chains and available rings (2.7.5, 2.7.6).
 
 use crate::attack::{Attack, Case, Outcome, Targets};
 use crate::device::Result;
@@ -68,7 +68,7 @@ pub(super) const ATTACKS: [Attack; 19] = [
     },
 ];
 
-/// Descriptors from 0 on, each of which names the next as given.
+/// Makes a chain available whose descriptors, from 0 on, have the given `next` fields.
 fn links(case: &mut Case<'_>, next: &[u16]) -> Result<Outcome> {
     case.start()?;
     let part = case.good_part();
@@ -78,7 +78,7 @@ fn links(case: &mut Case<'_>, next: &[u16]) -> Result<Outcome> {
     published(case, 0)
 }
 
-/// A good chain, made available by another head.
+/// Makes a valid chain available under another head.
 fn head(case: &mut Case<'_>, head: u16) -> Result<Outcome> {
     case.start()?;
     let part = case.good_part();
@@ -86,6 +86,7 @@ fn head(case: &mut Case<'_>, head: u16) -> Result<Outcome> {
     published(case, head)
 }
 
+/// Sets the index of the available ring to a wrong value.
 fn available_index(case: &mut Case<'_>, index: u16) -> Result<Outcome> {
     case.start()?;
     let part = case.good_part();
@@ -95,20 +96,21 @@ fn available_index(case: &mut Case<'_>, index: u16) -> Result<Outcome> {
     case.verdict()
 }
 
-/// A chain of one descriptor.
+/// Makes a chain of one descriptor available.
 fn descriptor(case: &mut Case<'_>, address: u64, bytes: u32) -> Result<Outcome> {
     let part = case.part(address, bytes);
     chain(case, &[part])
 }
 
+/// Makes a chain available and returns the reaction of the device.
 pub(super) fn chain(case: &mut Case<'_>, parts: &[Part]) -> Result<Outcome> {
     case.start()?;
     case.device.queues[case.queue].chain(0, parts);
     published(case, 0)
 }
 
-/// Whole memory, and enough of it, for the device to write where it reads, and the other way round. Of a block device,
-/// whose requests have both, it is the status that cannot be written.
+/// Makes a chain available with valid memory of the wrong direction: writable where the device reads, or readable where
+/// it writes. A request to a block device has both directions; here its status cannot be written.
 fn wrong_direction(case: &mut Case<'_>) -> Result<Outcome> {
     let part = match case.device.kind {
         Kind::Block => case.good_part(),
@@ -120,6 +122,7 @@ fn wrong_direction(case: &mut Case<'_>) -> Result<Outcome> {
     chain(case, &[part])
 }
 
+/// Makes the chain at `head` available and returns the reaction of the device.
 fn published(case: &mut Case<'_>, head: u16) -> Result<Outcome> {
     case.device.queues[case.queue].publish(head);
     case.provoke();

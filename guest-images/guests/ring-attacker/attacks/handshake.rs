@@ -1,4 +1,4 @@
-//! Steps of a driver's start that are not the next (3.1.1), and features that were not offered (2.2).
+//! Initialization steps in the wrong order (3.1.1) and invalid features (2.2).
 
 use crate::attack::{Attack, Case, Outcome, Targets};
 use crate::device::{Result, ensure};
@@ -98,6 +98,7 @@ pub(super) const ATTACKS: [Attack; 12] = [
     },
 ];
 
+/// Resets the device and initializes it up to DRIVER.
 fn begin(case: &mut Case<'_>) -> Result {
     case.device.reset()?;
     case.device.write(register::STATUS, status::ACKNOWLEDGE);
@@ -109,7 +110,7 @@ fn notify_all(case: &Case<'_>) {
     (0..case.device.queue_count).for_each(|queue| case.device.notify(queue));
 }
 
-/// Without a reset from where the attack left it, the status as it was: a driver that now keeps to the rules gets on.
+/// Completes the initialization correctly, without a reset. The status must still be `left`, as before the attack.
 pub(super) fn go_on(case: &mut Case<'_>, left: u32) -> Result<Outcome> {
     ensure(case.device.status() == left, "its status changed")?;
     for index in 0..case.device.queue_count {
@@ -127,7 +128,7 @@ pub(super) fn go_on(case: &mut Case<'_>, left: u32) -> Result<Outcome> {
     case.lives_on()
 }
 
-/// Features that the device does not take, as the driver sees when it reads the status back.
+/// Writes invalid features. The device must not accept FEATURES_OK.
 fn features(case: &mut Case<'_>, wrong: u64) -> Result<Outcome> {
     begin(case)?;
     case.device.choose(wrong);
@@ -142,7 +143,7 @@ fn features(case: &mut Case<'_>, wrong: u64) -> Result<Outcome> {
     go_on(case, BEGUN)
 }
 
-/// The driver asks to be told of entries that there never are: it has to look by itself, and all goes on (2.7.7).
+/// Sets `used_event` to values that are never reached (2.7.7). The driver polls, so that operations still complete.
 fn event_index(case: &mut Case<'_>) -> Result<Outcome> {
     let features = case.device.choice() | feature::EVENT_IDX;
     case.device.start_with(features, None)?;

@@ -1,4 +1,4 @@
-//! What a driver must not do while a device works for it.
+//! Changes that a driver must not make while the device works.
 
 use crate::attack::{Attack, Case, Outcome, Targets, is_untouched};
 use crate::device::{Result, Trouble, ensure};
@@ -57,7 +57,7 @@ pub(super) const ATTACKS: [Attack; 8] = [
     attack("rings-rewritten-under-load", Outcome::Survived, rewritten),
 ];
 
-/// Does `what` with each queue selected; then all works as before.
+/// Calls `what` with each queue selected. The device must work as before.
 fn reprogrammed(case: &mut Case<'_>, what: fn(&mut Case<'_>)) -> Result<Outcome> {
     case.device.start(None)?;
     for queue in 0..case.device.queue_count {
@@ -74,14 +74,13 @@ fn reprogrammed(case: &mut Case<'_>, what: fn(&mut Case<'_>)) -> Result<Outcome>
     case.lives_on()
 }
 
-/// What requests read or write, all of them the same memory.
+/// Size of the data that all requests read or write.
 const DATA_BYTES: u32 = 32 << 10;
-/// What is smaller: headers, and the status of a block device's requests.
+/// Size of the memory for headers and for the status of block requests.
 const SMALL_BYTES: u64 = 4096;
 const STATUS_OFFSET: u64 = 64;
 
-/// Starts, and has as many requests on their way as the queue takes, valid ones that take the device some time.
-/// Returns how many.
+/// Initializes the device and fills the queue with valid requests that take some time. Returns their number.
 fn loaded(case: &mut Case<'_>) -> Result<u16> {
     case.device.start(None)?;
     let device = &mut *case.device;
@@ -90,7 +89,7 @@ fn loaded(case: &mut Case<'_>) -> Result<u16> {
     let small_parts = |bytes| [Part::out(small, bytes); 3];
     let (parts, length) = match device.kind {
         Kind::Block => {
-            // The header, which is of zeros, reads from the first sector.
+            // The header is zeroed, so that the request reads from the first sector.
             let all = device.config32(0).saturating_mul(SECTOR_BYTES);
             let parts = [
                 Part::out(small, block::HEADER_BYTES),
@@ -129,20 +128,20 @@ fn loaded(case: &mut Case<'_>) -> Result<u16> {
     Ok(count)
 }
 
-/// How often a device is stopped under load: where it is in its work then is a matter of chance.
+/// Number of times that a device is stopped under load, each time at a random point of its work.
 const ROUNDS: u32 = 8;
-/// How often memory is looked at after each, for longer than all of the work takes.
+/// Number of checks of the memory after each stop. They take longer than all requests.
 const LOOKS: u32 = 32;
 
-/// Stops the device in its work. The queue's used ring, and what requests had for the device to write, are the driver's
-/// from then on.
+/// Stops the device while it works. From then on it must not write to the used ring or to the data of the requests, which
+/// belong to the driver.
 fn left_alone(case: &mut Case<'_>, stop: fn(&Case<'_>) -> Result) -> Result<Outcome> {
     for _ in 0..ROUNDS {
         loaded(case)?;
         stop(case)?;
         let used_ring = (case.device.queues[case.queue].used_ring(), 4096);
         let data = match case.device.kind {
-            // Its page was given away for good, whether the device was stopped or not.
+            // The page was inflated, and the device may discard it at any time.
             Kind::Balloon => None,
             _ => Some((scratch(), SMALL_BYTES + u64::from(DATA_BYTES))),
         };
@@ -155,7 +154,7 @@ fn left_alone(case: &mut Case<'_>, stop: fn(&Case<'_>) -> Result) -> Result<Outc
     Ok(Outcome::Quiet)
 }
 
-/// The descriptors become nonsense while the device reads them.
+/// Overwrites the descriptors with invalid values while the device reads them.
 fn rewritten(case: &mut Case<'_>) -> Result<Outcome> {
     let expected = loaded(case)?;
     let nonsense = Part {

@@ -1,4 +1,4 @@
-//! The attacks, by what they attack.
+//! All attacks, grouped by the part of the specification that they violate.
 
 mod balloon;
 mod block;
@@ -14,7 +14,7 @@ mod vsock;
 
 use crate::attack::Attack;
 
-/// All attacks, in the order in which they are made.
+/// All attacks in their order.
 pub(crate) const ALL: [&[Attack]; 11] = [
     &chains::ATTACKS,
     &tables::ATTACKS,

@@ -1,4 +1,4 @@
-//! Packets that are none (5.1.6).
+//! Invalid packets for network devices (5.1.6).
 
 use super::chains::chain;
 use crate::attack::{Attack, Case, Outcome, Targets};
@@ -107,7 +107,7 @@ impl Header {
     };
 }
 
-/// Sends a packet that comes back unsent; those behind it are sent.
+/// Sends a packet that the device must drop. It must send later packets.
 fn packet(case: &mut Case<'_>, header: Header, frame_bytes: u32) -> Result<Outcome> {
     case.device.start(None)?;
     let at = scratch();
@@ -127,7 +127,7 @@ fn packet(case: &mut Case<'_>, header: Header, frame_bytes: u32) -> Result<Outco
     Ok(Outcome::Dropped)
 }
 
-/// There is no room for what arrives, and there never will be: it is lost, and the buffer stays.
+/// Adds a receive buffer of one byte. The device must drop the packet that arrives and keep the buffer.
 fn small_buffer(case: &mut Case<'_>) -> Result<Outcome> {
     case.start()?;
     case.device.queues[0].chain(0, &[Part::into(scratch(), 1)]);

@@ -1,4 +1,4 @@
-//! Accesses of registers and of the configuration space that are none (4.2.2).
+//! Invalid accesses to registers and to the configuration space (4.2.2).
 
 use crate::attack::{Attack, Case, Outcome, Targets};
 use crate::device::{Device, Result, ensure};
@@ -116,7 +116,7 @@ pub(super) const ATTACKS: [Attack; 11] = [
             for queue in [device.queue_count as u32, 0xffff, 0x1_0000, u32::MAX] {
                 device.write(register::QUEUE_NOTIFY, queue);
             }
-            // Of a queue that is, in widths that are none.
+            // An existing queue, in invalid widths.
             write8(device.base + register::QUEUE_NOTIFY, 0);
             write16(device.base + register::QUEUE_NOTIFY, 0);
             write64(device.base + register::QUEUE_NOTIFY, 0);
@@ -143,7 +143,7 @@ pub(super) const ATTACKS: [Attack; 11] = [
             }
             let mut after = config(device);
             if device.kind == Kind::Balloon {
-                // What the driver says of the balloon's size (5.5.4) is anything that it likes.
+                // The driver may write any value to `actual` (5.5.4).
                 after[1] = before[1];
             }
             ensure(before == after, "it can be written")
@@ -161,7 +161,7 @@ pub(super) const ATTACKS: [Attack; 11] = [
     }),
     attack("accesses-across-the-page", |case| {
         running(case, |device| {
-            // What the next page says is its own matter; the halves are no register of either.
+            // The next page may belong to another device. The access must change neither.
             for short in 1..8 {
                 let at = device.base + DEVICE_BYTES - short;
                 write64(at, u64::MAX);
@@ -172,7 +172,7 @@ pub(super) const ATTACKS: [Attack; 11] = [
     }),
 ];
 
-/// Does `what` with a running device, which then works as before.
+/// Calls `what` with a running device, which must work as before.
 fn running(case: &mut Case<'_>, what: fn(&Device) -> Result) -> Result<Outcome> {
     case.device.start(None)?;
     case.device.operate()?;

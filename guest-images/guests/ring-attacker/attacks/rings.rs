@@ -1,4 +1,4 @@
-//! Rings at places that cannot be, and queues of sizes that cannot be (2.7, 4.2.2).
+//! Invalid addresses and sizes of queues (2.7, 4.2.2).
 
 use crate::attack::{Attack, Case, Outcome, Targets};
 use crate::device::Result;
@@ -62,7 +62,7 @@ pub(super) const ATTACKS: [Attack; 21] = [
     sized("ready-before-the-features", ready_before_features),
 ];
 
-/// One of the rings is at `address`.
+/// Sets up the queue with one ring at `address`.
 fn at(case: &mut Case<'_>, ring: usize, address: u64) -> Result<Outcome> {
     case.device.negotiate(case.device.choice())?;
     case.device.set_up_queues(Some(case.queue));
@@ -77,6 +77,7 @@ fn at(case: &mut Case<'_>, ring: usize, address: u64) -> Result<Outcome> {
     case.verdict()
 }
 
+/// Sets up the queue with one ring moved by `by` bytes.
 fn moved(case: &mut Case<'_>, ring: usize, by: u64) -> Result<Outcome> {
     let place = case.device.queues[case.queue].addresses()[ring];
     at(case, ring, place + by)
@@ -87,7 +88,7 @@ fn select(case: &Case<'_>) {
     case.device.write(register::QUEUE_SEL, queue);
 }
 
-/// All rings are at 0 then, which is memory; what it holds is nonsense for rings.
+/// Enables the queue without setting its addresses. The rings are then at address 0, which is RAM with invalid contents.
 fn ready_without_addresses(case: &mut Case<'_>) -> Result<Outcome> {
     const AVAILABLE_INDEX: u64 = 2;
     store(AVAILABLE_INDEX, 0x7fff_u16);
@@ -102,7 +103,7 @@ fn ready_without_addresses(case: &mut Case<'_>) -> Result<Outcome> {
     outcome
 }
 
-/// The queue keeps the size that it had: more requests than that go through it.
+/// Writes an invalid size after a valid one. The device must keep the valid size, so that more requests than it complete.
 fn size(case: &mut Case<'_>, wrong: u32) -> Result<Outcome> {
     const SIZE: u16 = 4;
     let whole = core::mem::replace(&mut case.device.queues[case.queue].size, SIZE);

@@ -1,4 +1,4 @@
-//! Enormous requests that are allowed.
+//! Very large requests that are valid.
 
 use super::chains::chain;
 use crate::attack::{Attack, Case, Outcome, Targets};
@@ -8,7 +8,7 @@ use crate::queue::Part;
 use crate::spec::Kind;
 
 const MEGABYTE: u32 = 1 << 20;
-/// More random bytes than any device gives at once.
+/// More bytes than an entropy device returns at once.
 const PLENTY: u64 = 1 << 16;
 
 pub(super) const ATTACKS: [Attack; 3] = [
@@ -39,7 +39,7 @@ pub(super) const ATTACKS: [Attack; 3] = [
     },
 ];
 
-/// The device gives what it likes to, and says how much.
+/// Requests random bytes. The device may return fewer bytes, and must report their number.
 fn entropy(case: &mut Case<'_>, bytes: u32) -> Result<Outcome> {
     case.device.start(None)?;
     fill(scratch(), 0, PLENTY);

@@ -1,4 +1,4 @@
-//! Indirect tables that are none (2.7.5.3).
+//! Invalid indirect descriptor tables (2.7.5.3).
 
 use super::chains::chain;
 use crate::attack::{Attack, Case, Outcome, Targets};
@@ -7,9 +7,10 @@ use crate::dma::scratch;
 use crate::queue::{Part, describe};
 use crate::spec::{Kind, descriptor, feature};
 
-/// More than any queue has.
+/// More descriptors than any queue has.
 const TOO_MANY: u16 = 1025;
-/// As many descriptors of all memory that a chain's bytes pass 2^32, and no more than a chain may have.
+/// Maximum number of descriptors with which the total length of a chain can exceed 2^32 bytes while the chain is not too
+/// long.
 const MOST: u64 = 1000;
 
 const fn attack(name: &'static str, run: fn(&mut Case<'_>) -> Result<Outcome>) -> Attack {
@@ -68,7 +69,7 @@ pub(super) const ATTACKS: [Attack; 13] = [
         let count = ((1 << 32) / bytes + 1).min(MOST);
         repeated(case, case.part(0, bytes as u32), count as u16)
     }),
-    // The feature says what a driver may do; the device takes tables either way.
+    // The feature restricts the driver. The device accepts tables without it.
     Attack {
         name: "table-without-the-feature",
         on: Targets::Only(Kind::Rng),
@@ -85,16 +86,17 @@ pub(super) const ATTACKS: [Attack; 13] = [
     },
 ];
 
-/// Behind what the descriptors of a table name.
+/// Returns the address of the table, after the memory that its descriptors refer to.
 fn table() -> u64 {
     scratch() + 0x2000
 }
 
+/// Makes a chain available that consists of an indirect table.
 fn through(case: &mut Case<'_>, table: u64, bytes: u32) -> Result<Outcome> {
     chain(case, &[Part::table(table, bytes)])
 }
 
-/// A table with `count` times the same descriptor.
+/// Makes a table available that contains the same descriptor `count` times.
 fn repeated(case: &mut Case<'_>, part: Part, count: u16) -> Result<Outcome> {
     for index in 0..count {
         let next = (index + 1 < count).then_some(index + 1);

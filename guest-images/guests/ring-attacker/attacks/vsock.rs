@@ -1,4 +1,4 @@
-//! Packets of sockets that are none (5.10.6).
+//! Invalid packets for vsock devices (5.10.6).
 
 use crate::attack::{Attack, Case, Outcome, Targets};
 use crate::device::{BUFFER_BYTES, Result, ensure};
@@ -6,7 +6,8 @@ use crate::dma::load;
 use crate::operation::{Packet, vsock};
 use crate::spec::Kind;
 
-/// Packets that the device keeps for a guest that takes none, and some more, as many as fit into a queue.
+/// Number of packets that the device stores for a guest without receive buffers, and number of further packets, which fit
+/// into a queue.
 const KEPT: u32 = 1024;
 const NOT_KEPT: u32 = 128;
 
@@ -70,7 +71,7 @@ pub(super) const ATTACKS: [Attack; 13] = [
     attack("flood-without-room", Outcome::Served, flood),
 ];
 
-/// A packet whose header says `len` where `bytes` bytes are.
+/// Sends a packet of `bytes` bytes whose header contains the length `len`.
 fn longer(case: &mut Case<'_>, len: u32, bytes: u32) -> Result<Outcome> {
     case.start()?;
     let mut packet = case.device.packet(vsock::DATA);
@@ -79,6 +80,7 @@ fn longer(case: &mut Case<'_>, len: u32, bytes: u32) -> Result<Outcome> {
     case.verdict()
 }
 
+/// Sends an invalid packet that the device must answer with a reset.
 fn reset(case: &mut Case<'_>, nonsense: fn(&mut Packet)) -> Result<Outcome> {
     case.device.start(None)?;
     let mut packet = case.device.packet(vsock::REQUEST);
@@ -88,7 +90,7 @@ fn reset(case: &mut Case<'_>, nonsense: fn(&mut Packet)) -> Result<Outcome> {
     Ok(Outcome::ConnectionReset)
 }
 
-/// A packet that nobody answers: the next thing to arrive is the answer to the next packet.
+/// Sends an invalid packet that the device must not answer. The next packet to arrive must answer the next request.
 fn dropped(case: &mut Case<'_>, nonsense: fn(&mut Packet)) -> Result<Outcome> {
     case.device.start(None)?;
     let mut packet = case.device.packet(vsock::REQUEST);
@@ -100,15 +102,15 @@ fn dropped(case: &mut Case<'_>, nonsense: fn(&mut Packet)) -> Result<Outcome> {
     case.device.send_packet(&next, vsock::HEADER_BYTES);
     case.device.wait_used(1, 0)?;
     case.device.receive(|_, _, _| true)?;
-    // The first buffer has what arrived first.
+    // The first buffer holds the packet that arrived first.
     let port: u32 = load(case.device.receive_buffer(0) + 16);
     ensure(port == next.host_port, "an answer to nobody")?;
     case.lives_on()?;
     Ok(Outcome::Dropped)
 }
 
-/// Asks for connections without room for the answers, as long as the device takes what it is asked and then beyond;
-/// once there is room, every single answer arrives.
+/// Requests more connections than the device can store answers for, without receive buffers. When the buffers are added,
+/// every answer must arrive.
 fn flood(case: &mut Case<'_>) -> Result<Outcome> {
     case.device.start(Some(0))?;
     let packet = case.device.packet(vsock::REQUEST);

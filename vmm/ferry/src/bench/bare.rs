@@ -1,7 +1,7 @@
-//! The least that starts a guest: a program of ioctls with one vCPU, a serial port that writes, and nothing else.
-//! What a monitor costs beyond it is what the monitor costs.
+//! Baseline of `ferry bench start`: boots a PVH guest with the fewest KVM ioctls, one vCPU and a serial port for output.
+//! The overhead of a monitor is its time and memory beyond this baseline.
 //!
-//! This file has `unsafe` for one call: KVM is given a host address that the guest may then write.
+//! This file uses `unsafe` for one call, KVM_SET_USER_MEMORY_REGION, which lets the guest write to host memory.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -19,23 +19,25 @@ use vm_memory::{
 };
 
 use crate::Failure;
-use crate::arguments::BareStartArguments;
+use crate::arguments::bench::BareStartArguments;
 
-/// Where monitors put the TSS of Intel hosts.
+/// Guest-physical address of the three pages that KVM needs on Intel hosts (KVM_SET_TSS_ADDR).
 const TSS_ADDRESS: usize = 0xfffb_d000;
-/// Below the kernel, which lies at 1 MiB.
+// Guest-physical addresses of the PVH boot data, below the kernel at 1 MiB.
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x7000;
 const COMMAND_LINE: u64 = 0x8000;
+/// Data port of COM1.
 const SERIAL: u16 = 0x3f8;
+/// I/O port to which the guest writes its exit status.
 const DEBUG_EXIT: u16 = 0xf4;
 
-/// Starts the guest and lets it run to its end. Returns the status that it gave.
+/// Boots the guest and runs it until it exits. Returns its exit status.
 pub(super) fn bare_start(arguments: &BareStartArguments) -> Result<u8, Failure> {
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
     let memory = memory(arguments.memory)?;
-    give(&vm, &memory)?;
+    set_memory_slot(&vm, &memory)?;
     vm.set_tss_address(TSS_ADDRESS)?;
     vm.create_irq_chip()?;
     vm.create_pit2(kvm_pit_config::default())?;
@@ -47,7 +49,7 @@ pub(super) fn bare_start(arguments: &BareStartArguments) -> Result<u8, Failure> 
     run(&mut vcpu)
 }
 
-/// Guest memory as the monitors beside it have it: a memory file, shared.
+/// Allocates guest memory as a shared memfd, as the measured monitors do.
 fn memory(bytes: u64) -> Result<GuestMemoryMmap, Failure> {
     let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC)?;
     ftruncate(&file, bytes)?;
@@ -56,20 +58,20 @@ fn memory(bytes: u64) -> Result<GuestMemoryMmap, Failure> {
     Ok(GuestMemoryMmap::from_ranges_with_files([range])?)
 }
 
-fn give(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Failure> {
+/// Registers guest memory as memory slot 0.
+fn set_memory_slot(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Failure> {
     let host = memory.get_host_address(GuestAddress(0))?;
     let region = kvm_userspace_memory_region {
         memory_size: memory.iter().map(GuestMemoryRegion::len).sum(),
         userspace_addr: host as u64,
         ..Default::default()
     };
-    // SAFETY: the mapping is that of `memory`, which lives until the vCPU has stopped for good, and it is no
-    // memory that Rust has references into.
+    // SAFETY: the range is the mapping of `memory`, which outlives the vCPU, and no Rust reference points into it.
     unsafe { vm.set_user_memory_region(region)? };
     Ok(())
 }
 
-/// Loads the kernel and returns its PVH entry.
+/// Loads the kernel and returns its PVH entry point.
 fn load(memory: &GuestMemoryMmap, kernel: &Path) -> Result<u64, Failure> {
     let mut file = File::open(kernel)?;
     let loaded: KernelLoaderResult = Elf::load(memory, None, &mut file, None)?;
@@ -79,7 +81,7 @@ fn load(memory: &GuestMemoryMmap, kernel: &Path) -> Result<u64, Failure> {
     }
 }
 
-/// `hvm_start_info` with a memory map of one entry (Xen, public/arch-x86/hvm/start_info.h).
+/// Writes `hvm_start_info` with a memory map of one entry (Xen, public/arch-x86/hvm/start_info.h).
 fn write_start_info(
     memory: &GuestMemoryMmap,
     bytes: u64,
@@ -91,7 +93,7 @@ fn write_start_info(
     for (word, value) in (0..).zip([0, bytes, RAM]) {
         memory.write_obj::<u64>(value, GuestAddress(MEMORY_MAP + 8 * word))?;
     }
-    // Magic and version, then flags and modules, their address, command line, RSDP, map, entries of the map.
+    // Magic and version 1, flags and number of modules, module list, command line, RSDP, memory map, number of its entries.
     let fields = [
         u64::from(MAGIC) | 1 << 32,
         0,
@@ -107,7 +109,7 @@ fn write_start_info(
     Ok(())
 }
 
-/// The PVH start state: protected mode, flat segments, paging off.
+/// Sets the PVH start state: protected mode, flat segments, paging off.
 fn set_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), Failure> {
     let flat = |selector, type_| kvm_segment {
         limit: u32::MAX,
@@ -134,6 +136,7 @@ fn set_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Runs the vCPU until the guest writes its exit status.
 fn run(vcpu: &mut VcpuFd) -> Result<u8, Failure> {
     let mut stdout = io::stdout().lock();
     loop {
@@ -146,9 +149,7 @@ fn run(vcpu: &mut VcpuFd) -> Result<u8, Failure> {
             VcpuExit::IoIn(_, data) => data.fill(0xff),
             VcpuExit::IoOut(..) => {}
             other => {
-                return Err(
-                    format!("the guest ended in a way that is not expected: {other:?}").into(),
-                );
+                return Err(format!("unexpected exit of the vCPU: {other:?}").into());
             }
         }
     }

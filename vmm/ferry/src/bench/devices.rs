@@ -1,4 +1,4 @@
-//! `ferry bench devices`: how much goes through a guest's disk and network, beside QEMU with the same guest.
+//! `ferry bench devices`: measures the throughput of a guest's disk and network, beside QEMU with the same guest.
 
 use std::fs::File;
 use std::io::Write;
@@ -9,33 +9,35 @@ use std::{env, fmt};
 
 use serde_json::json;
 
-use super::contender::Contender;
-use super::figures::{Bound, Limit, Series, judge};
+use super::figures::{Bound, Limit, Series, exit_status, print_limits, print_limits_as_json};
+use super::monitor_process::MonitorProcess;
 use super::{net_host, peers};
-use crate::arguments::BenchDevicesArguments;
+use crate::arguments::bench::BenchDevicesArguments;
 use crate::progress::ProgressLine;
-use crate::{Failure, say};
+use crate::{Failure, print_line};
 use vmm::kvm::host::Host;
 
-/// How long a guest may be silent beyond the time of a load: it boots, or a disk is slow.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// Before each line that is meant for this program.
+/// Time that a guest may print nothing, in addition to the time of a load: it boots, or the disk is slow.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+/// Prefix of the guest's result lines.
 const MARK: &str = "ferry-bench: ";
+/// Result line that ends the measurement.
 const END: &str = "end";
 const FERRY: &str = "ferry";
 
-/// One of those that are measured.
-struct Contestant {
+/// A monitor that is measured, and its results.
+struct DeviceContender {
     name: &'static str,
     command: fn(&Guest) -> Command,
-    /// In the order in which the guest says them.
+    /// Results of each load, in the order in which the guest prints them.
     loads: Vec<(String, Unit, Series)>,
 }
 
-/// The guest that all run.
+/// The guest that all monitors run.
 struct Guest {
+    /// This program.
     this: PathBuf,
-    /// Nothing, where there is none.
+    /// QEMU binary; empty if QEMU is not measured.
     qemu: PathBuf,
     kernel: PathBuf,
     initramfs: PathBuf,
@@ -45,12 +47,12 @@ struct Guest {
     memory: u64,
 }
 
-/// What a load is counted in.
+/// Unit of the throughput of a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
-    /// Small requests: how many there are counts.
+    /// For loads with small requests.
     Operations,
-    /// Large ones: the bytes count.
+    /// For loads with large requests.
     Mebibytes,
 }
 
@@ -63,8 +65,9 @@ impl fmt::Display for Unit {
     }
 }
 
+/// Measures all monitors and prints the results. Returns the exit status.
 pub(super) fn devices(arguments: &BenchDevicesArguments) -> Result<u8, Failure> {
-    // Its message is better than that of a child.
+    // If KVM is missing, this error is clearer than that of a child process.
     drop(Host::open()?);
     let directory = tempfile::Builder::new().prefix("ferry-bench-").tempdir()?;
     let disk = directory.path().join("disk.raw");
@@ -72,27 +75,36 @@ pub(super) fn devices(arguments: &BenchDevicesArguments) -> Result<u8, Failure> 
     let program = peers::find_qemu(arguments.qemu.as_deref())?;
     let has_qemu = program.is_some();
     let guest = Guest::new(arguments, disk, program)?;
-    let mut contestants = vec![Contestant::new(FERRY, ferry)];
+    let mut contenders = vec![DeviceContender::new(FERRY, ferry)];
     if has_qemu {
-        contestants.push(Contestant::new("qemu", qemu));
+        contenders.push(DeviceContender::new("qemu", qemu));
     }
-    let limit = PATIENCE + Duration::from_secs(arguments.seconds.into());
+    let limit = SILENCE_LIMIT + Duration::from_secs(arguments.seconds.into());
     let progress = ProgressLine::new();
     for run in 0..arguments.runs {
-        for contestant in &mut contestants {
-            let name = contestant.name;
+        for contender in &mut contenders {
+            let name = contender.name;
             progress.show(run.into(), arguments.runs.into(), name);
-            contestant.measure(&guest, limit)?;
+            contender.measure(&guest, limit)?;
         }
     }
     drop(progress);
-    for line in table(&contestants, arguments) {
-        say(&line)?;
+    let limits = limits(&contenders);
+    if arguments.json {
+        for line in json_lines(&contenders) {
+            print_line(&line)?;
+        }
+        print_limits_as_json(&limits)?;
+    } else {
+        for line in table(&contenders, arguments) {
+            print_line(&line)?;
+        }
+        print_limits(&limits)?;
     }
-    judge(&limits(&contestants), arguments.json)
+    Ok(exit_status(&limits))
 }
 
-/// No hole anywhere: reading one would be reading nothing.
+/// Creates the disk image without holes, because reading a hole would not read the disk of the host.
 fn fill(disk: &Path, bytes: u64) -> std::io::Result<()> {
     const PIECE: usize = 1 << 20;
     let mut file = File::create_new(disk)?;
@@ -113,9 +125,10 @@ impl Guest {
         let mut command_line =
             format!("console=ttyS0 quiet panic=-1 ferry.disk=/dev/vda ferry.seconds={seconds}");
         if let (Some(host), Some(guest)) = (arguments.host_address, &arguments.guest_address) {
-            let place = net_host::start(host)
-                .map_err(|error| format!("--host-address {host}: {error}; is the tap up?"))?;
-            command_line += &format!(" ferry.address={guest} ferry.host={place}");
+            let server = net_host::start(host).map_err(|error| {
+                format!("--host-address {host}: cannot listen: {error} (is the tap up?)")
+            })?;
+            command_line += &format!(" ferry.address={guest} ferry.host={server}");
         }
         Ok(Self {
             this: env::current_exe()?,
@@ -130,6 +143,7 @@ impl Guest {
     }
 }
 
+/// Returns the command line of `ferry run`.
 fn ferry(guest: &Guest) -> Command {
     let mut command = peers::ferry(&guest.this, guest.memory);
     command.arg("--kernel").arg(&guest.kernel);
@@ -142,7 +156,7 @@ fn ferry(guest: &Guest) -> Command {
     command
 }
 
-/// Its devices as modern as Ferry's: virtio 1, described by ACPI.
+/// Returns the command line of QEMU with the same devices as Ferry's: virtio 1 over virtio-mmio, described by ACPI.
 fn qemu(guest: &Guest) -> Command {
     let mut command = peers::qemu(&guest.qemu, "acpi=on,auto-kernel-cmdline=off", guest.memory);
     command.arg("-kernel").arg(&guest.kernel);
@@ -166,7 +180,7 @@ fn qemu(guest: &Guest) -> Command {
     command
 }
 
-impl Contestant {
+impl DeviceContender {
     fn new(name: &'static str, command: fn(&Guest) -> Command) -> Self {
         Self {
             name,
@@ -175,24 +189,25 @@ impl Contestant {
         }
     }
 
-    /// Runs the guest once.
+    /// Runs the guest once and adds its results.
     fn measure(&mut self, guest: &Guest, limit: Duration) -> Result<(), Failure> {
-        let mut running = Contender::start(self.name, (self.command)(guest))?;
+        let mut running = MonitorProcess::start(self.name, (self.command)(guest))?;
         loop {
             let line = running.read_line(limit)?;
-            let Some((_, said)) = line.split_once(MARK) else {
+            let Some((_, result)) = line.split_once(MARK) else {
                 continue;
             };
-            if said.trim() == END {
+            if result.trim() == END {
                 return Ok(());
             }
-            let (load, unit, figure) =
-                parse(said).ok_or_else(|| format!("{}: its guest says {said:?}", self.name))?;
-            self.note(load, unit, figure);
+            let (load, unit, figure) = parse(result)
+                .ok_or_else(|| format!("{}: the guest printed the result {result:?}", self.name))?;
+            self.add(load, unit, figure);
         }
     }
 
-    fn note(&mut self, load: &str, unit: Unit, figure: f64) {
+    /// Adds the figure of one run to the series of a load.
+    fn add(&mut self, load: &str, unit: Unit, figure: f64) {
         if let Some((.., series)) = self.loads.iter_mut().find(|(name, ..)| name == load) {
             series.push(figure);
             return;
@@ -202,14 +217,18 @@ impl Contestant {
         self.loads.push((load.into(), unit, series));
     }
 
+    /// Returns the median of a load, or NaN if the guest did not run it.
     fn median(&self, load: &str) -> f64 {
         let found = self.loads.iter().find(|(name, ..)| name == load);
         found.map_or(f64::NAN, |(.., series)| series.median())
     }
 }
 
-/// A line of the guest: `NAME operations=N us=N`, or `NAME bytes=N us=N`.
-#[allow(clippy::cast_precision_loss)] // Of figures that are rounded to be read.
+/// Parses a result of the guest: `NAME operations=N us=N` or `NAME bytes=N us=N`.
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "the figures are rounded when they are printed"
+)]
 fn parse(line: &str) -> Option<(&str, Unit, f64)> {
     const MIB: f64 = 1024.0 * 1024.0;
     let mut words = line.split_whitespace();
@@ -230,53 +249,59 @@ fn parse(line: &str) -> Option<(&str, Unit, f64)> {
     }
 }
 
-fn table(contestants: &[Contestant], arguments: &BenchDevicesArguments) -> Vec<String> {
-    let Some(ferry) = contestants.first() else {
-        return Vec::new();
-    };
-    let mut lines = Vec::new();
-    if !arguments.json {
-        lines.push(format!(
-            "through the devices of one guest: {} runs each, in turns, {} s a load; medians",
+fn table(contenders: &[DeviceContender], arguments: &BenchDevicesArguments) -> Vec<String> {
+    let names: String = contenders
+        .iter()
+        .map(|contender| format!("{:>12}", contender.name))
+        .collect();
+    let mut lines = vec![
+        format!(
+            "device throughput: medians of {} runs each, alternating, {} s per load",
             arguments.runs, arguments.seconds
-        ));
-        let names: String = contestants
+        ),
+        format!("{:<22}{:>8}{names}", "", ""),
+    ];
+    lines.extend(loads(contenders).map(|(load, unit)| {
+        let medians: String = contenders
             .iter()
-            .map(|each| format!("{:>12}", each.name))
+            .map(|contender| format!("{:>12.1}", contender.median(load)))
             .collect();
-        lines.push(format!("{:<22}{:>8}{names}", "", ""));
-    }
-    lines.extend(ferry.loads.iter().map(|(load, unit, _)| {
-        let medians = contestants
-            .iter()
-            .map(|each| (each.name, each.median(load)));
-        if arguments.json {
-            let medians: serde_json::Map<_, _> = medians
-                .map(|(name, median)| (name.to_owned(), median.into()))
-                .collect();
-            return json!({ "load": load, "unit": unit.to_string(), "medians": medians })
-                .to_string();
-        }
-        let figures: String = medians
-            .map(|(_, median)| format!("{median:>12.1}"))
-            .collect();
-        format!("{load:<22}{:>8}{figures}", unit.to_string())
+        format!("{load:<22}{:>8}{medians}", unit.to_string())
     }));
-    if !arguments.json {
-        lines.push(String::new());
-    }
+    lines.push(String::new());
     lines
 }
 
-/// Ferry is not slower than any other in any load.
-fn limits(contestants: &[Contestant]) -> Vec<Limit> {
-    let Some((ferry, peers)) = contestants.split_first() else {
+fn json_lines(contenders: &[DeviceContender]) -> impl Iterator<Item = String> {
+    loads(contenders).map(|(load, unit)| {
+        let medians: serde_json::Map<_, _> = contenders
+            .iter()
+            .map(|contender| (contender.name.to_owned(), contender.median(load).into()))
+            .collect();
+        json!({ "load": load, "unit": unit.to_string(), "medians": medians }).to_string()
+    })
+}
+
+/// Returns the loads that ran in Ferry's guest, which is the first contender.
+fn loads(contenders: &[DeviceContender]) -> impl Iterator<Item = (&str, Unit)> {
+    let ferry = contenders.first().into_iter();
+    ferry.flat_map(|ferry| {
+        ferry
+            .loads
+            .iter()
+            .map(|(load, unit, _)| (load.as_str(), *unit))
+    })
+}
+
+/// Returns the limits: Ferry is at least as fast as each peer in each load.
+fn limits(contenders: &[DeviceContender]) -> Vec<Limit> {
+    let Some((ferry, peers)) = contenders.split_first() else {
         return Vec::new();
     };
     let mut limits = Vec::new();
     for peer in peers {
         limits.extend(ferry.loads.iter().map(|(load, ..)| Limit {
-            what: format!("{load}, ferry's in {}'s", peer.name),
+            what: format!("{load}: throughput of ferry / throughput of {}", peer.name),
             found: ferry.median(load) / peer.median(load),
             bound: Bound::Least(1.0),
         }));
@@ -289,7 +314,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn small_requests_are_counted_and_large_ones_weighed() {
+    fn results_are_parsed_as_operations_or_mebibytes_per_second() {
         let (name, unit, figure) = parse("block-read-4k operations=3000 us=1500000").unwrap();
         assert_eq!((name, unit), ("block-read-4k", Unit::Operations));
         assert!((figure - 2000.0).abs() < 1e-9);
@@ -299,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_result_is_none() {
+    fn other_lines_are_not_parsed() {
         for line in [
             "failed: no virtio_blk",
             "",
@@ -315,10 +340,10 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_did_not_do_a_load_misses_the_limit() {
-        let mut ferry_alone = Contestant::new(FERRY, ferry);
-        ferry_alone.note("x", Unit::Operations, 1.0);
-        let peer = Contestant::new("qemu", qemu);
+    fn a_load_that_a_peer_did_not_run_misses_the_limit() {
+        let mut ferry_alone = DeviceContender::new(FERRY, ferry);
+        ferry_alone.add("x", Unit::Operations, 1.0);
+        let peer = DeviceContender::new("qemu", qemu);
         let limits = limits(&[ferry_alone, peer]);
         assert_eq!(limits.len(), 1);
         assert!(!limits[0].holds());

@@ -1,11 +1,11 @@
-//! Measurements of one thing, and what they are judged by.
+//! Series of measurements, and the limits that they must keep.
 
 use serde::Serialize;
 use serde_json::json;
 
-use crate::{Failure, say};
+use crate::{Failure, print_line};
 
-/// Measurements of one thing.
+/// Repeated measurements of one quantity.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Series(Vec<f64>);
 
@@ -14,7 +14,7 @@ impl Series {
         self.0.push(value);
     }
 
-    /// The median; not a number where nothing was measured.
+    /// Returns the median, or NaN for an empty series.
     pub(super) fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
@@ -26,16 +26,18 @@ impl Series {
         }
     }
 
+    /// Returns the minimum, or NaN for an empty series.
     pub(super) fn minimum(&self) -> f64 {
         self.0.iter().copied().fold(f64::NAN, f64::min)
     }
 
+    /// Returns the maximum, or NaN for an empty series.
     pub(super) fn maximum(&self) -> f64 {
         self.0.iter().copied().fold(f64::NAN, f64::max)
     }
 }
 
-/// The end of a range that something must stay within.
+/// Upper or lower bound of a figure.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Bound {
@@ -43,7 +45,7 @@ pub(super) enum Bound {
     Least(f64),
 }
 
-/// Something that was found, and the limit that it must keep.
+/// A figure and the bound that it must keep.
 #[derive(Clone, Debug)]
 pub(super) struct Limit {
     pub(super) what: String,
@@ -52,7 +54,7 @@ pub(super) struct Limit {
 }
 
 impl Limit {
-    /// What is no number keeps no limit.
+    /// Returns true if the figure keeps the bound. NaN does not.
     pub(super) fn holds(&self) -> bool {
         match self.bound {
             Bound::Most(most) => self.found <= most,
@@ -61,32 +63,40 @@ impl Limit {
     }
 }
 
-/// The status of a program that measured what it should and missed a limit.
+/// Exit status if a limit is missed.
 const MISSED: u8 = 3;
 
-/// Says how `limits` stand. Status 0 if all of them hold.
-pub(super) fn judge(limits: &[Limit], as_json: bool) -> Result<u8, Failure> {
-    let mut all = true;
+/// Prints the limits as text.
+pub(super) fn print_limits(limits: &[Limit]) -> Result<(), Failure> {
+    for limit in limits {
+        let bound = match limit.bound {
+            Bound::Most(most) => format!("at most {most}"),
+            Bound::Least(least) => format!("at least {least}"),
+        };
+        let verdict = if limit.holds() { "holds" } else { "MISSED" };
+        let Limit { what, found, .. } = limit;
+        print_line(&format!("{what}: {found:.2}, {bound}: {verdict}"))?;
+    }
+    Ok(())
+}
+
+/// Prints the limits as JSON, one object per line.
+pub(super) fn print_limits_as_json(limits: &[Limit]) -> Result<(), Failure> {
     for limit in limits {
         let Limit { what, found, bound } = limit;
         let holds = limit.holds();
-        all &= holds;
-        if as_json {
-            say(
-                &json!({ "limit": what, "found": found, "bound": bound, "holds": holds })
-                    .to_string(),
-            )?;
-            continue;
-        }
-        let verdict = if holds { "holds" } else { "MISSED" };
-        match bound {
-            Bound::Most(most) => say(&format!("{what}: {found:.2}, at most {most}: {verdict}"))?,
-            Bound::Least(least) => {
-                say(&format!("{what}: {found:.2}, at least {least}: {verdict}"))?
-            }
-        }
+        let object = json!({ "limit": what, "found": found, "bound": bound, "holds": holds });
+        print_line(&object.to_string())?;
     }
-    Ok(if all { 0 } else { MISSED })
+    Ok(())
+}
+
+/// Returns the exit status: 0 if all limits hold.
+pub(super) fn exit_status(limits: &[Limit]) -> u8 {
+    match limits.iter().all(Limit::holds) {
+        true => 0,
+        false => MISSED,
+    }
 }
 
 #[cfg(test)]
@@ -100,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn median_and_ends() {
+    fn median_minimum_and_maximum() {
         let odd = series(&[9.0, 1.0, 5.0]);
         assert!((odd.median() - 5.0).abs() < 1e-9);
         assert!((odd.minimum() - 1.0).abs() < 1e-9);
@@ -109,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_measured_keeps_no_limit() {
+    fn an_empty_series_keeps_no_limit() {
         let found = series(&[]).median();
         for bound in [Bound::Most(1.0), Bound::Least(1.0)] {
             let what = String::new();

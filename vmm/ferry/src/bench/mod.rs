@@ -1,16 +1,17 @@
-//! `ferry bench`: Ferry's own measurements, beside its peers where they are installed, in turns in one run.
+//! `ferry bench`: measures Ferry beside QEMU, alternating between them in one run, because machines are noisy.
 
 mod bare;
-mod contender;
 mod devices;
 mod figures;
+mod monitor_process;
 mod net_host;
 mod peers;
 mod start;
 
 use super::Failure;
-use super::arguments::Bench;
+use super::arguments::bench::Bench;
 
+/// Runs one measurement and prints its figures and its limits. Returns the exit status.
 pub(super) fn bench(bench: &Bench) -> Result<u8, Failure> {
     match bench {
         Bench::Start(arguments) => start::start(arguments),

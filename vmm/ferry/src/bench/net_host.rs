@@ -1,28 +1,28 @@
-//! The other end of the network loads of `ferry bench devices`.
+//! TCP server on the host for the network loads of `ferry bench devices`.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
-/// Answers guests for as long as the process lives, and says where.
+/// Starts the server on a free port. It runs until the process exits. Returns its address.
 pub(super) fn start(address: IpAddr) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind((address, 0))?;
-    let place = listener.local_addr()?;
+    let address = listener.local_addr()?;
     thread::Builder::new()
         .name("_bench_net".into())
         .spawn(move || {
             for stream in listener.incoming().flatten() {
                 thread::spawn(move || {
-                    // A guest that is gone in the middle says nothing more itself: that is what is reported.
-                    let _gone = answer(stream);
+                    // If the guest is gone, its missing output is reported instead.
+                    let _gone = serve(stream);
                 });
             }
         })?;
-    Ok(place)
+    Ok(address)
 }
 
-/// The first byte says what a connection is for.
-fn answer(mut stream: TcpStream) -> io::Result<()> {
+/// Serves one connection. Its first byte selects the purpose.
+fn serve(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut purpose = [0];
     stream.read_exact(&mut purpose)?;
@@ -34,6 +34,7 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
+/// Counts the bytes that the guest sends, and answers with their number.
 fn count(mut stream: TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; 128 << 10];
     let mut bytes = 0_u64;
@@ -45,6 +46,7 @@ fn count(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
+/// Sends bytes until the guest closes the connection.
 fn send(mut stream: TcpStream) -> io::Result<()> {
     let buffer = vec![0x5a; 128 << 10];
     loop {
@@ -52,6 +54,7 @@ fn send(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
+/// Returns each byte that the guest sends.
 fn echo(mut stream: TcpStream) -> io::Result<()> {
     let mut byte = [0];
     loop {
@@ -65,14 +68,14 @@ mod tests {
     use super::*;
 
     fn connect(purpose: u8) -> TcpStream {
-        let place = start(IpAddr::from([127, 0, 0, 1])).unwrap();
-        let mut stream = TcpStream::connect(place).unwrap();
+        let address = start(IpAddr::from([127, 0, 0, 1])).unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
         stream.write_all(&[purpose]).unwrap();
         stream
     }
 
     #[test]
-    fn what_comes_is_counted() {
+    fn received_bytes_are_counted() {
         let mut stream = connect(b's');
         stream.write_all(&vec![1; 300_000]).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -82,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_come_without_end_and_come_back() {
+    fn bytes_are_sent_without_end_and_echoed() {
         let mut much = vec![0; 300_000];
         connect(b'r').read_exact(&mut much).unwrap();
         assert!(much.iter().all(|byte| *byte == 0x5a));

@@ -1,4 +1,4 @@
-//! The programs that Ferry is measured beside.
+//! Command lines of the monitors that are measured.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use std::process::{Command, Stdio};
 use crate::Failure;
 use vmm::complain::complain;
 
-/// What is looked for where none is named.
+/// Name of the QEMU binary if the command line names none.
 const QEMU: &str = "qemu-system-x86_64";
 
-/// The QEMU to compare with: the one that is named, or the usual one where it is installed. Says on standard error that
-/// there is none.
+/// Returns the QEMU binary to compare with: the one that the command line names, or the one in `PATH`. Prints a message and
+/// returns `None` if QEMU is not installed.
 ///
 /// # Errors
-/// The one that is named cannot be started.
+/// Returns an error if the named binary cannot be started.
 pub(super) fn find_qemu(named: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
     let program = named.unwrap_or(Path::new(QEMU));
     let mut command = Command::new(program);
@@ -26,7 +26,7 @@ pub(super) fn find_qemu(named: Option<&Path>) -> Result<Option<PathBuf>, Failure
         Ok(_) => Ok(Some(program.into())),
         Err(error) if named.is_none() && error.kind() == ErrorKind::NotFound => {
             complain(format_args!(
-                "{QEMU} is not installed: it is left out; --qemu names another"
+                "{QEMU} is not installed, so QEMU is not measured (--qemu FILE names another binary)"
             ));
             Ok(None)
         }
@@ -34,8 +34,8 @@ pub(super) fn find_qemu(named: Option<&Path>) -> Result<Option<PathBuf>, Failure
     }
 }
 
-/// QEMU's microvm with these properties, as lean as it can be made: nothing in it that nobody asked for. Its memory is
-/// a memory file, so that it can be told from QEMU's own.
+/// Returns the command line of QEMU's microvm with these machine properties and no default devices. Guest memory is a memfd,
+/// so that /proc counts it separately from the memory of QEMU.
 pub(super) fn qemu(program: &Path, properties: &str, memory: u64) -> Command {
     let mib = memory >> 20;
     let mut command = Command::new(program);
@@ -53,7 +53,7 @@ pub(super) fn qemu(program: &Path, properties: &str, memory: u64) -> Command {
     command
 }
 
-/// `ferry run` of this program, whose guest's serial port is its standard output.
+/// Returns the command line of `ferry run` with the serial port on standard output.
 pub(super) fn ferry(program: &Path, memory: u64) -> Command {
     let mut command = Command::new(program);
     command.args(["run", "--serial", "stdio", "--memory"]);

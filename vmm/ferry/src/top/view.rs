@@ -1,68 +1,56 @@
-//! What is shown of the looks: boxes on a terminal, or the same as plain text.
+//! The view: boxes on a terminal, or the same figures as plain text.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
 
-use ept::{PAGE_SIZE, Source};
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Style, Stylize};
 use ratatui::text::Line;
 use ratatui::widgets::{Block, Gauge, Paragraph, Sparkline};
 
-use super::look::{Counters, Look};
-use migration::{Phase, Report};
-use vmm::monitor::source_name;
+use super::figures::{Figures, float};
+use super::sample::Sample;
 
-/// Looks whose dirty pages are drawn side by side.
+/// Maximum number of samples in the sparkline of dirty pages.
 const HISTORY: usize = 200;
-const MIB: f64 = 1024.0 * 1024.0;
 
-/// All that was seen so far.
+/// What is drawn of one monitor.
 pub(super) struct View {
     socket: PathBuf,
-    now: Option<Look>,
-    before: Option<Look>,
-    /// Dirty pages a second, the latest first.
+    figures: Figures,
+    /// Dirty pages per second, the latest first.
     history: VecDeque<u64>,
-    /// Why nothing is seen any more.
+    /// Error of the last attempt to take a sample, if it failed.
     lost: Option<String>,
-}
-
-/// Who dirties how many pages a second.
-struct Dirty {
-    sources: Vec<(&'static str, f64)>,
-    /// Where the figures come from, if not from a measurement.
-    note: &'static str,
 }
 
 impl View {
     pub(super) fn new(socket: PathBuf) -> Self {
         Self {
             socket,
-            now: None,
-            before: None,
+            figures: Figures::default(),
             history: VecDeque::new(),
             lost: None,
         }
     }
 
-    /// Takes the next look in.
-    pub(super) fn see(&mut self, look: Look) {
-        self.before = self.now.replace(look);
+    /// Adds the next sample.
+    pub(super) fn push(&mut self, sample: Sample) {
         self.lost = None;
-        if self.before.is_some() {
-            self.history.push_front(rounded(self.dirty().total()));
+        if self.figures.push(sample) {
+            self.history
+                .push_front(rounded(self.figures.dirty().total()));
             self.history.truncate(HISTORY);
         }
     }
 
-    /// The monitor could not be looked at.
+    /// Marks the figures as outdated because no sample could be taken.
     pub(super) fn lose(&mut self, why: &str) {
         self.lost = Some(why.to_owned());
     }
 
-    /// Draws it all.
+    /// Draws all boxes on a terminal.
     pub(super) fn draw(&self, frame: &mut Frame<'_>) {
         let rows = Layout::vertical([
             Constraint::Length(1),
@@ -76,8 +64,8 @@ impl View {
         let [memory, vcpus] = halves.areas(memory);
         frame.render_widget(Line::from(self.headline()).reversed(), head);
         self.draw_memory(frame, memory);
-        draw_box(frame, vcpus, " vCPUs ", &self.vcpu_lines());
-        draw_box(frame, devices, " Devices ", &self.device_lines());
+        draw_box(frame, vcpus, " vCPUs ", &self.figures.vcpu_lines());
+        draw_box(frame, devices, " Devices ", &self.figures.device_lines());
         self.draw_migration(frame, migration);
         let foot_line = match &self.lost {
             Some(why) => Line::from(format!("q quits; {why}")).red(),
@@ -87,7 +75,7 @@ impl View {
     }
 
     fn draw_memory(&self, frame: &mut Frame<'_>, area: Rect) {
-        let dirty = self.dirty();
+        let dirty = self.figures.dirty();
         let block = Block::bordered().title(format!(" Dirty pages a second{} ", dirty.note));
         let inner = block.inner(area);
         frame.render_widget(block, area);
@@ -95,7 +83,7 @@ impl View {
         let [table, history] = rows.areas(inner);
         let lines: Vec<Line<'_>> = dirty.lines().into_iter().map(Line::from).collect();
         frame.render_widget(Paragraph::new(lines), table);
-        // The latest on the right, as far back as there is room.
+        // The latest sample is on the right. The width limits the number of samples.
         let room = usize::from(history.width);
         let mut data: Vec<u64> = self.history.iter().take(room).copied().collect();
         data.reverse();
@@ -109,8 +97,14 @@ impl View {
         frame.render_widget(block, area);
         let [bar, text] =
             Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(inner);
-        let lines: Vec<Line<'_>> = self.migration_lines().into_iter().map(Line::from).collect();
+        let lines: Vec<Line<'_>> = self
+            .figures
+            .migration_lines()
+            .into_iter()
+            .map(Line::from)
+            .collect();
         match self
+            .figures
             .progress()
             .filter(|progress| progress.phase.is_active())
         {
@@ -125,15 +119,15 @@ impl View {
         }
     }
 
-    /// The same without a terminal.
+    /// Returns the same figures as plain text.
     pub(super) fn text(&self) -> String {
-        let dirty = self.dirty();
+        let dirty = self.figures.dirty();
         let mut text = format!("{}\n", self.headline().trim());
         for (title, lines) in [
             (format!("dirty pages a second{}", dirty.note), dirty.lines()),
-            ("vCPUs".to_owned(), self.vcpu_lines()),
-            ("devices".to_owned(), self.device_lines()),
-            ("migration".to_owned(), self.migration_lines()),
+            ("vCPUs".to_owned(), self.figures.vcpu_lines()),
+            ("devices".to_owned(), self.figures.device_lines()),
+            ("migration".to_owned(), self.figures.migration_lines()),
         ] {
             text += &format!("\n{title}\n");
             lines.iter().for_each(|line| text += &format!("  {line}\n"));
@@ -142,155 +136,16 @@ impl View {
     }
 
     fn headline(&self) -> String {
-        let guest = match self.now.as_ref().and_then(|look| look.info.as_ref()) {
-            None => "no guest".to_owned(),
-            Some(info) => format!(
-                "{:?}, {} vCPUs, {:.0} MiB",
-                info.state,
-                info.config.cpus.boot_vcpus,
-                float(info.memory_actual_size) / MIB
-            ),
-        };
         let seen = match self.lost {
             Some(_) => "last seen: ",
             None => "",
         };
+        let guest = self.figures.headline();
         format!(" ferry top  {}  {seen}{guest}", self.socket.display())
     }
-
-    fn progress(&self) -> Option<&Report> {
-        self.now.as_ref().map(|look| &look.progress)
-    }
-
-    fn counters(&self) -> Option<&Counters> {
-        self.now.as_ref().map(|look| &look.counters)
-    }
-
-    /// Seconds between the last two looks.
-    fn seconds(&self) -> Option<f64> {
-        let (now, before) = (self.now.as_ref()?, self.before.as_ref()?);
-        Some(now.at.duration_since(before.at).as_secs_f64()).filter(|seconds| *seconds > 0.0)
-    }
-
-    /// How much a counter grew in each second between the last two looks. A guest that was booted anew counts from 0.
-    fn growth(&self, component: &str, counter: &str) -> Option<f64> {
-        let of = |look: &Look| look.counters.get(component)?.get(counter).copied();
-        let (now, before) = (of(self.now.as_ref()?)?, of(self.before.as_ref()?)?);
-        Some(float(now.checked_sub(before)?) / self.seconds()?)
-    }
-
-    fn dirty(&self) -> Dirty {
-        let measured = self.now.as_ref().and_then(|look| look.dirty_rate.as_ref());
-        let active = self
-            .progress()
-            .is_some_and(|progress| progress.phase.is_active());
-        let rate = |name: &str| match measured {
-            Some(rate) => rate.sources.get(name).copied(),
-            None => self.growth("tracker", &format!("dirtied_by_{name}_pages")),
-        };
-        let sources = Source::ALL
-            .into_iter()
-            .map(|source| source_name(source))
-            .map(|name| (name, rate(name).unwrap_or_default()));
-        let note = match (measured, active) {
-            (Some(_), _) => "",
-            (None, true) => " (migration log)",
-            (None, false) => " (vCPUs not logged)",
-        };
-        Dirty {
-            sources: sources.collect(),
-            note,
-        }
-    }
-
-    fn vcpu_lines(&self) -> Vec<String> {
-        let mut vcpus: Vec<(u32, f64, u64, u64)> = self
-            .counters()
-            .into_iter()
-            .flatten()
-            .filter_map(|(name, counters)| {
-                let index = name.strip_prefix("vcpu")?.parse().ok()?;
-                let held = self.growth(name, "stall_us").unwrap_or_default() / 1e6;
-                let counter = |of: &str| counters.get(of).copied().unwrap_or_default();
-                Some((index, held, counter("stall_us"), counter("stops")))
-            })
-            .collect();
-        // Those that stand most come first: there may be more than there is room for.
-        vcpus.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        if vcpus.is_empty() {
-            return vec!["off".to_owned()];
-        }
-        let mut lines = vec![format!(
-            "{:<8}{:>7}{:>11}{:>8}",
-            "", "held", "stall ms", "stops"
-        )];
-        lines.extend(vcpus.into_iter().map(|(index, held, stall_us, stops)| {
-            let name = format!("vcpu{index}");
-            let percent = held.min(1.0) * 100.0;
-            let stall_ms = float(stall_us) / 1e3;
-            format!("{name:<8}{percent:>5.1} %{stall_ms:>11.1}{stops:>8}")
-        }));
-        lines
-    }
-
-    fn device_lines(&self) -> Vec<String> {
-        let devices = self.counters().into_iter().flatten();
-        let counters = devices
-            .filter(|(name, _)| name.starts_with('_'))
-            .flat_map(|(device, counters)| counters.iter().map(move |of| (device, of)));
-        let lines: Vec<String> = counters
-            .map(|(device, (counter, value))| {
-                let per_s = self.growth(device, counter).unwrap_or_default();
-                format!("{device:<12}{counter:<24}{value:>16}{per_s:>14.0}/s")
-            })
-            .collect();
-        match lines.is_empty() {
-            true => vec!["none".to_owned()],
-            false => lines,
-        }
-    }
-
-    fn migration_lines(&self) -> Vec<String> {
-        let Some(progress) = self
-            .progress()
-            .filter(|progress| progress.phase != Phase::None)
-        else {
-            return vec!["none".to_owned()];
-        };
-        let phase = format!("{:?}", progress.phase).to_lowercase();
-        let url = progress.url.as_deref().unwrap_or_default();
-        let mut lines = vec![
-            format!("{phase}  {url}"),
-            format!(
-                "{} rounds, {:.0} MiB sent, {:.1} s, vCPUs held {} %, downtime {:.1} ms",
-                progress.rounds.len(),
-                float(progress.bytes_sent) / MIB,
-                progress.total_ms / 1e3,
-                progress.throttle_percent,
-                progress.downtime_ms,
-            ),
-        ];
-        lines.extend(progress.message.clone());
-        lines
-    }
 }
 
-impl Dirty {
-    fn total(&self) -> f64 {
-        self.sources.iter().map(|(_, rate)| rate).sum()
-    }
-
-    fn lines(&self) -> Vec<String> {
-        let all = [("all", self.total())];
-        let rows = self.sources.iter().chain(&all);
-        rows.map(|(name, rate)| {
-            let mib = rate * float(PAGE_SIZE) / MIB;
-            format!("{name:<12}{rate:>12.0}{mib:>12.1} MiB/s")
-        })
-        .collect()
-    }
-}
-
+/// Draws a box with lines of text. If the box is too small, the last line tells how many lines are missing.
 fn draw_box(frame: &mut Frame<'_>, area: Rect, title: &str, lines: &[String]) {
     let block = Block::bordered().title(title);
     let room = usize::from(block.inner(area).height);
@@ -307,18 +162,16 @@ fn draw_box(frame: &mut Frame<'_>, area: Rect, title: &str, lines: &[String]) {
     frame.render_widget(Paragraph::new(shown).block(block), area);
 }
 
+/// Returns `part / whole`, limited to 0 to 1.
 fn share(part: u64, whole: u64) -> f64 {
     (float(part) / float(whole.max(1))).clamp(0.0, 1.0)
 }
 
-/// Counts are far below 2^52, where floating point is exact.
-#[allow(clippy::cast_precision_loss)]
-fn float(count: u64) -> f64 {
-    count as f64
-}
-
-/// Rates are at least 0 and far below 2^64.
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "rates are at least 0 and far below 2^64"
+)]
 fn rounded(rate: f64) -> u64 {
     rate.round() as u64
 }
@@ -331,12 +184,14 @@ mod tests {
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
+    use super::super::sample::Counters;
     use super::*;
-    use migration::Round;
+    use migration::{Phase, Report, Round};
     use vmm::config::{CpusConfig, VmConfig};
     use vmm::monitor::{DirtyRate, VmInfo, VmState};
 
-    fn look(at: Instant, cpus: u32, count: u64) -> Look {
+    /// A sample in which every counter has the value `count`, or a multiple of it.
+    fn sample(at: Instant, cpus: u32, count: u64) -> Sample {
         let mut config = VmConfig::from_json(br#"{"payload":{"kernel":"/k"}}"#).unwrap();
         config.cpus = CpusConfig::of(cpus);
         let mut counters = Counters::new();
@@ -349,7 +204,7 @@ mod tests {
             "tracker".to_owned(),
             named(&[("dirtied_by_vcpu_pages", count)]),
         );
-        Look {
+        Sample {
             at,
             info: Some(VmInfo {
                 config,
@@ -369,12 +224,12 @@ mod tests {
             .collect()
     }
 
-    /// Two looks, two seconds apart, between which each counter grew by 200,000.
-    fn seen(cpus: u32) -> View {
+    /// A view with two samples, two seconds apart, between which each counter grew by 200,000.
+    fn view_of(cpus: u32) -> View {
         let began = Instant::now();
         let mut view = View::new("/run/guest.sock".into());
-        view.see(look(began, cpus, 0));
-        view.see(look(began + Duration::from_secs(2), cpus, 200_000));
+        view.push(sample(began, cpus, 0));
+        view.push(sample(began + Duration::from_secs(2), cpus, 200_000));
         view
     }
 
@@ -386,11 +241,11 @@ mod tests {
 
     #[test]
     fn a_guest_fits_80_by_24() {
-        let shown = screen(&seen(4), 80, 24);
+        let shown = screen(&view_of(4), 80, 24);
         for expected in [
             "/run/guest.sock  Running, 4 vCPUs, 512 MiB",
             "vcpu              100000       390.6 MiB/s",
-            // 0.6 of 2 seconds.
+            // The vCPU stalled for 0.6 s of 2 s.
             "vcpu3    30.0 %      600.0  200000",
             "_serial     lost                              200000        100000/s",
             "q or Ctrl-C quits",
@@ -400,8 +255,8 @@ mod tests {
     }
 
     #[test]
-    fn more_vcpus_than_lines_are_counted_and_those_that_stand_most_are_shown() {
-        let shown = screen(&seen(32), 80, 24);
+    fn vcpus_that_stall_most_are_shown_first_and_missing_lines_are_counted() {
+        let shown = screen(&view_of(32), 80, 24);
         assert!(
             shown.contains("vcpu31 ") && !shown.contains("vcpu3 "),
             "{shown}"
@@ -410,9 +265,9 @@ mod tests {
     }
 
     #[test]
-    fn a_measured_rate_and_a_migration_are_shown_and_said_in_text() {
-        let mut view = seen(1);
-        let mut next = look(Instant::now() + Duration::from_secs(4), 1, 200_000);
+    fn a_measured_rate_and_a_migration_are_drawn_and_printed() {
+        let mut view = view_of(1);
+        let mut next = sample(Instant::now() + Duration::from_secs(4), 1, 200_000);
         next.dirty_rate = Some(DirtyRate {
             interval_ms: 1000.0,
             pages: 256,
@@ -430,7 +285,7 @@ mod tests {
             message: Some("will not converge".to_owned()),
             ..Report::default()
         };
-        view.see(next);
+        view.push(next);
         for shown in [screen(&view, 80, 24), view.text()] {
             for expected in [
                 "vcpu                 256         1.0 MiB/s",
@@ -445,35 +300,35 @@ mod tests {
     }
 
     #[test]
-    fn the_latest_looks_are_drawn_when_there_are_more_than_fit() {
+    fn the_latest_samples_are_drawn_when_there_are_more_than_fit() {
         let began = Instant::now();
         let mut view = View::new("/run/guest.sock".into());
-        // Nothing is dirtied for long, and then something.
+        // Pages are dirtied only at the end.
         for second in 0..100 {
             let count = if second < 98 { 0 } else { second * 1000 };
-            view.see(look(began + Duration::from_secs(second), 1, count));
+            view.push(sample(began + Duration::from_secs(second), 1, count));
         }
         assert!(screen(&view, 80, 24).contains('█'));
     }
 
     #[test]
-    fn what_was_lost_is_said_to_be_old() {
-        let mut view = seen(1);
+    fn figures_of_a_lost_monitor_are_marked_as_outdated() {
+        let mut view = view_of(1);
         view.lose("no monitor answers");
         let shown = screen(&view, 80, 24);
         assert!(shown.contains("last seen: Running"), "{shown}");
         assert!(shown.contains("q quits; no monitor answers"), "{shown}");
-        view.see(look(Instant::now(), 1, 0));
+        view.push(sample(Instant::now(), 1, 0));
         assert!(!screen(&view, 80, 24).contains("last seen"));
     }
 
     #[test]
-    fn nothing_seen_and_any_size_are_no_trouble() {
+    fn no_sample_and_any_terminal_size_are_drawn() {
         let mut view = View::new("/run/guest.sock".into());
         view.lose("no monitor answers");
         for (width, height) in [(1, 1), (10, 3), (80, 24), (300, 100)] {
             screen(&view, width, height);
-            screen(&seen(64), width, height);
+            screen(&view_of(64), width, height);
         }
         assert!(screen(&view, 80, 24).contains("no monitor answers"));
         assert!(view.text().contains("no guest"));

@@ -1,4 +1,4 @@
-//! One call to a monitor's API, as `ferry ctl` and `ferry demo` make it.
+//! Client of the API: sends one call to the socket of a monitor and returns the answer.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,55 +7,56 @@ use std::time::Duration;
 
 use super::http::Method;
 
-/// How long an answer may take, unless the call waits for a migration.
+/// Maximum time for the answer to a call that does not wait for a migration.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// Why a call got no good answer.
+/// Reasons why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens there.
+    /// No process is listening on the socket, or the user may not connect to it.
     #[error("no monitor answers at {}: {source}; {}", path.display(), connect_hint(.source))]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// The connection broke, or what came over it was no answer.
+    /// The connection failed, or the answer could not be parsed.
     #[error("{call}: {why}")]
     Broken {
-        /// The call.
+        /// Name of the call.
         call: String,
-        /// What happened.
+        /// Description of the failure.
         why: String,
     },
-    /// The monitor said no.
+    /// The monitor refused the call.
     #[error("{message}")]
     Refused {
-        /// The status of the answer.
+        /// HTTP status of the answer.
         status: u16,
-        /// The reason in words.
+        /// Error message of the monitor.
         message: String,
     },
 }
 
 fn connect_hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::PermissionDenied => "you may not use this socket",
+        io::ErrorKind::PermissionDenied => "you have no permission to use this socket",
         _ => "is it running with this --api-socket?",
     }
 }
 
-/// Waits for an answer however long it takes: the other side's death is noticed all the same.
+/// No time limit for the answer. If the monitor dies, the connection is closed and the call fails.
 pub const NO_LIMIT: Option<Duration> = None;
-/// Waits for an answer as long as any call but one that waits for a migration may take.
+/// Time limit of 30 s for the answer, for calls that do not wait for a migration.
 pub const USUAL_LIMIT: Option<Duration> = Some(ANSWER_LIMIT);
 
-/// Calls `call` (such as `vm.info`) of the monitor whose API socket is at `path`. Returns the answer's
-/// JSON, null where it has none.
+/// Sends the call `call`, such as `vm.info`, to the monitor whose API socket is at `path`. Returns the JSON of the
+/// answer, or null if the answer has no body.
 ///
 /// # Errors
-/// Nobody there, and the monitor's own refusals.
+/// Returns [`ClientError::Connect`] if no monitor is listening, [`ClientError::Broken`] if there is no valid answer
+/// within `limit`, and [`ClientError::Refused`] if the monitor refuses the call.
 pub fn call(
     path: &Path,
     method: Method,
@@ -82,10 +83,11 @@ pub fn call(
     })
 }
 
-/// The figures of the monitor whose API socket is at `path`, in Prometheus' text format.
+/// Returns the metrics of the monitor whose API socket is at `path`, in the text format of Prometheus.
 ///
 /// # Errors
-/// Nobody there, or no such answer.
+/// Returns [`ClientError::Connect`] if no monitor is listening, [`ClientError::Broken`] if there is no valid answer,
+/// and [`ClientError::Refused`] if the answer is not a text with status 200.
 pub fn metrics(path: &Path) -> Result<String, ClientError> {
     let target = "/metrics";
     let (status, body) = exchange(path, Method::Get, target, None, USUAL_LIMIT)?;
@@ -120,6 +122,7 @@ fn exchange(
     Ok((status, body.to_vec()))
 }
 
+/// Sends a request and returns the bytes of the answer. The server closes the connection after it.
 fn converse(
     stream: &mut UnixStream,
     method: Method,
@@ -143,6 +146,7 @@ fn converse(
     Ok(answer)
 }
 
+/// Returns the status and the body of an answer.
 fn parse(answer: &[u8]) -> Result<(u16, &[u8]), String> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut response = httparse::Response::new(&mut headers);
@@ -151,10 +155,11 @@ fn parse(answer: &[u8]) -> Result<(u16, &[u8]), String> {
             Ok((response.code.unwrap_or_default(), &answer[head..]))
         }
         Ok(httparse::Status::Partial) => Err("the monitor closed the connection too early".into()),
-        Err(error) => Err(format!("the answer is no HTTP: {error}")),
+        Err(error) => Err(format!("the answer is not HTTP: {error}")),
     }
 }
 
+/// Returns the messages in the body of an error as one text.
 fn message(status: u16, value: &serde_json::Value) -> String {
     let parts: Vec<&str> = value
         .as_array()

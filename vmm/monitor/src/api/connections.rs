@@ -6,47 +6,51 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Connections at a time.
+/// Maximum number of open connections.
 pub(super) const CONNECTIONS_LIMIT: usize = 32;
 
-/// The connections that there are.
+/// Open connections of the API socket.
 #[derive(Default)]
 pub(super) struct Connections {
     open: Mutex<Vec<OpenConnection>>,
 }
 
+/// One open connection.
 struct OpenConnection {
-    /// To end it. Its address tells it from the others.
+    /// Duplicate of the stream, to shut the connection down. The address of the `Arc` identifies the connection.
     stream: Arc<UnixStream>,
     state: ConnectionState,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
+/// Activity of a connection.
 pub(super) enum ConnectionState {
-    /// For a request, since then.
+    /// The connection has waited for a request since this time.
     Waiting(Instant),
+    /// A request is being answered.
     Answering,
 }
 
-/// Registration of a connection, until it is dropped.
+/// Registration of a connection. Dropping it removes the connection.
 pub(super) struct ConnectionGuard {
     connections: Arc<Connections>,
     stream: Arc<UnixStream>,
 }
 
 impl Connections {
-    /// Registers a new connection. If there are too many, the one that has been idle for longest is closed.
+    /// Registers a new connection. If there are [`CONNECTIONS_LIMIT`] already, the one that has been idle for longest
+    /// is closed.
     ///
     /// # Errors
-    /// Returns `ResourceBusy` if all connections are being answered, and the error of dup(2).
+    /// Returns `ResourceBusy` if all connections are answering requests, and the error of dup(2).
     pub(super) fn enter(self: &Arc<Self>, stream: &UnixStream) -> io::Result<ConnectionGuard> {
         let stream = Arc::new(stream.try_clone()?);
         let mut open = self.lock();
         if open.len() >= CONNECTIONS_LIMIT {
             let idlest = idlest(&open).ok_or(io::ErrorKind::ResourceBusy)?;
-            let gone = open.swap_remove(idlest);
-            // Its client may have gone already.
-            let _gone = gone.stream.shutdown(Shutdown::Both);
+            let closed = open.swap_remove(idlest);
+            // This fails if the client has disconnected already.
+            let _disconnected = closed.stream.shutdown(Shutdown::Both);
         }
         open.push(OpenConnection {
             stream: Arc::clone(&stream),
@@ -58,6 +62,7 @@ impl Connections {
         })
     }
 
+    /// Returns true if any connection is answering a request.
     pub(super) fn are_answering(&self) -> bool {
         self.lock()
             .iter()
@@ -69,6 +74,7 @@ impl Connections {
     }
 }
 
+/// Returns the index of the connection that has waited for a request for longest.
 fn idlest(open: &[OpenConnection]) -> Option<usize> {
     let waiting = open
         .iter()
@@ -81,10 +87,10 @@ fn idlest(open: &[OpenConnection]) -> Option<usize> {
 }
 
 impl ConnectionGuard {
-    /// Notes what the connection does.
+    /// Sets the state of the connection.
     ///
     /// # Errors
-    /// It had to make room for another one.
+    /// Returns `ConnectionAborted` if the connection was closed to make room for another one.
     pub(super) fn set_state(&self, state: ConnectionState) -> io::Result<()> {
         let mut open = self.connections.lock();
         let own = open
@@ -125,7 +131,7 @@ mod tests {
         let newest = pair(&connections);
         assert!(newest.1.is_ok());
         assert!(all[0].1.set_state(ConnectionState::Answering).is_ok());
-        // The oldest of those that waited is closed, and is not answered any more.
+        // The connection that has waited for longest was closed, and is not answered any more.
         assert!(all[1].1.set_state(ConnectionState::Answering).is_err());
         assert_eq!(all[1].0.read(&mut [0]).unwrap(), 0);
         assert!(all[2].1.set_state(ConnectionState::Answering).is_ok());

@@ -1,8 +1,9 @@
-//! The API: HTTP on a Unix socket, in the paths and JSON of the Cloud Hypervisor API v1.
+//! HTTP API on a Unix socket, with the paths and JSON of the Cloud Hypervisor API v1, and a client for it.
 
 mod client;
 mod connections;
 mod http;
+mod request;
 mod request_stream;
 mod routes;
 mod server;

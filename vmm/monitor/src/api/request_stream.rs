@@ -1,4 +1,4 @@
-//! Reads one request from a client's socket, with time limits and descriptors.
+//! Reads requests from the socket of a client, with time limits and passed descriptors.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use super::http::{Begun, DESCRIPTORS_LIMIT, RequestSource};
+use super::request::{Begun, DESCRIPTORS_LIMIT, RequestSource};
 
-/// A connection that says nothing for so long is closed.
+/// Time after which an idle connection is closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
-/// From the first byte of a request to its last, and for an answer to leave.
+/// Maximum time from the first to the last byte of a request, and for sending an answer.
 pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
-/// A client from which one request is read.
+/// Stream from which one request is read.
 pub(super) struct RequestStream<'a> {
     stream: &'a UnixStream,
-    /// For the rest of the request that it began.
+    /// Deadline for the rest of the request. It is set when the first byte was received.
     deadline: Option<Instant>,
-    /// What came with the bytes that were read last.
+    /// Descriptors that were passed with the bytes of the last read.
     descriptors: Vec<OwnedFd>,
 }
 
@@ -34,7 +34,7 @@ impl<'a> RequestStream<'a> {
         }
     }
 
-    /// Bytes, and the descriptors that come with them.
+    /// Reads bytes and the descriptors that are passed with them.
     fn receive(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_LIMIT + 1));
         let mut space = [MaybeUninit::uninit(); SPACE];
@@ -43,8 +43,8 @@ impl<'a> RequestStream<'a> {
         let flags = RecvFlags::CMSG_CLOEXEC;
         let count = recvmsg(self.stream, &mut parts, &mut ancillary, flags)?.bytes;
         for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(came) = message {
-                self.descriptors.extend(came);
+            if let RecvAncillaryMessage::ScmRights(passed) = message {
+                self.descriptors.extend(passed);
             }
         }
         Ok(count)
@@ -84,7 +84,7 @@ mod tests {
     use rustix::io::{FdFlags, fcntl_getfd};
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-    use super::super::http::{ReceiveBuffer, RequestError, read_request};
+    use super::super::request::{ReceiveBuffer, RequestError, read_request};
     use super::*;
 
     #[test]
@@ -104,7 +104,7 @@ mod tests {
         }
     }
 
-    /// Sends a whole request with so many descriptors, and reads it.
+    /// Sends a complete request with `count` descriptors, and reads it.
     fn with_descriptors(count: usize) -> Result<Vec<OwnedFd>, RequestError> {
         let (near, far) = UnixStream::pair().unwrap();
         let files: Vec<_> = (0..count)
@@ -127,9 +127,9 @@ mod tests {
     #[test]
     fn descriptors_come_with_a_request_up_to_a_limit() {
         for count in [1, 2, DESCRIPTORS_LIMIT] {
-            let came = with_descriptors(count).unwrap();
-            assert_eq!(came.len(), count);
-            let info = fcntl_getfd(&came[0]).unwrap();
+            let passed = with_descriptors(count).unwrap();
+            assert_eq!(passed.len(), count);
+            let info = fcntl_getfd(&passed[0]).unwrap();
             assert!(info.contains(FdFlags::CLOEXEC));
         }
         for count in [DESCRIPTORS_LIMIT + 1, 60] {

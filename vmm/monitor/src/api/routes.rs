@@ -1,10 +1,11 @@
-//! Which call does what.
+//! Router of the API: the path and method of every call, and its implementation.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::http::{Method, Request, Response};
+use super::http::{Method, Response};
+use super::request::Request;
 use crate::config::{ConfigError, VmConfig, from_json};
 use crate::machine::MachineError;
 use crate::metrics;
@@ -14,14 +15,16 @@ use crate::monitor::{
     SendMigrationData,
 };
 
+/// Prefix of the paths of all calls but `/metrics`.
 const PREFIX: &str = "/api/v1/";
 
+/// Implementation of a call.
 type Answer = fn(&Monitor, &mut Request) -> Response;
 
-/// The one call that descriptors may come with, as `SCM_RIGHTS` of its bytes: the taps of its interfaces.
+/// Path of the only call that accepts descriptors, passed with SCM_RIGHTS: the taps of the network interfaces.
 const TAKES_DESCRIPTORS: &str = "/api/v1/vm.create";
 
-/// Every call: how it is made, where, and what answers it. `openapi.yaml` describes just these.
+/// Every call: its method, its path and its implementation. A test compares the list with `openapi.yaml`.
 const ROUTES: [(Method, &str, Answer); 19] = [
     (Method::Get, "/api/v1/vmm.ping", |_, _| json(&ping())),
     (Method::Put, "/api/v1/vmm.shutdown", |monitor, _| {
@@ -55,17 +58,17 @@ const ROUTES: [(Method, &str, Answer); 19] = [
         done(monitor.power_button())
     }),
     (Method::Put, "/api/v1/vm.resize", |monitor, request| {
-        with_body(request, |wish: ResizeData| done(monitor.resize(&wish)))
+        with_body(request, |data: ResizeData| done(monitor.resize(&data)))
     }),
     (Method::Get, "/api/v1/vm.info", |monitor, _| {
-        told(monitor.info())
+        value(monitor.info())
     }),
     (Method::Get, "/api/v1/vm.counters", |monitor, _| {
-        told(monitor.counters().map(|counters| counters.by_component()))
+        value(monitor.counters().map(|counters| counters.by_component()))
     }),
     (Method::Put, "/api/v1/vm.dirty-rate", |monitor, request| {
-        let measure = |wish: DirtyRateData| told(monitor.dirty_rate(&wish));
-        // All its fields have defaults.
+        let measure = |data: DirtyRateData| value(monitor.dirty_rate(&data));
+        // All fields have defaults, so that the body may be empty.
         match request.body.is_empty() {
             true => measure(DirtyRateData::default()),
             false => with_body(request, measure),
@@ -75,8 +78,8 @@ const ROUTES: [(Method, &str, Answer); 19] = [
         Method::Put,
         "/api/v1/vm.send-migration",
         |monitor, request| {
-            with_body(request, |wish: SendMigrationData| {
-                told(monitor.send_migration(&wish))
+            with_body(request, |data: SendMigrationData| {
+                value(monitor.send_migration(&data))
             })
         },
     ),
@@ -102,7 +105,7 @@ const ROUTES: [(Method, &str, Answer); 19] = [
     }),
 ];
 
-/// Calls of the Cloud Hypervisor API that Ferry knows of and does not have.
+/// Calls of the Cloud Hypervisor API that Ferry does not implement.
 const NOT_IMPLEMENTED: [&str; 19] = [
     "vm.nmi",
     "vm.resize-disk",
@@ -125,7 +128,7 @@ const NOT_IMPLEMENTED: [&str; 19] = [
     "vmm.nmi",
 ];
 
-/// The body of `vm.migration-resolve`.
+/// Body of `vm.migration-resolve`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 struct ResolveData {
@@ -136,7 +139,10 @@ struct ResolveData {
 pub(super) fn answer(monitor: &Arc<Monitor>, request: &mut Request) -> Response {
     let path = request.path.as_str();
     if path != TAKES_DESCRIPTORS && !request.descriptors.is_empty() {
-        return Response::error(400, format!("{path}: no descriptors come with this call"));
+        return Response::error(
+            400,
+            format!("{path}: no descriptors can be passed with this call"),
+        );
     }
     if let Some((method, _, answer)) = ROUTES.iter().find(|(_, known, _)| *known == path) {
         return match request.method == method.name() {
@@ -144,7 +150,7 @@ pub(super) fn answer(monitor: &Arc<Monitor>, request: &mut Request) -> Response 
             false => Response::allow(
                 *method,
                 format!(
-                    "{path}: {} is not how it is called, but {}",
+                    "{path}: the method of this call is not {}, but {}",
                     request.method,
                     method.name()
                 ),
@@ -153,7 +159,7 @@ pub(super) fn answer(monitor: &Arc<Monitor>, request: &mut Request) -> Response 
     }
     match path.strip_prefix(PREFIX) {
         Some(call) if NOT_IMPLEMENTED.contains(&call) => {
-            Response::error(501, format!("{call}: Ferry does not have this call"))
+            Response::error(501, format!("{call}: Ferry does not implement this call"))
         }
         Some(call) => Response::error(404, format!("{call}: there is no such call")),
         None => Response::error(
@@ -163,6 +169,7 @@ pub(super) fn answer(monitor: &Arc<Monitor>, request: &mut Request) -> Response 
     }
 }
 
+/// Returns the answer to `vmm.ping`.
 fn ping() -> serde_json::Value {
     serde_json::json!({
         "build_version": format!("ferry {}", env!("CARGO_PKG_VERSION")),
@@ -172,6 +179,7 @@ fn ping() -> serde_json::Value {
     })
 }
 
+/// Parses the body of `request` and passes it to `act`. Returns an error response if the body is missing or invalid.
 fn with_body<T: serde::de::DeserializeOwned>(
     request: &Request,
     act: impl FnOnce(T) -> Response,
@@ -185,6 +193,7 @@ fn with_body<T: serde::de::DeserializeOwned>(
     from_json(&request.body).map_or_else(|error: ConfigError| Response::error(400, error), act)
 }
 
+/// Returns a response with `value` as JSON.
 fn json<T: Serialize>(value: &T) -> Response {
     match serde_json::to_string(value) {
         Ok(body) => Response::json(200, body),
@@ -192,19 +201,23 @@ fn json<T: Serialize>(value: &T) -> Response {
     }
 }
 
-fn told<T: Serialize>(result: Result<T, MonitorError>) -> Response {
+/// Returns the response to a call that returns a value.
+fn value<T: Serialize>(result: Result<T, MonitorError>) -> Response {
     result.map_or_else(|error| failed(&error), |value| json(&value))
 }
 
+/// Returns the response to a call that returns nothing.
 fn done(result: Result<(), MonitorError>) -> Response {
     result.map_or_else(|error| failed(&error), |()| Response::empty())
 }
 
+/// Returns the response to a call that failed.
 fn failed(error: &MonitorError) -> Response {
     Response::error(status(error), error)
 }
 
-/// As the Cloud Hypervisor API: 404 where there is no guest, 405 where it is not in the state for the call.
+/// Returns the HTTP status of an error, as in the Cloud Hypervisor API: 404 if there is no guest, and 405 if the state
+/// of the guest does not allow the call.
 fn status(error: &MonitorError) -> u16 {
     match error {
         MonitorError::Invalid(_)

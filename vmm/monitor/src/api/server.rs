@@ -1,8 +1,8 @@
-//! The API's socket and its threads.
+//! Server of the API: the socket, and one thread for each connection.
 //!
-//! Each connection has a thread. There are few at a time, so that clients that leak connections cost little, and a new
-//! one always gets in: the one that has been idle for longest makes room for it. A client that begins a request has to
-//! finish it soon.
+//! The number of connections is limited, so that clients that leak connections cost little. A new connection is always
+//! accepted while one of the others is idle: the one that has been idle for longest is closed for it. A client that
+//! begins a request must finish it within a time limit.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,46 +13,48 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::connections::{CONNECTIONS_LIMIT, ConnectionGuard, ConnectionState, Connections};
-use super::http::{KeepAlive, ReceiveBuffer, Request, RequestError, Response, read_request};
+use super::http::{KeepAlive, Response};
+use super::request::{ReceiveBuffer, Request, RequestError, read_request};
 use super::request_stream::{REQUEST_LIMIT, RequestStream};
 use super::routes::answer;
 use crate::migrate::{EndpointError, SocketFile, listen_unix};
 use crate::monitor::Monitor;
 use crate::panics::panic_message;
 
-/// How long an ending monitor waits for its answers to leave.
+/// Maximum time for which dropping the server waits for calls that are being answered.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
-/// Why the API is not there.
+/// Reasons why the API cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The path of its socket is taken.
+    /// The path of the socket is in use or invalid.
     #[error("API socket {0}")]
     Taken(#[from] EndpointError),
-    /// What the system said.
+    /// The system refused to create the socket.
     #[error("API socket {}: {source}", path.display())]
     Io {
-        /// The path of the socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why not.
+        /// Error of the system.
         source: io::Error,
     },
-    /// No thread for it.
-    #[error("API: no thread for it: {0}")]
+    /// The thread of the server could not be started.
+    #[error("API: its thread cannot be started: {0}")]
     Thread(#[source] io::Error),
 }
 
-/// The API on its socket, until it is dropped.
+/// Server of the API on one socket. Dropping it waits until calls in progress are answered, for two seconds at most.
 pub struct ApiServer {
     _file: Option<SocketFile>,
     connections: Arc<Connections>,
 }
 
 impl ApiServer {
-    /// Answers calls for `monitor` on a new socket at `path`.
+    /// Starts to answer calls for `monitor` on a new socket at `path`.
     ///
     /// # Errors
-    /// The path is taken, or the system will not have a socket there.
+    /// Returns [`ServerError::Taken`] if the path is in use or too long, [`ServerError::Io`] if the system refuses the
+    /// socket, and [`ServerError::Thread`] if the thread cannot be started.
     pub fn start(path: &Path, monitor: Arc<Monitor>) -> Result<Self, ServerError> {
         let error = |source| ServerError::Io {
             path: path.to_owned(),
@@ -64,10 +66,10 @@ impl ApiServer {
         Ok(server)
     }
 
-    /// Answers calls for `monitor` on a socket that listens already.
+    /// Starts to answer calls for `monitor` on a socket that is listening already.
     ///
     /// # Errors
-    /// A thread that cannot be had.
+    /// Returns [`ServerError::Thread`] if the thread cannot be started.
     pub fn start_on(listener: UnixListener, monitor: Arc<Monitor>) -> Result<Self, ServerError> {
         let connections = Arc::new(Connections::default());
         let accepted = Arc::clone(&connections);
@@ -82,7 +84,8 @@ impl ApiServer {
     }
 }
 
-/// Waits until the calls at work are answered: whoever asked for the guest's end is told that it came.
+/// Waits until calls in progress are answered. A client that ended the guest thereby receives its answer before the
+/// process ends.
 impl Drop for ApiServer {
     fn drop(&mut self) {
         let began = Instant::now();
@@ -92,8 +95,8 @@ impl Drop for ApiServer {
     }
 }
 
-/// Answers the requests that `bytes` are, one after the other: the API for monitors that have another way to their
-/// clients than a socket. Returns the answers' bytes.
+/// Answers the HTTP requests in `bytes` one after the other and returns the bytes of the responses. A monitor can serve
+/// the API by this over a transport of its own.
 #[must_use]
 pub fn answer_bytes(monitor: &Arc<Monitor>, mut bytes: &[u8]) -> Vec<u8> {
     let (mut received, mut answers) = (ReceiveBuffer::default(), Vec::new());
@@ -110,10 +113,11 @@ pub fn answer_bytes(monitor: &Arc<Monitor>, mut bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Takes connections for as long as the process lives.
+/// Accepts connections for as long as the process lives.
 fn accept(listener: &UnixListener, monitor: &Arc<Monitor>, connections: &Arc<Connections>) {
     for stream in listener.incoming() {
-        // A client that is gone already, or a process out of descriptors: the next may be served.
+        // Accepting fails if the client disconnected already, or the process has no free descriptor. The next may
+        // succeed.
         let Ok(mut stream) = stream else {
             thread::sleep(Duration::from_millis(10));
             continue;
@@ -123,29 +127,33 @@ fn accept(listener: &UnixListener, monitor: &Arc<Monitor>, connections: &Arc<Con
             continue;
         };
         let monitor = Arc::clone(monitor);
-        // Without a thread the connection is closed, which the client sees.
+        // If no thread can be started, the connection is closed, which the client sees.
         let _closed = thread::Builder::new()
             .name("_api-call".into())
             .spawn(move || serve(stream, &monitor, &guard));
     }
 }
 
+/// Answers a connection beyond the limit with status 503.
 fn refuse(stream: &mut UnixStream) {
-    let why = format!("{CONNECTIONS_LIMIT} calls are at work; try again when one has ended");
-    // It is closed either way.
-    let _gone = stream
+    let why = format!("{CONNECTIONS_LIMIT} calls are in progress; try again when one has ended");
+    // The connection is closed whether or not the answer could be sent.
+    let _unsent = stream
         .set_nonblocking(true)
         .and_then(|()| Response::error(503, why).write_to(stream, KeepAlive::No));
 }
 
-/// Answers the requests of one connection, one after the other.
+/// Answers the requests of one connection one after the other, until it is closed.
 fn serve(mut stream: UnixStream, monitor: &Arc<Monitor>, guard: &ConnectionGuard) {
     let mut received = ReceiveBuffer::default();
     while let Ok(KeepAlive::Yes) = serve_one(&mut stream, &mut received, monitor, guard) {}
 }
 
+/// Answers the next request of a connection. Returns whether the client may send another one.
+///
 /// # Errors
-/// The client is done or gone, or the connection had to make room for another one.
+/// Returns an error if the client has disconnected or is idle, or if the connection was closed to make room for another
+/// one.
 fn serve_one(
     stream: &mut UnixStream,
     received: &mut ReceiveBuffer,
@@ -154,7 +162,7 @@ fn serve_one(
 ) -> io::Result<KeepAlive> {
     stream.set_write_timeout(Some(REQUEST_LIMIT))?;
     let request = read_request(&mut RequestStream::new(stream), received);
-    // From here on it is not closed to make room.
+    // While a request is being answered, the connection is not closed for another one.
     guard.set_state(ConnectionState::Answering)?;
     let (response, keep_alive) = match request {
         Ok(mut request) => (answer_or_report(monitor, &mut request), request.keep_alive),
@@ -166,8 +174,8 @@ fn serve_one(
     Ok(keep_alive)
 }
 
-/// Answers a request. A panic is reported to the client, in an event and on standard error, and later calls are
-/// answered.
+/// Answers a request. A panic becomes an answer with status 500, an event and a message on standard error. Later calls
+/// are answered as usual.
 fn answer_or_report(monitor: &Arc<Monitor>, request: &mut Request) -> Response {
     let path = request.path.clone();
     catch_unwind(AssertUnwindSafe(|| answer(monitor, request))).unwrap_or_else(|panic| {

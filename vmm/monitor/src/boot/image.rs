@@ -18,35 +18,6 @@ pub(super) struct Initramfs {
     pub(super) bytes: u64,
 }
 
-/// Opens a kernel or initramfs file for reading. Anything but a regular file is rejected.
-pub(super) fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
-    // With O_NONBLOCK, opening a FIFO does not wait for a writer, and the check below rejects it.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|source| file_error(what, path, source))?;
-    let kind = file
-        .metadata()
-        .map_err(|source| file_error(what, path, source))?;
-    if !kind.is_file() {
-        return Err(file_error(
-            what,
-            path,
-            io::Error::other("not a regular file"),
-        ));
-    }
-    Ok(file)
-}
-
-pub(super) fn file_error(what: &'static str, path: &Path, source: io::Error) -> BootError {
-    BootError::File {
-        what,
-        path: path.to_owned(),
-        source,
-    }
-}
-
 /// Loads the kernel at or above [`KERNEL_MIN`] and checks that it fits low RAM.
 pub(super) fn load_kernel(
     memory: &GuestMemory,
@@ -92,37 +63,6 @@ pub(super) fn load_kernel(
     Ok(loaded)
 }
 
-/// Returns the end of the memory that a bzImage needs to unpack itself: `init_size` bytes from its run-time address,
-/// which is at least `pref_address` (boot.rst; both fields exist since protocol version 2.10). Returns 0 for other
-/// images.
-fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
-    match loaded.setup_header {
-        Some(header) if header.version >= 0x20a => loaded
-            .kernel_load
-            .raw_value()
-            .max(header.pref_address)
-            .saturating_add(header.init_size.into()),
-        _ => 0,
-    }
-}
-
-/// Returns the end of the RAM below the hole at 4 GiB.
-fn low_ram_end(memory: &GuestMemory) -> u64 {
-    let end = memory.last_addr().raw_value().saturating_add(1);
-    end.min(LOW_RAM_END)
-}
-
-/// Returns true if the file has the magic number of a setup header (Linux Documentation/arch/x86/boot.rst).
-fn is_bzimage(file: &mut File) -> io::Result<bool> {
-    let mut magic = [0; 4];
-    file.seek(SeekFrom::Start(0x202))?;
-    match file.read_exact(&mut magic) {
-        Ok(()) => Ok(&magic == b"HdrS"),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 /// Loads the initramfs at the end of low RAM, as far from the kernel as possible.
 pub(super) fn load_initramfs(
     memory: &GuestMemory,
@@ -155,6 +95,66 @@ pub(super) fn load_initramfs(
         start: GuestAddress(start),
         bytes,
     })
+}
+
+/// Opens a kernel or initramfs file for reading. Anything but a regular file is rejected.
+pub(super) fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
+    // With O_NONBLOCK, opening a FIFO does not wait for a writer, and the check below rejects it.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|source| file_error(what, path, source))?;
+    let kind = file
+        .metadata()
+        .map_err(|source| file_error(what, path, source))?;
+    if !kind.is_file() {
+        return Err(file_error(
+            what,
+            path,
+            io::Error::other("not a regular file"),
+        ));
+    }
+    Ok(file)
+}
+
+pub(super) fn file_error(what: &'static str, path: &Path, source: io::Error) -> BootError {
+    BootError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Returns the end of the memory that a bzImage needs to unpack itself: `init_size` bytes from its run-time address,
+/// which is at least `pref_address` (boot.rst; both fields exist since protocol version 2.10). Returns 0 for other
+/// images.
+fn unpacked_end(loaded: &KernelLoaderResult) -> u64 {
+    match loaded.setup_header {
+        Some(header) if header.version >= 0x20a => loaded
+            .kernel_load
+            .raw_value()
+            .max(header.pref_address)
+            .saturating_add(header.init_size.into()),
+        _ => 0,
+    }
+}
+
+/// Returns the end of the RAM below the hole that ends at 4 GiB.
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    let end = memory.last_addr().raw_value().saturating_add(1);
+    end.min(LOW_RAM_END)
+}
+
+/// Returns true if the file has the magic number of a setup header (Linux Documentation/arch/x86/boot.rst).
+fn is_bzimage(file: &mut File) -> io::Result<bool> {
+    let mut magic = [0; 4];
+    file.seek(SeekFrom::Start(0x202))?;
+    match file.read_exact(&mut magic) {
+        Ok(()) => Ok(&magic == b"HdrS"),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

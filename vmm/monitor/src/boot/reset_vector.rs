@@ -49,7 +49,7 @@ mod tests {
             .filter_map(|line| line.split('\t').nth(2))
             .map(|code| code.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect();
-        let meant = ["mov dx,0x602", "mov al,0x1", "out dx,al", "hlt", "jmp 0x6"];
-        assert_eq!(code, meant, "{text}");
+        let expected = ["mov dx,0x602", "mov al,0x1", "out dx,al", "hlt", "jmp 0x6"];
+        assert_eq!(code, expected, "{text}");
     }
 }

@@ -1,7 +1,8 @@
-//! KVM's structs in saved state: as the bytes of the kernel's ABI (include/uapi/linux/kvm.h, asm/kvm.h).
+//! Encodes the structs of KVM in saved state, as the bytes of the kernel's ABI (include/uapi/linux/kvm.h, asm/kvm.h).
 //!
-//! The kernel only ever appends fields to these structs, and a zero in an appended field means "as before". So bytes of
-//! an older build that are too few are filled up with zeros, and bytes of a newer one that are too many must be zeros.
+//! The kernel only appends fields to these structs, and a zero in an appended field means "as before". A shorter struct
+//! of an older build is therefore extended with zeros. A longer struct of a newer build is accepted if the bytes that
+//! are unknown here are zero.
 
 use minicbor::decode::{Decoder, Error as DecodeError};
 use minicbor::encode::{Encoder, Error as EncodeError, Write};
@@ -17,6 +18,9 @@ pub(super) fn encode<C, T: IntoBytes + Immutable, W: Write>(
 }
 
 /// Decodes one struct, for `#[cbor(with = "abi")]`.
+///
+/// # Errors
+/// Returns an error if the item is not a byte string, or has nonzero bytes beyond the size of the struct.
 pub(super) fn decode<C, T: FromBytes + IntoBytes>(
     decoder: &mut Decoder<'_>,
     _: &mut C,
@@ -38,7 +42,7 @@ pub(super) fn decode<C, T: FromBytes + IntoBytes>(
     Ok(value)
 }
 
-/// Lists of structs, each encoded as above: for `#[cbor(with = "abi::list")]`.
+/// Encodes and decodes lists of structs, for `#[cbor(with = "abi::list")]`.
 pub(super) mod list {
     use super::{
         DecodeError, Decoder, EncodeError, Encoder, FromBytes, Immutable, IntoBytes, Write,
@@ -56,7 +60,10 @@ pub(super) mod list {
             .try_for_each(|value| super::encode(value, encoder, context))
     }
 
-    /// Decodes a list. It grows as its items are read, so that a false length allocates nothing.
+    /// Decodes a list. The vector grows as the items are decoded, so that a false length does not allocate memory.
+    ///
+    /// # Errors
+    /// Returns an error if the list has no length, or an item cannot be decoded.
     pub(in super::super) fn decode<C, T: FromBytes + IntoBytes>(
         decoder: &mut Decoder<'_>,
         context: &mut C,

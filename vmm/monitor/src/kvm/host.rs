@@ -1,4 +1,4 @@
-//! What this host's KVM offers, asked once and named in full when something is missing.
+//! Opens /dev/kvm and checks the capabilities that Ferry needs. Error messages name what is missing and the remedy.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,63 +10,66 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::dirty_log::DirtyLogMode;
 
-/// Where the kernel puts KVM.
+/// Path of the KVM device.
 pub const KVM_DEVICE: &str = "/dev/kvm";
 
-/// Why guests cannot run on this host. Each message says what would mend it.
+/// Reasons why guests cannot run on this host. Each message names the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// There is no device node.
+    /// The device node does not exist.
     #[error(
         "{} does not exist: this kernel has no KVM, or its module is not loaded; load kvm_intel or \
          kvm_amd and enable virtualisation in the firmware (or nested virtualisation, in a guest)",
         .0.display()
     )]
     NoDevice(PathBuf),
-    /// The node may not be opened by this user.
+    /// The user has no permission to open the device node.
     #[error(
         "{} may not be opened by this user: add the user to the group that owns it (usually kvm) or \
          run as root",
         .0.display()
     )]
     NoPermission(PathBuf),
-    /// The node is something else, or the driver refuses.
+    /// The device node cannot be opened.
     #[error("{} cannot be used: {source}; is it the KVM device?", path.display())]
     Unusable {
-        /// The node.
+        /// Path of the device node.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// The node is something else.
+    /// The file is not the KVM device.
     #[error(
         "{} is not the KVM device: remove what is there and let the kernel make it (load kvm_intel or \
          kvm_amd)",
         .0.display()
     )]
     NotKvm(PathBuf),
-    /// The node answers, but not as the KVM that all monitors know.
-    #[error("KVM speaks API version {0}, version {KVM_API_VERSION} is needed: use another kernel")]
+    /// KVM has an API version other than 12, which all monitors use.
+    #[error("KVM has API version {0}, but version {KVM_API_VERSION} is needed: use another kernel")]
     ApiVersion(i32),
-    /// A capability that Ferry cannot do without.
+    /// KVM lacks a capability that Ferry needs.
     #[error("this KVM lacks {name}, which Ferry needs {why}; a newer kernel has it")]
     Capability {
-        /// The capability's name in the kernel's documentation.
+        /// Name of the capability in the documentation of the kernel.
         name: &'static str,
-        /// What for.
+        /// Purpose of the capability.
         why: &'static str,
     },
-    /// The dirty log that was asked for is not there.
-    #[error("this KVM has no dirty log of the kind {0}; leave the choice to Ferry with `auto`")]
+    /// KVM does not support the requested mode of its dirty log.
+    #[error(
+        "this KVM does not support the dirty log mode {0}; use `auto` to let Ferry choose a mode"
+    )]
     DirtyLog(DirtyLogMode),
 }
 
-/// The KVM of this host, with every capability that Ferry needs.
+/// KVM of this host, after a check of the capabilities that Ferry needs.
 #[derive(Debug)]
 pub struct Host {
     kvm: Kvm,
 }
 
+/// Capabilities that Ferry needs: capability, name and purpose.
 const NEEDED: [(Cap, &str, &str); 5] = [
     (
         Cap::UserMemory,
@@ -88,10 +91,10 @@ const NEEDED: [(Cap, &str, &str); 5] = [
 ];
 
 impl Host {
-    /// Opens [`KVM_DEVICE`] and checks what Ferry needs.
+    /// Opens [`KVM_DEVICE`] and checks the capabilities that Ferry needs.
     ///
     /// # Errors
-    /// Any cause for which no guest can run, with its remedy.
+    /// Returns a [`HostError`] if the device cannot be opened, is not KVM, or lacks a capability.
     pub fn open() -> Result<Self, HostError> {
         Self::open_at(Path::new(KVM_DEVICE))
     }
@@ -111,22 +114,22 @@ impl Host {
         Ok(Self { kvm })
     }
 
-    /// The open device.
+    /// Returns the open KVM device.
     #[must_use]
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// The most vCPUs that one guest may have here.
+    /// Returns the maximum number of vCPUs of one guest that KVM supports.
     #[must_use]
     pub fn max_vcpus(&self) -> usize {
         self.kvm.get_max_vcpus()
     }
 
-    /// The dirty log to use: `wanted`, or the best that there is.
+    /// Returns the dirty log mode `wanted`, or the best supported mode if `wanted` is `None`.
     ///
     /// # Errors
-    /// The one that was asked for is not there.
+    /// Returns [`HostError::DirtyLog`] if KVM does not support the mode `wanted`.
     pub fn dirty_log(&self, wanted: Option<DirtyLogMode>) -> Result<DirtyLogMode, HostError> {
         let flags = self.kvm.check_extension_raw(libc::c_ulong::from(
             kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,

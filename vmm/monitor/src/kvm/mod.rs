@@ -1,5 +1,5 @@
-//! Everything that talks to KVM about a whole machine: what the host has, memory slots, the dirty log,
-//! and the state that travels.
+//! Interfaces of KVM for a whole machine: capabilities of the host, memory slots, the dirty log, and the state that is
+//! saved and restored.
 
 mod abi;
 pub mod dirty_log;

@@ -1,6 +1,6 @@
-//! KVM memory slots: guest RAM as KVM knows it, and whether writes to it are logged.
+//! KVM memory slots: the mapping of guest RAM in KVM, and the flag that logs writes to it.
 //!
-//! This file has `unsafe` for one call: KVM is given host addresses that the guest may then write.
+//! This file has `unsafe` code because KVM_SET_USER_MEMORY_REGION takes host addresses that the guest may then write.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -15,21 +15,21 @@ use crate::memory::{GuestRam, byte_len};
 /// One KVM memory slot.
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {
-    /// Its number.
+    /// Number of the slot.
     pub id: u32,
-    /// The guest-physical memory that it maps.
+    /// Guest-physical range of the slot.
     pub range: GpaRange,
     host_address: u64,
 }
 
-/// The memory slots of a machine. They keep the memory that KVM maps.
+/// Memory slots of a machine. They keep the RAM alive that KVM maps.
 pub struct Slots {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     slots: Vec<Slot>,
 }
 
-/// Why a slot could not be made or changed.
+/// KVM rejected a memory slot or a change of its flags.
 #[derive(Debug, thiserror::Error)]
 #[error("memory slot {id} at {start:#x} ({bytes} bytes): {source}")]
 pub struct SlotError {
@@ -40,10 +40,10 @@ pub struct SlotError {
 }
 
 impl Slots {
-    /// Gives all of `ram` to the machine, a slot for each of its ranges.
+    /// Creates one slot for each range of `ram`.
     ///
     /// # Errors
-    /// KVM's, with the slot.
+    /// Returns [`SlotError`] if KVM rejects a slot.
     pub fn new(vm: Arc<VmFd>, ram: Arc<GuestRam>) -> Result<Self, SlotError> {
         let slots = (0..)
             .zip(ram.mappings())
@@ -58,36 +58,36 @@ impl Slots {
         Ok(slots)
     }
 
-    /// The slots, in ascending order of address.
+    /// Returns the slots in ascending order of address.
     #[must_use]
     pub fn slots(&self) -> &[Slot] {
         &self.slots
     }
 
-    /// The memory behind them.
+    /// Returns the RAM that the slots map.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
-    /// The machine that they belong to.
+    /// Returns the VM that the slots belong to.
     #[must_use]
     pub fn vm(&self) -> &VmFd {
         &self.vm
     }
 
-    /// Begins to log writes to every slot. Idempotent.
+    /// Starts logging writes to all slots. Has no effect on a slot that is logged already.
     ///
     /// # Errors
-    /// KVM's, with the slot.
+    /// Returns [`SlotError`] if KVM rejects the change of a slot.
     pub fn start_logging(&self) -> Result<(), SlotError> {
         self.set_flags(KVM_MEM_LOG_DIRTY_PAGES)
     }
 
-    /// Ends logging; what was logged is forgotten. Idempotent.
+    /// Stops logging for all slots, and discards the logs. Has no effect on a slot that is not logged.
     ///
     /// # Errors
-    /// KVM's, with the slot.
+    /// Returns [`SlotError`] if KVM rejects the change of a slot.
     pub fn stop_logging(&self) -> Result<(), SlotError> {
         self.set_flags(0)
     }
@@ -104,9 +104,9 @@ impl Slots {
             memory_size: byte_len(&slot.range),
             userspace_addr: slot.host_address,
         };
-        // SAFETY: the host range is a mapping of `self.ram`, which lives as long as these slots, and
-        // the machine cannot run without them: `Machine` keeps them beside its vCPUs. The guest's
-        // memory is only ever accessed through volatile copies, so that its writes are no data races.
+        // SAFETY: the host range is a mapping of `self.ram`, which lives as long as these slots. vCPUs do not run
+        // without the slots, because `Machine` owns both. This process accesses guest memory only by volatile copies,
+        // so that writes of the guest are not data races.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(|error| SlotError {
             id: slot.id,
             start: region.guest_phys_addr,

@@ -1,10 +1,10 @@
-//! The state of a KVM machine and its vCPUs: taken from a stopped guest, put into a new one.
+//! Saves the state of a stopped VM and its vCPUs, and restores it into a new VM.
 //!
-//! Only what the host offers is saved, and what it refuses on the way back is named, never skipped
-//! silently: see [`Restored`]. Not saved at all: nested virtualisation state (guests are not given VMX or
-//! SVM), and the state of KVM's debugging aids.
+//! Only state that the host offers is saved. Model-specific registers that the destination refuses are reported in
+//! [`Restored`]. Nested virtualization state is not saved, because guests are not given VMX or SVM. The state of guest
+//! debugging (KVM_SET_GUEST_DEBUG) is not saved either.
 //!
-//! This file has `unsafe` for one call: kvm-ioctls cannot know the size of the host's XSAVE area.
+//! This file has `unsafe` code because kvm-ioctls cannot know the size of the host's XSAVE area.
 #![allow(unsafe_code)]
 
 use devices::SavedState;
@@ -26,30 +26,31 @@ pub enum KvmStateError {
     /// KVM refused a call.
     #[error("{call}: {source}")]
     Kvm {
-        /// The call's name in the kernel's documentation.
+        /// Name of the ioctl.
         call: &'static str,
-        /// What KVM said.
+        /// Error that KVM returned.
         source: kvm_ioctls::Error,
     },
-    /// A list that is longer than any that KVM makes.
+    /// A list has more entries than KVM accepts.
     #[error("{what}: {found} entries, at most {limit} are possible")]
     TooMany {
-        /// What there are too many of.
+        /// Kind of the list: CPUID or MSR.
         what: &'static str,
-        /// How many there are.
+        /// Number of entries.
         found: usize,
-        /// The most that can be.
+        /// Maximum number of entries.
         limit: usize,
     },
-    /// The host's XSAVE area is not the fixed one of 4 KiB.
+    /// The XSAVE area of the host is larger than 4 KiB.
     #[error(
-        "this host's XSAVE area takes {0} bytes; guests with more than 4096 cannot be carried yet"
+        "the XSAVE area of this host takes {0} bytes; the state of guests with more than 4096 bytes cannot be saved yet"
     )]
     Xsave(i32),
 }
 
 pub(super) type Result<T> = std::result::Result<T, KvmStateError>;
 
+/// Returns a function that converts the error of the ioctl `call`, for `map_err`.
 pub(super) fn named(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmStateError {
     move |source| KvmStateError::Kvm { call, source }
 }
@@ -147,17 +148,17 @@ impl SavedState for MachineState {
 /// IA32_TIME_STAMP_COUNTER: Intel SDM volume 4, table 2-2.
 pub(super) const MSR_TSC: u32 = 0x10;
 
-/// What a restore had to leave out.
+/// State that a restore left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
-    /// Model-specific registers that this host does not let be written.
+    /// Numbers of the model-specific registers that KVM refused to set.
     pub refused_msrs: Vec<u32>,
 }
 
-/// The model-specific registers that are worth saving on this host.
+/// Returns the numbers of the model-specific registers to save on this host, without the time stamp counter.
 ///
 /// # Errors
-/// KVM's.
+/// Returns the error of KVM_GET_MSR_INDEX_LIST.
 pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>> {
     let list = kvm
         .get_msr_index_list()
@@ -168,13 +169,12 @@ pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>> {
 }
 
 impl VcpuState {
-    /// Takes the state of a stopped vCPU. `msr_indices` as from [`msr_indices`].
+    /// Reads the state of a stopped vCPU. `msr_indices` is the result of [`msr_indices`].
     ///
     /// # Errors
-    /// KVM's, by the name of the call.
+    /// Returns the error of the ioctl that failed.
     pub fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self> {
-        // The kernel wants the multiprocessing state read first: it also settles pending SIPIs
-        // (api.rst, KVM_GET_MP_STATE).
+        // KVM_GET_MP_STATE must come first, because it also processes pending SIPIs (api.rst, KVM_GET_MP_STATE).
         let mp_state = vcpu.get_mp_state().map_err(named("KVM_GET_MP_STATE"))?;
         Ok(Self {
             cpuid: vcpu
@@ -197,11 +197,10 @@ impl VcpuState {
         })
     }
 
-    /// Makes a new vCPU's features and the speed of its time stamp counter those of the saved one: to be done before
-    /// anything else of it is restored.
+    /// Sets the CPUID and the TSC frequency of a new vCPU. Must be called before any other state is restored.
     ///
     /// # Errors
-    /// KVM's, by the name of the call, and lists that are too long.
+    /// Returns the error of the ioctl that failed, and [`KvmStateError::TooMany`] if the CPUID has too many entries.
     pub fn prepare(&self, vcpu: &VcpuFd) -> Result<()> {
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| KvmStateError::TooMany {
             what: "CPUID",
@@ -209,7 +208,8 @@ impl VcpuState {
             limit: KVM_MAX_CPUID_ENTRIES,
         })?;
         vcpu.set_cpuid2(&cpuid).map_err(named("KVM_SET_CPUID2"))?;
-        // Before the registers that count in it. A host whose own counter is as fast need not scale.
+        // The frequency must be set before registers that depend on it. If the TSC of the host has this frequency,
+        // scaling is not needed.
         if vcpu.get_tsc_khz().map_err(named("KVM_GET_TSC_KHZ"))? != self.tsc_khz {
             vcpu.set_tsc_khz(self.tsc_khz)
                 .map_err(named("KVM_SET_TSC_KHZ"))?;
@@ -217,19 +217,19 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Puts the rest of the state into a vCPU that is prepared, and whose time stamp counter was restored: KVM sets
-    /// the timer of its local APIC by it.
+    /// Restores all state that [`Self::prepare`] does not set. The TSC of the vCPU must be restored before, because KVM
+    /// programs the timer of the local APIC by it.
     ///
     /// # Errors
-    /// KVM's, by the name of the call, and lists that are too long.
+    /// Returns the error of the ioctl that failed, and [`KvmStateError::TooMany`] if there are too many registers.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<Restored> {
         vcpu.set_mp_state(self.mp_state)
             .map_err(named("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(named("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs)
             .map_err(named("KVM_SET_SREGS"))?;
-        // SAFETY: `check_xsave` made sure, before a guest was made on this host, that the kernel reads
-        // no more than the 4 KiB of `kvm_xsave`.
+        // SAFETY: `check_xsave` refused this host unless KVM reads at most the 4 KiB of `kvm_xsave`. It is called
+        // before a VM gets vCPUs.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(named("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(named("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debug)
@@ -247,12 +247,12 @@ impl VcpuState {
     }
 }
 
-/// Refuses hosts whose vCPU state has more vector state than a [`VcpuState`] carries.
+/// Checks that the XSAVE area of this host fits [`VcpuState::xsave`].
 ///
 /// # Errors
-/// The XSAVE area is larger than 4 KiB.
+/// Returns [`KvmStateError::Xsave`] if the area is larger than 4 KiB.
 pub fn check_xsave(vm: &VmFd) -> Result<()> {
-    // Zero where the kernel does not know of larger ones (api.rst, KVM_CAP_XSAVE2).
+    // The result is zero if the kernel does not support larger areas (api.rst, KVM_CAP_XSAVE2).
     let bytes = vm.check_extension_int(Cap::Xsave2);
     if bytes > 4096 {
         return Err(KvmStateError::Xsave(bytes));
@@ -260,6 +260,7 @@ pub fn check_xsave(vm: &VmFd) -> Result<()> {
     Ok(())
 }
 
+/// Reads model-specific registers. Registers that the vCPU does not have are left out.
 pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrValue>> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
@@ -277,13 +278,14 @@ pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrValue>>
             index: msr.index,
             value: msr.data,
         }));
-        // KVM stops at the first that this vCPU does not have: left out, as the guest cannot have it.
+        // KVM stops at the first register that this vCPU does not have. It is skipped, because the guest cannot have it
+        // either.
         rest = rest.get(read + 1..).unwrap_or(&[]);
     }
     Ok(values)
 }
 
-/// Returns the registers that KVM would not write.
+/// Writes model-specific registers. Returns the numbers of those that KVM refused.
 pub(super) fn write_msrs(vcpu: &VcpuFd, values: &[MsrValue]) -> Result<Vec<u32>> {
     let mut refused = Vec::new();
     let mut rest = values;
@@ -314,10 +316,10 @@ fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs> {
 }
 
 impl MachineState {
-    /// Takes the state of a machine whose vCPUs are stopped.
+    /// Reads the state of a VM whose vCPUs are stopped.
     ///
     /// # Errors
-    /// KVM's, by the name of the call.
+    /// Returns the error of the ioctl that failed.
     pub fn save(vm: &VmFd) -> Result<Self> {
         Ok(Self {
             pic_master: get_irqchip(vm, KVM_IRQCHIP_PIC_MASTER)?,
@@ -327,17 +329,17 @@ impl MachineState {
         })
     }
 
-    /// Puts the state into a new machine.
+    /// Restores the state into a new VM.
     ///
     /// # Errors
-    /// KVM's, by the name of the call.
+    /// Returns the error of the ioctl that failed.
     pub fn restore(&self, vm: &VmFd) -> Result<()> {
         for (id, mut chip) in [
             (KVM_IRQCHIP_PIC_MASTER, self.pic_master),
             (KVM_IRQCHIP_PIC_SLAVE, self.pic_slave),
             (KVM_IRQCHIP_IOAPIC, self.ioapic),
         ] {
-            // A stream does not get to say which chip it means.
+            // The chip ID in the saved state comes from the source and is not trusted.
             chip.chip_id = id;
             vm.set_irqchip(&chip).map_err(named("KVM_SET_IRQCHIP"))?;
         }

@@ -1,9 +1,10 @@
-//! The guest's clocks: the time stamp counter of each vCPU, and kvm-clock.
+//! Saves and restores the clocks of a guest: the time stamp counter (TSC) of each vCPU, and kvm-clock.
 //!
-//! They are saved and restored as of one moment, because guests compare them: Linux's clock watchdog gives a counter
-//! up that is some milliseconds off. But each is read and written by a call of its own, and this thread may lose its
-//! processor between two calls. So a reading is bracketed by two of the clock, and repeated while they are far apart;
-//! and what is written last is written as late as it is, and looked at.
+//! All clocks must be saved and restored as of one moment, because guests compare them: the clocksource watchdog of
+//! Linux rejects a TSC that deviates by some milliseconds. But each clock has an ioctl of its own, and the host may
+//! preempt this thread between two of them. Therefore a reading of the TSCs is bracketed by two readings of kvm-clock,
+//! and repeated if they are far apart. On restore, kvm-clock is set last, advanced by the time since the TSCs were set,
+//! and read back to check it.
 
 use std::ops::Deref;
 use std::time::{Duration, Instant};
@@ -15,9 +16,9 @@ use minicbor::{Decode, Encode};
 
 use super::state::{MSR_TSC, MsrValue, Restored, Result, named, read_msrs, write_msrs};
 
-/// A reading or writing that took no longer is of one moment.
+/// Maximum duration of a reading or a restore that counts as one moment.
 const MOMENT: Duration = Duration::from_micros(100);
-/// How often a better one is tried for; the best is taken.
+/// Maximum number of attempts. The best attempt is used.
 const TRIES: usize = 8;
 
 /// Saved clocks of a guest, all read at one moment.
@@ -37,10 +38,10 @@ impl SavedState for MachineTime {
 }
 
 impl MachineTime {
-    /// Reads the clocks of a machine whose vCPUs are stopped.
+    /// Reads the clocks of a VM whose vCPUs are stopped.
     ///
     /// # Errors
-    /// KVM's, by the name of the call.
+    /// Returns the error of the ioctl that failed.
     pub fn save<T: Deref<Target = VcpuFd>>(vm: &VmFd, vcpus: &[T]) -> Result<Self> {
         let (mut best, mut took) = read(vm, vcpus)?;
         for _ in 1..TRIES {
@@ -55,13 +56,14 @@ impl MachineTime {
         Ok(best)
     }
 
-    /// Sets the clocks of a new machine. From then on they run.
+    /// Sets the clocks of a new VM. They run from then on.
     ///
     /// # Errors
-    /// KVM's, by the name of the call.
+    /// Returns the error of the ioctl that failed.
     pub fn restore(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Restored> {
         let mut refused_msrs = Vec::new();
-        // Counters are written once: KVM takes a second value near the first for the same, and keeps the first.
+        // Each TSC is written only once: KVM treats a second write of a similar value as an attempt to synchronize
+        // TSCs, and keeps the first.
         let before = Instant::now();
         for (vcpu, value) in vcpus.iter().zip(&self.tsc) {
             let tsc = value.map(|value| MsrValue {
@@ -81,14 +83,14 @@ impl MachineTime {
         Ok(Restored { refused_msrs })
     }
 
-    /// What the clock should show now, if it showed the saved time at `began`.
+    /// Returns the value that kvm-clock must have now if it had the saved value at `began`.
     fn clock_since(&self, began: Instant) -> u64 {
         let since = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.clock_ns.saturating_add(since)
     }
 }
 
-/// One reading, as of the middle of the time that it took.
+/// Reads all clocks once, as of the middle of the time that this took. Returns that time too.
 fn read<T: Deref<Target = VcpuFd>>(vm: &VmFd, vcpus: &[T]) -> Result<(MachineTime, Duration)> {
     let before = clock_ns(vm)?;
     let tsc = vcpus

@@ -11,7 +11,7 @@ use super::end::EndLatch;
 use super::facts::{self, NamedFacts};
 use super::live::{Machine, Paused};
 use super::port_devices::PortDevices;
-use super::virtio::{self, Devices, OnLoss, Opened, Opening};
+use super::virtio::{self, Devices, OnLoss, OpenContext, OpenedDevice};
 use super::{MAX_CPUS, MachineError, Result, Shape, Wiring, kvm_error, sections};
 use crate::boot::{self, GuestCpuid, Payload};
 use crate::config::DevicesConfig;
@@ -34,7 +34,7 @@ pub struct EmptyMachine {
     pub(super) vcpus: Vec<VcpuFd>,
     slots: Arc<Slots>,
     notifier: Notifier,
-    devices: Vec<Opened>,
+    devices: Vec<OpenedDevice>,
     dirty_log: DirtyLogMode,
 }
 
@@ -90,7 +90,7 @@ impl EmptyMachine {
     /// # Errors
     /// Returns the error of the first resource that cannot be opened. The error names the command-line option.
     pub fn open_devices(&mut self, config: &DevicesConfig) -> Result<()> {
-        let with = Opening {
+        let with = OpenContext {
             vm: &self.vm,
             ram: self.slots.ram(),
             notifier: &self.notifier,
@@ -103,7 +103,7 @@ impl EmptyMachine {
     /// is empty if it can.
     #[must_use]
     pub fn misfits(&self, description: &Description) -> Vec<String> {
-        let here: Vec<NamedFacts> = self.devices.iter().map(Opened::facts).collect();
+        let here: Vec<NamedFacts> = self.devices.iter().map(OpenedDevice::facts).collect();
         let misfits = facts::device_misfits(&description.facts, &here);
         if !misfits.is_empty() {
             return misfits;
@@ -120,7 +120,7 @@ impl EmptyMachine {
     /// be built.
     pub fn boot(self, payload: &Payload, wiring: Wiring) -> Result<Paused> {
         let memory = self.ram().memory();
-        let virtio: Vec<_> = self.devices.iter().map(Opened::resources).collect();
+        let virtio: Vec<_> = self.devices.iter().map(OpenedDevice::resources).collect();
         let hardware = boot::AcpiHardware {
             cpus: u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX),
             virtio: &virtio,

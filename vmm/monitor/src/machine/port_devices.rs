@@ -141,11 +141,13 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Returns a callback that ends the guest by power-off.
 fn power_off(on_end: &OnEnd) -> PowerOff {
     let on_end = Arc::clone(on_end);
     Box::new(move || on_end(GuestEnd::PowerOff))
 }
 
+/// Returns a callback that ends the guest by a reset.
 fn reset(on_end: &OnEnd) -> impl Fn() + Send + use<> {
     let on_end = Arc::clone(on_end);
     move || on_end(GuestEnd::Reset)
@@ -162,6 +164,7 @@ pub(super) fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd> {
     Ok(event)
 }
 
+/// Returns the bytes of RAM below and above 4 GiB, which the CMOS memory of the clock reports.
 fn rtc_memory(ram: &GuestRam) -> RtcMemory {
     let bytes = |high: bool| {
         ram.ranges()

@@ -66,8 +66,8 @@ pub(super) fn map_range(
     let bitmap = TrackerBitmap::new(Arc::clone(tracker), range.start(), Source::Monitor);
     let sharing = match (&file, backing) {
         (None, _) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        // mmap reserves the huge pages now. Without a reservation, a shortage would only show as SIGBUS in a later
-        // access.
+        // mmap reserves the huge pages now. Without a reservation, a shortage would show only at the first access to a
+        // page, where it cannot be reported.
         (Some(_), Backing::Hugetlb) => libc::MAP_SHARED,
         (Some(_), _) => libc::MAP_SHARED | libc::MAP_NORESERVE,
     };

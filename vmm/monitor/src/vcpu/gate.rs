@@ -1,17 +1,16 @@
-//! The gate that a vCPU thread passes before it enters the guest, and by which others hold it out.
+//! Gate of a vCPU: holds the vCPU out of the guest during a pause and while a notifier range is open.
 //!
-//! Whoever wants the vCPU stopped *holds* its gate: a pause is one hold, every open notifier range is
-//! another, and the vCPU runs only while there is none. Holding is in two passes (S12), so that the
-//! kicks of all vCPUs overlap: [`Gate::hold`] tells it to stop, [`Gate::wait_parked`] waits until it has.
+//! Each reason to stop the vCPU is a *hold*: a pause is one hold, and every open notifier range is another. The vCPU
+//! runs only while there are no holds. A vCPU is stopped in two steps (S12), so that the kicks of all vCPUs overlap:
+//! [`Gate::hold`] tells it to stop, and [`Gate::wait_parked`] waits until it has left the guest.
 //!
-//! A kick cannot be lost. Under one lock the holder counts its hold, sets `immediate_exit` in the
-//! vCPU's kvm_run page and signals the thread; and only under that lock, with no hold left, does the
-//! thread clear `immediate_exit` again. So a kick before KVM_RUN makes it return at once (Linux
-//! Documentation/virt/kvm/api.rst, kvm_run.immediate_exit), and a kick inside it interrupts it.
+//! A kick cannot be lost. Under one lock, `hold` counts the hold, sets `immediate_exit` in the kvm_run page of the vCPU
+//! and signals its thread. The thread clears `immediate_exit` only under the same lock, and only if there are no holds.
+//! A kick before KVM_RUN therefore makes KVM_RUN return at once (Linux Documentation/virt/kvm/api.rst,
+//! kvm_run.immediate_exit), and a kick during KVM_RUN interrupts it.
 //!
-//! This file has `unsafe` for two things that only the kernel's interface offers: `immediate_exit` is a
-//! byte in memory that the kernel shares with this process, and a signal is sent to a thread by its
-//! pthread id.
+//! This file has `unsafe` code because `immediate_exit` is a byte in memory that is shared with the kernel, and because
+//! a signal is sent to a thread by its pthread ID.
 #![allow(unsafe_code)]
 
 use std::os::unix::thread::JoinHandleExt;
@@ -23,62 +22,67 @@ use std::time::{Duration, Instant};
 use ept::{GpaRange, Subscriber, Unresponsive};
 use kvm_ioctls::VcpuFd;
 
-/// How long a holder waits for a vCPU before it names it as unresponsive.
+/// Maximum time for a vCPU to leave the guest. Then it is reported as unresponsive.
 const PARK_TIMEOUT: Duration = Duration::from_secs(2);
-/// After this long without an answer the kick is sent again.
+/// Time after which a kick is repeated.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
-/// A vCPU that did not leave the guest in time.
+/// A vCPU did not leave the guest in time.
 #[derive(Debug, thiserror::Error)]
 #[error("vcpu{index} did not stop within {} ms; it was kicked {kicks} times", PARK_TIMEOUT.as_millis())]
 pub struct KickError {
-    /// Which one.
+    /// Index of the vCPU.
     pub index: u32,
-    /// How often it was kicked.
+    /// Number of kicks that were sent.
     pub kicks: u32,
 }
 
-/// What a gate has seen so far.
+/// Statistics of the stops of one vCPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct VcpuStats {
-    /// Time in which the vCPU could not run because it was held.
+    /// Total time in which the vCPU could not run because it was held.
     pub stall: Duration,
-    /// How often it was stopped.
+    /// Number of stops.
     pub stops: u64,
 }
 
 #[derive(Debug, Default)]
+/// State of a gate, under its lock.
 struct State {
+    /// Number of holds.
     holds: u32,
-    /// The thread waits at the gate, or will never run again: either way it is not in the guest.
+    /// Whether the vCPU is out of the guest: its thread waits at the gate, or has ended.
     parked: bool,
+    /// Whether the vCPU must not enter the guest again.
     finished: bool,
+    /// Thread of the vCPU, while it is alive.
     thread: Option<libc::pthread_t>,
     stats: VcpuStats,
 }
 
-/// The gate of one vCPU.
+/// Gate of one vCPU.
 #[derive(Debug)]
 pub struct Gate {
     index: u32,
     immediate_exit: ImmediateExit,
     state: Mutex<State>,
     changed: Condvar,
-    /// Owns the kvm_run page that `immediate_exit` is in. Locked by the thread while it is in the guest.
+    /// vCPU, which owns the kvm_run page that `immediate_exit` points to. Its thread holds the lock while it is in the
+    /// guest.
     fd: Mutex<VcpuFd>,
 }
 
-/// Whether a vCPU thread may go on.
+/// Answer to a vCPU thread that asks to enter the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum GateAnswer {
-    /// Into the guest.
+    /// The thread may enter the guest.
     Enter,
-    /// No more: the guest is over.
+    /// The guest has ended, and the thread must end too.
     Finished,
 }
 
 impl Gate {
-    /// A gate for vCPU `index`, whose thread starts parked behind one hold.
+    /// Creates the gate of vCPU `index`. It starts with one hold, so that the thread waits.
     pub fn new(index: u32, mut vcpu: VcpuFd) -> Self {
         Self {
             index,
@@ -93,22 +97,23 @@ impl Gate {
         }
     }
 
-    /// The vCPU itself. Blocks while it is in the guest: hold it and wait until it is parked first.
+    /// Locks the vCPU. Blocks while the vCPU is in the guest: call [`Self::hold`] and [`Self::wait_parked`] first.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// First pass: from now on the vCPU leaves the guest and stays out. Does not wait.
+    /// Adds a hold and kicks the vCPU. Does not wait until the vCPU has left the guest.
     pub fn hold(&self) {
         let mut state = self.lock();
         state.holds += 1;
         self.kick(&state);
     }
 
-    /// Second pass: waits until the vCPU is out of the guest.
+    /// Waits until the vCPU has left the guest. Must be called after [`Self::hold`].
     ///
     /// # Errors
-    /// It did not answer to repeated kicks within two seconds. The hold stays.
+    /// Returns [`KickError`] if the vCPU does not leave the guest within two seconds despite repeated kicks. The hold
+    /// remains.
     pub fn wait_parked(&self) -> Result<(), KickError> {
         let deadline = Instant::now() + PARK_TIMEOUT;
         let mut kicks = 1;
@@ -133,7 +138,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Takes one hold back; with the last one gone the vCPU runs again.
+    /// Removes one hold. The vCPU runs when no hold is left.
     pub fn release(&self) {
         let mut state = self.lock();
         state.holds = state.holds.saturating_sub(1);
@@ -142,7 +147,7 @@ impl Gate {
         }
     }
 
-    /// The guest is over: the vCPU leaves it for good, whatever holds there are.
+    /// Makes the vCPU leave the guest for good, regardless of holds. Its thread then ends.
     pub fn finish(&self) {
         let mut state = self.lock();
         state.finished = true;
@@ -150,17 +155,17 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// What happened at this gate so far.
+    /// Returns the statistics of this vCPU.
     pub fn stats(&self) -> VcpuStats {
         self.lock().stats
     }
 
-    /// Called with the vCPU's thread before it is let through the first time.
+    /// Sets the thread that kicks are sent to. Must be called before the first hold is released.
     pub(super) fn attach(&self, thread: &JoinHandle<()>) {
         self.lock().thread = Some(thread.as_pthread_t());
     }
 
-    /// Called by the vCPU thread, outside of the guest: waits while there are holds.
+    /// Waits until there are no holds or the guest has ended. Called by the vCPU thread while it is out of the guest.
     pub(super) fn ask_to_enter(&self) -> GateAnswer {
         let mut state = self.lock();
         if state.holds > 0 && !state.finished {
@@ -185,7 +190,7 @@ impl Gate {
         GateAnswer::Enter
     }
 
-    /// Called by the vCPU thread when it ends: nobody need wait for it any more.
+    /// Marks the vCPU as finished and out of the guest. Called by the vCPU thread when it ends.
     pub(super) fn leave(&self) {
         let mut state = self.lock();
         state.finished = true;
@@ -194,24 +199,24 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Makes the vCPU leave the guest.
     fn kick(&self, state: &State) {
         self.immediate_exit.set(1);
         if let (Some(thread), false) = (state.thread, state.parked) {
-            // SAFETY: the thread takes its id out of `state` under the lock before it ends, and its
-            // handle is joined later still: the id is that of a live thread.
+            // SAFETY: the ID is that of a live thread. The thread clears `state.thread` under the lock before it ends,
+            // and its handle is joined only after that.
             let result = unsafe { libc::pthread_kill(thread, super::thread::kick_signal()) };
             debug_assert_eq!(result, 0, "a valid signal to a live thread");
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // The state is plain values, each valid by itself.
+        // A panic leaves the state valid, because each field is valid by itself.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Notifier ranges hold the vCPU whatever part of memory they cover: a vCPU that is out of the guest
-/// uses no translation at all.
+/// Every notifier range holds the vCPU, whatever memory it covers: a vCPU that is out of the guest uses no translation.
 impl Subscriber for Gate {
     fn start(&self, _range: GpaRange) {
         self.hold();
@@ -231,14 +236,14 @@ impl Subscriber for Gate {
     }
 }
 
-/// The byte `immediate_exit` of a kvm_run page.
+/// Pointer to the byte `immediate_exit` in a kvm_run page.
 #[derive(Debug)]
 struct ImmediateExit(*mut u8);
 
-// SAFETY: it is only used as an atomic byte, and the page it is in outlives it: the `Gate` that has it
-// also has the `VcpuFd` that owns the page.
+// SAFETY: the byte is only accessed atomically, and its page outlives the pointer: the `Gate` that contains the pointer
+// also owns the `VcpuFd` that owns the page.
 unsafe impl Send for ImmediateExit {}
-// SAFETY: as above; all access is atomic.
+// SAFETY: as for `Send`; all access is atomic.
 unsafe impl Sync for ImmediateExit {}
 
 impl ImmediateExit {
@@ -247,8 +252,8 @@ impl ImmediateExit {
     }
 
     fn set(&self, value: u8) {
-        // SAFETY: the pointer is to a live byte (see `Send`), aligned as every byte is. The kernel
-        // reads it once when KVM_RUN begins; kvm-ioctls never touches it.
+        // SAFETY: the pointer is valid (see `Send`), and a byte is always aligned. The kernel reads the byte at the
+        // start of KVM_RUN; kvm-ioctls does not access it.
         unsafe { AtomicU8::from_ptr(self.0) }.store(value, Ordering::SeqCst);
     }
 }

@@ -1,4 +1,4 @@
-//! vCPU threads: running, stopping without a lost kick, and what ends them.
+//! vCPU threads: their loop, the gate that stops them without a lost kick, and the throttle.
 
 mod gate;
 mod thread;

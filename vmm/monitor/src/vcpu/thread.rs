@@ -1,6 +1,6 @@
-//! The loop of a vCPU thread: enter the guest, serve its exits, stop at the gate.
+//! Loop of a vCPU thread: it enters the guest, handles exits, and stops at the gate.
 //!
-//! It has `unsafe` in one place: kvm_run, which the kernel fills, is a union.
+//! This file has `unsafe` code because kvm_run, which the kernel fills in, contains a union.
 
 use std::io;
 use std::os::raw::{c_int, c_void};
@@ -16,26 +16,26 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use super::gate::{Gate, GateAnswer};
 use crate::panics::panic_message;
 
-/// How a guest came to its end.
+/// Way in which a guest ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuestEnd {
-    /// It wrote this status to the debug-exit port.
+    /// The guest wrote this status to the debug-exit port.
     DebugExit(u8),
-    /// It asked for a reset: its machine is over, and whoever launched it may start it again.
+    /// The guest requested a reset. The launcher decides whether it is booted again, in a new machine.
     Reset,
-    /// It asked to be switched off.
+    /// The guest powered itself off.
     PowerOff,
-    /// The monitor was asked to end it.
+    /// A user or an API call ended the guest.
     Stopped,
-    /// Another process runs it now.
+    /// The guest was migrated and runs in another process.
     HandedOver,
-    /// A vCPU could not go on; the text says which, why and where.
+    /// A vCPU could not continue. The text names the vCPU, the reason and the instruction pointer.
     Failed(String),
 }
 
 impl GuestEnd {
-    /// The exit status of a program that ran this guest: 0 only for an end that the guest or the user
-    /// wanted.
+    /// Returns the exit status for a program that ran this guest. It is 0 if the guest or the user wanted the guest to
+    /// end.
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {
@@ -46,18 +46,19 @@ impl GuestEnd {
     }
 }
 
-/// What a vCPU thread needs of the machine it belongs to.
+/// Devices and callback of the machine that a vCPU belongs to.
 #[derive(Clone)]
 pub struct VcpuContext {
-    /// The devices in I/O port space.
+    /// Devices in I/O port space.
     pub ports: Arc<PortBus>,
-    /// The devices in memory space.
+    /// Devices in memory space.
     pub mmio: Arc<MmioBus>,
-    /// Told once for each vCPU that brings the guest to its end.
+    /// Called once by each vCPU that ends the guest.
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
 }
 
-/// The signal that kicks a vCPU out of the guest: the first real-time signal, which nothing else uses.
+/// Returns the signal that kicks a vCPU out of the guest: the first real-time signal, which nothing else in this
+/// process uses.
 pub(super) fn kick_signal() -> c_int {
     SIGRTMIN()
 }
@@ -72,7 +73,7 @@ fn install_kick_signal() -> io::Result<()> {
         .map_err(io::Error::from_raw_os_error)
 }
 
-/// One vCPU and its thread.
+/// vCPU with its thread.
 pub struct Vcpu {
     index: u32,
     gate: Arc<Gate>,
@@ -80,10 +81,11 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `index`. It waits at its gate, which one hold closes: [`Gate::release`] lets it run.
+    /// Starts the thread of vCPU `index`. The thread waits at its gate, which starts with one hold: [`Gate::release`]
+    /// lets the vCPU run.
     ///
     /// # Errors
-    /// Returns an error if the thread or the handler of the kick signal cannot be had.
+    /// Returns an error if the thread cannot be started, or the handler of the kick signal cannot be installed.
     pub fn spawn(index: u32, fd: VcpuFd, context: VcpuContext) -> io::Result<Self> {
         install_kick_signal()?;
         let gate = Arc::new(Gate::new(index, fd));
@@ -110,13 +112,13 @@ impl Vcpu {
         })
     }
 
-    /// Its number, from 0.
+    /// Returns the index of the vCPU, from 0.
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
     }
 
-    /// Its gate.
+    /// Returns the gate of the vCPU.
     #[must_use]
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
@@ -127,13 +129,13 @@ impl Drop for Vcpu {
     fn drop(&mut self) {
         self.gate.finish();
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so on standard error; there is nobody else to tell.
+            // The panic of a thread was already printed on standard error.
             let _panicked = thread.join();
         }
     }
 }
 
-/// Runs the vCPU until the guest ends by itself (and how) or is finished by others.
+/// Runs the vCPU until the guest ends. Returns `None` if the gate was finished from outside.
 fn run(index: u32, gate: &Gate, context: &VcpuContext) -> Option<GuestEnd> {
     while gate.ask_to_enter() == GateAnswer::Enter {
         if let Some(end) = run_until_kicked(index, &mut gate.fd(), context) {
@@ -143,11 +145,11 @@ fn run(index: u32, gate: &Gate, context: &VcpuContext) -> Option<GuestEnd> {
     None
 }
 
-/// Runs until KVM_RUN is interrupted.
+/// Runs the vCPU until a kick interrupts KVM_RUN, or the guest ends.
 ///
-/// The loop ends nowhere else, and that is what makes the state of a parked vCPU whole: a port or MMIO
-/// access is complete only after KVM_RUN was entered again (api.rst, KVM_RUN), and with `immediate_exit`
-/// set that entry completes it and returns as interrupted.
+/// Leaving the loop only after an interrupted KVM_RUN makes the saved state of a parked vCPU complete: KVM completes a
+/// port or MMIO access at the next KVM_RUN (api.rst, KVM_RUN). With `immediate_exit` set, this call completes the
+/// access and then returns EINTR.
 fn run_until_kicked(index: u32, fd: &mut VcpuFd, context: &VcpuContext) -> Option<GuestEnd> {
     loop {
         let end = match fd.run() {
@@ -176,12 +178,17 @@ fn run_until_kicked(index: u32, fd: &mut VcpuFd, context: &VcpuContext) -> Optio
     }
 }
 
+/// Exit after which the vCPU cannot continue.
 enum FinalExit {
+    /// The guest ended by itself.
     End(GuestEnd),
+    /// The vCPU failed, for this reason.
     Failed(String),
+    /// KVM_EXIT_INTERNAL_ERROR. The reason is in the kvm_run page.
     InternalError,
 }
 
+/// Handles one exit. Returns `None` if the vCPU can continue.
 fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<FinalExit> {
     match exit {
         VcpuExit::IoOut(port, data) => context.ports.write(port, data),
@@ -211,6 +218,7 @@ fn serve(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<FinalExit> {
     None
 }
 
+/// Returns the instruction pointer of the vCPU, as a part of an error message.
 fn instruction_pointer(fd: &VcpuFd) -> String {
     match fd.get_regs() {
         Ok(regs) => format!(" at rip {:#x}", regs.rip),
@@ -218,7 +226,7 @@ fn instruction_pointer(fd: &VcpuFd) -> String {
     }
 }
 
-/// What KVM says of KVM_EXIT_INTERNAL_ERROR: kvm_run.internal, in include/uapi/linux/kvm.h.
+/// Describes a KVM_EXIT_INTERNAL_ERROR (kvm_run.internal in include/uapi/linux/kvm.h).
 fn internal_error(fd: &mut VcpuFd) -> String {
     let run = fd.get_kvm_run();
     debug_assert_eq!(run.exit_reason, KVM_EXIT_INTERNAL_ERROR);
@@ -229,9 +237,9 @@ fn internal_error(fd: &mut VcpuFd) -> String {
     }
 }
 
-/// The kernel filled the `internal` variant of the union for this exit reason.
+/// Returns the suberror of a KVM_EXIT_INTERNAL_ERROR, for which the kernel fills in the `internal` field of the union.
 #[allow(unsafe_code)]
 fn internal_suberror(run: &kvm_bindings::kvm_run) -> u32 {
-    // SAFETY: every variant of the union is plain integers, valid for any bytes.
+    // SAFETY: every field of the union consists of integers, for which any bytes are valid.
     unsafe { run.__bindgen_anon_1.internal.suberror }
 }

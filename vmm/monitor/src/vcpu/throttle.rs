@@ -1,4 +1,4 @@
-//! Slowing a guest down: for a share of the time all its vCPUs are held.
+//! Throttles a guest: all vCPUs are held for a share of each period.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use super::gate::Gate;
 
-/// Hold and run take this long together: short enough for a guest's network, long against a kick.
+/// Duration of one period, in which the vCPUs are first held and then run. Short enough for network connections of the
+/// guest, and long compared to a kick.
 const PERIOD: Duration = Duration::from_millis(20);
 
+/// State that the throttle shares with its thread.
 struct State {
     percent: u32,
     stop: bool,
@@ -17,17 +19,17 @@ struct State {
 
 type Shared = Arc<(Mutex<State>, Condvar)>;
 
-/// Holds vCPUs for a share of the time, until it is dropped.
+/// Holds vCPUs for a share of the time until it is dropped.
 pub struct Throttle {
     shared: Shared,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Throttle {
-    /// Begins to hold the vCPUs behind `gates` for `percent` of the time, 1 to 99.
+    /// Starts to hold the vCPUs behind `gates` for `percent` of the time. `percent` is clamped to 1 to 99.
     ///
     /// # Errors
-    /// A thread that cannot be had.
+    /// Returns the error of the system if the thread cannot be started.
     pub fn start(gates: Vec<Arc<Gate>>, percent: u32) -> io::Result<Self> {
         let state = State {
             percent: percent.clamp(1, 99),
@@ -46,7 +48,7 @@ impl Throttle {
         })
     }
 
-    /// Holds them for `percent` of the time from the next period on.
+    /// Changes the share to `percent`, clamped to 1 to 99, from the next period on.
     pub fn set(&self, percent: u32) {
         lock(&self.shared).percent = percent.clamp(1, 99);
     }
@@ -57,7 +59,7 @@ impl Drop for Throttle {
         lock(&self.shared).stop = true;
         self.shared.1.notify_all();
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so on standard error.
+            // The panic of a thread was already printed on standard error.
             let _panicked = thread.join();
         }
     }
@@ -75,13 +77,13 @@ fn run(shared: &Shared, gates: &[Arc<Gate>]) {
     }
 }
 
-/// How long to hold in the period that begins; none once it is over.
+/// Returns the time for which vCPUs are held in the next period, or `None` if the throttle was dropped.
 fn next_hold(shared: &Shared) -> Option<Duration> {
     let state = lock(shared);
     (!state.stop).then(|| PERIOD * state.percent / 100)
 }
 
-/// Waits for `time`, or until it is over.
+/// Waits for `time`, or until the throttle is dropped.
 fn wait(shared: &Shared, time: Duration) {
     let (_state, _timeout) = shared
         .1

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use devices::SerialOutput;
-use guest_images::dirtier::Report;
+use guest_images::dirtier::GuestReport;
 
 use super::LIMIT;
 
@@ -25,10 +25,11 @@ impl Console {
     }
 
     /// The next report that is `wanted`; a line that is no report is a failure of the guest.
-    pub(crate) fn wait_for(&self, wanted: impl Fn(&Report) -> bool) -> Report {
+    pub(crate) fn wait_for(&self, wanted: impl Fn(&GuestReport) -> bool) -> GuestReport {
         loop {
             let line = self.lines.recv_timeout(LIMIT).expect("the guest is silent");
-            let report = Report::parse(&line).unwrap_or_else(|| panic!("the guest says: {line}"));
+            let report =
+                GuestReport::parse(&line).unwrap_or_else(|| panic!("the guest says: {line}"));
             if wanted(&report) {
                 return report;
             }

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use console::Console;
-use guest_images::dirtier::{Config, Pattern, Report, Size};
+use guest_images::dirtier::{Config, GuestReport, Pattern, Size};
 use vmm::boot::Payload;
 use vmm::kvm::dirty_log::DirtyLogMode;
 use vmm::kvm::host::Host;
@@ -97,7 +97,7 @@ impl Guest {
         };
         guest
             .console
-            .wait_for(|report| matches!(report, Report::Ready { .. }));
+            .wait_for(|report| matches!(report, GuestReport::Ready { .. }));
         guest
     }
 
@@ -122,8 +122,8 @@ impl Guest {
         assert_eq!(self.machine.serial().input(b"q"), 1);
         let verdict = self
             .console
-            .wait_for(|report| !matches!(report, Report::Status(_)));
-        assert!(matches!(verdict, Report::AuditPassed(_)), "{verdict}");
+            .wait_for(|report| !matches!(report, GuestReport::Status(_)));
+        assert!(matches!(verdict, GuestReport::AuditPassed(_)), "{verdict}");
         assert_eq!(
             self.ends.recv_timeout(LIMIT).unwrap(),
             GuestEnd::DebugExit(0)

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use guest_images::dirtier::{Config, Report};
+use guest_images::dirtier::{Config, GuestReport};
 use migration::SendError;
 use vmm::memory::Backing;
 use vmm::vcpu::{GuestEnd, Vcpu};
@@ -17,7 +17,7 @@ fn assert_answers(guest: &Guest) {
     assert_eq!(guest.machine.serial().input(b"s"), 1);
     guest
         .console
-        .wait_for(|report| matches!(report, Report::Status(_)));
+        .wait_for(|report| matches!(report, GuestReport::Status(_)));
 }
 
 fn stops(guest: &Guest) -> u64 {

@@ -10,8 +10,8 @@ use crate::events::Events;
 
 const OPENAPI: &str = include_str!("../../../openapi.yaml");
 
-/// The calls that the description has: method and path. Its paths are the lines with two spaces before them below
-/// `paths:`, their methods those with four.
+/// Returns method and path of the calls in `openapi.yaml`. Paths are the lines with an indent of two below `paths:`,
+/// and methods those with an indent of four.
 fn described() -> BTreeSet<(String, String)> {
     let mut calls = BTreeSet::new();
     let mut path = String::new();
@@ -69,7 +69,7 @@ fn descriptors_come_with_the_call_that_takes_them_and_with_no_other() {
         "{}",
         response.body
     );
-    // It is refused for another reason: there is no launcher.
+    // The call is refused for another reason: the monitor has no launcher.
     let response = with("/api/v1/vm.create", br#"{"payload":{"kernel":"/k"}}"#);
     assert_eq!(response.status, 409, "{}", response.body);
 }
@@ -101,7 +101,7 @@ fn what_is_not_there_is_told_apart() {
     }
 }
 
-/// JSON that looks like what the calls take: the names that they know, and values of every kind.
+/// Generates JSON that resembles the bodies of calls: field names that the calls know, and values of every kind.
 fn json_like() -> impl Strategy<Value = serde_json::Value> {
     let name = prop::sample::select(vec![
         "cpus",
@@ -149,7 +149,7 @@ fn json_like() -> impl Strategy<Value = serde_json::Value> {
     })
 }
 
-/// Calls that read a body. Without a guest and a launcher none of them can do anything.
+/// Calls that read a body. On a monitor without a guest and a launcher, none of them has an effect.
 const BODIES: [&str; 5] = [
     "vm.create",
     "vm.dirty-rate",
@@ -158,7 +158,7 @@ const BODIES: [&str; 5] = [
     "vm.resize",
 ];
 
-/// Whatever was sent: one of the refusals, as an array of messages.
+/// Checks that `call` is refused with one message in an array, whatever its body.
 fn assert_refused(call: &str, body: &[u8]) {
     let response = answer(
         &empty_monitor(),
@@ -194,13 +194,13 @@ proptest! {
         text in any::<Option<String>>(),
         mode in prop::sample::select(vec!["Null", "Tty", "File"]),
     ) {
-        let said = serde_json::json!({
+        let input = serde_json::json!({
             "cpus": { "boot_vcpus": cpus, "max_vcpus": cpus },
             "memory": { "size": size, "shared": flags[0], "hugepages": flags[1] },
             "payload": { "kernel": text, "cmdline": text },
             "serial": { "mode": mode, "file": text },
         });
-        let config: VmConfig = from_json(said.to_string().as_bytes()).unwrap();
+        let config: VmConfig = from_json(input.to_string().as_bytes()).unwrap();
         prop_assert_eq!((config.cpus.boot_vcpus, config.memory.size), (cpus, size));
         prop_assert_eq!(config.payload.cmdline.as_ref(), text.as_ref());
         let written = serde_json::to_vec(&config).unwrap();

@@ -176,8 +176,8 @@ impl Iasl {
     fn disassemble(&self, name: &str, table: &[u8]) -> String {
         let path = |kind| Path::new(name).with_extension(kind);
         fs::write(self.0.path().join(path("aml")), table).unwrap();
-        let said = self.run(&["-d", &path("aml").display().to_string()]);
-        assert!(!said.contains("rror"), "{said}");
+        let output = self.run(&["-d", &path("aml").display().to_string()]);
+        assert!(!output.contains("rror"), "{output}");
         fs::read_to_string(self.0.path().join(path("dsl"))).unwrap()
     }
 
@@ -200,7 +200,7 @@ fn iasl_reads_the_dsdt_as_it_was_meant() {
     let again = iasl.run(&["-tc", "-ve", "dsdt.dsl"]);
     assert!(again.contains("0 Errors"), "{again}");
     let dense = Iasl::dense(&text);
-    for meant in [
+    for expected in [
         r#"Name(\_S5,Package(0x04){0x05,Zero,Zero,Zero})"#,
         r#"Device(COM1){Name(_HID,EisaId("PNP0501")"#,
         "IO(Decode16,0x03F8,0x03F8,0x01,0x08,)Interrupt(ResourceConsumer,Edge,ActiveHigh,Exclusive,,,){0x00000004,}",
@@ -219,7 +219,10 @@ fn iasl_reads_the_dsdt_as_it_was_meant() {
         "Memory32Fixed(ReadWrite,0xD0001000,0x00001000,)",
         "Exclusive,,,){0x0000000B,}",
     ] {
-        assert!(dense.contains(meant), "no {meant} in:\n{text}\n{dense}");
+        assert!(
+            dense.contains(expected),
+            "no {expected} in:\n{text}\n{dense}"
+        );
     }
     for absent in ["Device(C003)", "Device(V002)"] {
         assert!(!dense.contains(absent), "{absent} in:\n{text}");
@@ -231,7 +234,7 @@ fn iasl_reads_the_other_tables_as_they_were_meant() {
     let found = Found::of(&HARDWARE);
     let iasl = Iasl::new();
     let fadt = Iasl::dense(&iasl.disassemble("facp", &found.named(b"FACP")));
-    for meant in [
+    for expected in [
         "HardwareReduced(V5):1",
         "ResetRegisterSupported(V2):1",
         "ControlMethodPowerButton(V1):1",
@@ -239,7 +242,7 @@ fn iasl_reads_the_other_tables_as_they_were_meant() {
         "8042Presentonports60/64(V2):0",
         "RTCCenturyIndex:32",
     ] {
-        assert!(fadt.contains(meant), "no {meant} in {fadt}");
+        assert!(fadt.contains(expected), "no {expected} in {fadt}");
     }
     let madt = Iasl::dense(&iasl.disassemble("apic", &found.named(b"APIC")));
     assert_eq!(madt.matches("[ProcessorLocalAPIC]").count(), 3, "{madt}");

@@ -1,10 +1,10 @@
-//! The system calls of KVM's dirty log.
+//! ioctls of KVM's dirty log.
 //!
 //! Sources: Linux Documentation/virt/kvm/api.rst, KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG and
 //! KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
 //!
-//! This file has `unsafe` because kvm-ioctls has neither KVM_CLEAR_DIRTY_LOG nor a KVM_GET_DIRTY_LOG
-//! that reads into a buffer of the caller's.
+//! This file has `unsafe` code because kvm-ioctls has neither KVM_CLEAR_DIRTY_LOG nor a KVM_GET_DIRTY_LOG that reads
+//! into a buffer of the caller.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -66,8 +66,8 @@ pub(super) fn get(vm: &VmFd, slot: u32, pages: u64, words: &mut Vec<u64>) -> io:
             dirty_bitmap: words.as_mut_ptr().cast(),
         },
     };
-    // SAFETY: the kernel writes one bit for each page of the slot, rounded up to 64, which is what
-    // `words` has room for; the slot's size is the one it was made with.
+    // SAFETY: the kernel writes one bit for each page of the slot, rounded up to 64 bits. `words` has that size,
+    // because `pages` is the size with which the slot was created.
     result(unsafe { ioctl_with_ref(vm, request::KVM_GET_DIRTY_LOG(), &log) })
 }
 
@@ -93,11 +93,12 @@ pub(super) fn clear(
         num_pages: pages,
         first_page,
         __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
-            // The kernel only reads it.
+            // The kernel only reads the bitmap.
             dirty_bitmap: words.as_ptr().cast_mut().cast(),
         },
     };
-    // SAFETY: the kernel reads one bit for each of `pages` pages, which `words` has (checked above).
+    // SAFETY: the kernel reads one bit for each of `pages` pages, and the check above made sure that `words` has as
+    // many.
     result(unsafe { ioctl_with_ref(vm, request::KVM_CLEAR_DIRTY_LOG(), &log) })
 }
 

@@ -165,7 +165,7 @@ impl SlotLog {
 
     /// Removes the pages that were never cleared from `dirty`, and marks those of them that are populated.
     ///
-    /// Which pages are populated is asked after the log was read. A page that is populated later stays dirty in the
+    /// The populated pages are queried after the log was read. A page that becomes populated later stays dirty in the
     /// log, because it was not cleared, and is found by the next call.
     fn mark_populated(&mut self, slot: &Slot, ram: &GuestRam) -> Result<(), LogError> {
         let mut never_cleared = Vec::with_capacity(self.dirty.len());
@@ -191,7 +191,7 @@ impl SlotLog {
         Ok(())
     }
 
-    /// Does the same as [`Self::mark_populated`] by one query of the populated pages of the whole slot.
+    /// Marks the populated pages of `never_cleared`, by one query of the populated pages of the whole slot.
     fn mark_all_populated(
         &self,
         slot: &Slot,
@@ -211,11 +211,14 @@ impl SlotLog {
         Ok(())
     }
 
+    /// Marks the pages in `dirty` in the tracker.
     fn mark_written(&self, slot: &Slot, ram: &GuestRam) {
         ram.tracker()
             .mark_words(slot.range.start(), &self.dirty, Source::Vcpu);
     }
 
+    /// Notes that the pages in `dirty` were cleared in KVM's log. Bit 0 of `dirty` is the page `first_page` of the
+    /// slot.
     fn cleared(&mut self, first_page: u64, dirty: &[u64]) {
         let first = usize::try_from(first_page / 64).unwrap_or(usize::MAX);
         for (never, dirty) in self.never_cleared.iter_mut().skip(first).zip(dirty) {

@@ -60,7 +60,9 @@ impl FromStr for DirtyLogMode {
             .into_iter()
             .find(|mode| mode.name() == name)
             .ok_or_else(|| {
-                format!("no dirty log is called {name:?}: get, get-clear, initially-set")
+                format!(
+                    "there is no dirty log mode {name:?}: choose get, get-clear or initially-set"
+                )
             })
     }
 }

@@ -1,4 +1,4 @@
-//! A disk's image: opened for what the guest may do, and locked against a second writer.
+//! Image of a disk: opened with the access that the guest needs, and locked against a second writer.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind};
@@ -10,52 +10,52 @@ use devices::virtio::Access;
 
 use crate::config::ImageType;
 
-/// The unit of a virtio disk (virtio 1.3, 5.2.4).
+/// Bytes of a sector of a virtio disk (virtio 1.3, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
 
-/// Why an image cannot be used.
+/// Reasons why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// It cannot be opened.
+    /// The image cannot be opened.
     #[error("{}: {source}{}", .path.display(), open_hint(.source, *.access))]
     Open {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// What it was to be opened for.
+        /// Access that the guest needs.
         access: Access,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// It is neither a file nor a block device.
+    /// The image is neither a regular file nor a block device.
     #[error("{}: a disk is a raw image: a file, or a block device", .0.display())]
     Kind(PathBuf),
-    /// It is an image in a format of its own.
+    /// The image has the header of a format other than raw.
     #[error(
-        "{}: this is a {format} image; a disk here is raw: `qemu-img convert -O raw {} NEW`, or \
-         image_type=raw if the guest itself has written this",
+        "{}: this is a {format} image, but a disk must be raw: convert it with `qemu-img convert -O raw {} NEW`, or \
+         give image_type=raw if the guest itself wrote this header",
         .path.display(), .path.display()
     )]
     Format {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// The format's name.
+        /// Name of the format.
         format: &'static str,
     },
-    /// It has no whole sector.
-    #[error("{}: an image of less than 512 bytes is no disk", .0.display())]
+    /// The image is shorter than one sector.
+    #[error("{}: an image of less than 512 bytes cannot be a disk", .0.display())]
     Empty(PathBuf),
-    /// Its last sector is not whole.
+    /// The last sector of the image is not complete.
     #[error(
-        "{}: its {bytes} bytes are no multiple of 512: `truncate -s %512 {}` fills the last sector with zeros",
+        "{}: its {bytes} bytes are not a multiple of 512: `truncate -s %512 {}` fills the last sector with zeros",
         .path.display(), .path.display()
     )]
     Size {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// Its size.
+        /// Size of the image in bytes.
         bytes: u64,
     },
-    /// Somebody else has it.
+    /// Another process, or another disk of this guest, has locked the image.
     #[error(
         "{}: another process {}; two guests that write to one disk destroy it",
         .path.display(),
@@ -65,17 +65,17 @@ pub enum DiskError {
         }
     )]
     Locked {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// What it was to be opened for.
+        /// Access that the guest needs.
         access: Access,
     },
-    /// It cannot be locked.
-    #[error("{}: it cannot be locked: {source}", .path.display())]
+    /// The image cannot be locked or unlocked.
+    #[error("{}: the image cannot be locked: {source}", .path.display())]
     Lock {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
 }
@@ -83,64 +83,38 @@ pub enum DiskError {
 fn open_hint(error: &io::Error, access: Access) -> &'static str {
     match (error.kind(), access) {
         (ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem, Access::ReadWrite) => {
-            "; a disk that the guest shall not write to is readonly=on"
+            "; if the guest only reads the disk, give it readonly=on"
         }
         _ => "",
     }
 }
 
-/// Where an image in a format of its own has which bytes: QEMU docs/interop (qcow2, qed); the specifications of VMDK 5.0
-/// and VHDX (MS-VHDX 2.2.1); VirtualBox' `VDI_IMAGE_SIGNATURE`.
-const FORMATS: [(&str, usize, &[u8]); 5] = [
-    ("qcow2", 0, b"QFI\xfb"),
-    ("QED", 0, b"QED\0"),
-    ("VMDK", 0, b"KDMV"),
-    ("VHDX", 0, b"vhdxfile"),
-    ("VDI", 64, &0xbeda_107f_u32.to_le_bytes()),
-];
-
-/// The format that the image's head is of, if it is not raw.
-fn format_of_its_own(file: &File) -> io::Result<Option<&'static str>> {
-    let mut head = [0; 68];
-    // A file that is shorter has zeros here, as if it went on.
-    let mut read = 0;
-    while read < head.len() {
-        match file.read_at(&mut head[read..], read as u64) {
-            Ok(0) => break,
-            Ok(count) => read += count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    let found = FORMATS
-        .iter()
-        .find(|(_, at, magic)| head[*at..].starts_with(magic));
-    Ok(found.map(|(name, _, _)| *name))
-}
-
-/// An image that is open. Its lock is taken when the guest is to run with it, and held until it ends or leaves.
+/// Open image. It is locked from the moment at which the guest may run with it until the guest ends or leaves.
 #[derive(Debug)]
 pub(super) struct DiskImage {
     path: PathBuf,
     access: Access,
-    /// Another handle of the device's open file: the lock is the open file's.
+    /// Duplicate of the descriptor that the device has. The lock belongs to the open file description, which both share
+    /// (flock(2)).
     file: File,
+    /// Whether the lock is held.
     held: Mutex<bool>,
 }
 
 impl DiskImage {
-    /// Opens the image at `path`; returns also the file for the device.
+    /// Opens the image at `path` and checks its format and size. `declared` is the format that the user declared. Also
+    /// returns the file for the device.
     pub(super) fn open(
         path: &Path,
         access: Access,
-        said: Option<ImageType>,
+        declared: Option<ImageType>,
     ) -> Result<(Self, File), DiskError> {
         let failed = |source| DiskError::Open {
             path: path.into(),
             access,
             source,
         };
-        // A pipe must not have the monitor wait for its writer before it is seen to be none.
+        // With O_NONBLOCK, opening a FIFO does not wait for a writer, and the check below rejects it.
         let file = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
@@ -152,8 +126,8 @@ impl DiskImage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind(path.into()));
         }
-        if said.is_none()
-            && let Some(format) = format_of_its_own(&file).map_err(failed)?
+        if declared.is_none()
+            && let Some(format) = probe_format(&file).map_err(failed)?
         {
             return Err(DiskError::Format {
                 path: path.into(),
@@ -180,7 +154,8 @@ impl DiskImage {
         &self.path
     }
 
-    /// Takes the lock: alone for a writer, shared by readers. Idempotent.
+    /// Locks the image: exclusively if the guest writes to it, shared if it only reads. Has no effect if the image is
+    /// locked.
     pub(super) fn lock(&self) -> Result<(), DiskError> {
         let mut held = self.held();
         if *held {
@@ -204,7 +179,7 @@ impl DiskImage {
         Ok(())
     }
 
-    /// Gives the lock away, so that another process can run the guest. Idempotent.
+    /// Unlocks the image, so that another process can run the guest. Has no effect if the image is unlocked.
     pub(super) fn unlock(&self) -> Result<(), DiskError> {
         let mut held = self.held();
         self.file.unlock().map_err(|source| DiskError::Lock {
@@ -215,9 +190,39 @@ impl DiskImage {
         Ok(())
     }
 
+    /// Locks the flag that says whether the image lock is held.
     fn held(&self) -> MutexGuard<'_, bool> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Formats other than raw: name, offset of the magic number, and magic number. Sources: QEMU docs/interop (qcow2, qed);
+/// the specifications of VMDK 5.0 and VHDX (MS-VHDX 2.2.1); `VDI_IMAGE_SIGNATURE` of VirtualBox.
+const FORMATS: [(&str, usize, &[u8]); 5] = [
+    ("qcow2", 0, b"QFI\xfb"),
+    ("QED", 0, b"QED\0"),
+    ("VMDK", 0, b"KDMV"),
+    ("VHDX", 0, b"vhdxfile"),
+    ("VDI", 64, &0xbeda_107f_u32.to_le_bytes()),
+];
+
+/// Returns the format whose magic number the image has, or `None` if the image looks raw.
+fn probe_format(file: &File) -> io::Result<Option<&'static str>> {
+    let mut head = [0; 68];
+    // A shorter file is probed as if zeros followed.
+    let mut read = 0;
+    while read < head.len() {
+        match file.read_at(&mut head[read..], read as u64) {
+            Ok(0) => break,
+            Ok(count) => read += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let found = FORMATS
+        .iter()
+        .find(|(_, at, magic)| head[*at..].starts_with(magic));
+    Ok(found.map(|(name, _, _)| *name))
 }
 
 #[cfg(test)]
@@ -272,7 +277,7 @@ mod tests {
             (head(0, b"QED\0"), "a QED image"),
             (head(0, b"KDMV\x01"), "a VMDK image"),
             (head(0, b"vhdxfile"), "a VHDX image"),
-            // As qemu-img writes it.
+            // Bytes that qemu-img writes.
             (head(64, &[0x7f, 0x10, 0xda, 0xbe]), "a VDI image"),
             (b"QFI\xfb".to_vec(), "a qcow2 image"),
             (vec![1; 513], "truncate -s %512"),

@@ -1,4 +1,4 @@
-//! Opens the host's side of each device of a configuration: images, taps, sockets.
+//! Opens the host resources of each device of a configuration: images, taps, sockets and files.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -13,9 +13,10 @@ use devices::virtio::{
 use ept::Notifier;
 use kvm_ioctls::VmFd;
 
+use super::DevicesError;
+use super::attach::{OpenedDevice, Server};
 use super::disk::{DiskError, DiskImage};
 use super::tap::HostTap;
-use super::{DevicesError, Opened, Server};
 use crate::boot::VirtioMmioResources;
 use crate::config::{
     BalloonConfig, DevicesConfig, DiskConfig, NetConfig, SerialConfig, SerialMode, VsockConfig,
@@ -27,22 +28,22 @@ use crate::memory::{DeviceMemory, GuestRam, NotifiedDiscard};
 
 type Result<T> = std::result::Result<T, MachineError>;
 
-/// What a device is opened with.
-pub(in crate::machine) struct Opening<'a> {
+/// Parts of the machine that devices need when they are opened.
+pub(in crate::machine) struct OpenContext<'a> {
     pub(in crate::machine) vm: &'a VmFd,
     pub(in crate::machine) ram: &'a Arc<GuestRam>,
     pub(in crate::machine) notifier: &'a Notifier,
 }
 
-/// One device: what it is, and what only its kind has.
-struct Part {
+/// Parts of one device, before it has a name and resources.
+struct DeviceParts {
     server: Server,
     facts: DeviceFacts,
     image: Option<DiskImage>,
     balloon: Option<BalloonControl>,
 }
 
-impl Part {
+impl DeviceParts {
     fn new(device: impl Device<DeviceMemory> + 'static, facts: DeviceFacts) -> Self {
         Self {
             server: Server::Worker(Box::new(device)),
@@ -53,8 +54,11 @@ impl Part {
     }
 }
 
-/// Opens all devices of `config`, in the order in which the guest finds them.
-pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Result<Vec<Opened>> {
+/// Opens all devices of `config`, in the order in which the guest enumerates them.
+pub(in crate::machine) fn open(
+    config: &DevicesConfig,
+    with: &OpenContext<'_>,
+) -> Result<Vec<OpenedDevice>> {
     let mut resources = ResourceAllocator { with, next: 0 };
     let mut opened = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
@@ -70,7 +74,7 @@ pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Re
         opened.push(resources.put(name.clone(), |_| open_net(&name, net))?);
     }
     if config.rng.is_some() {
-        let rng = |_: &Interrupt| Ok(Part::new(Rng::new(), DeviceFacts::Rng));
+        let rng = |_: &Interrupt| Ok(DeviceParts::new(Rng::new(), DeviceFacts::Rng));
         opened.push(resources.put("_rng0".into(), rng)?);
     }
     if let Some(vsock) = &config.vsock {
@@ -86,22 +90,24 @@ pub(in crate::machine) fn open(config: &DevicesConfig, with: &Opening<'_>) -> Re
     Ok(opened)
 }
 
-/// Looks at images and taps that will be opened later, and takes none of them.
+/// Checks that the images and taps of `config` exist and are usable, without locking the images or attaching to the
+/// taps.
 ///
 /// # Errors
-/// The first that is not there, or is something else.
-pub fn look(config: &DevicesConfig) -> std::result::Result<(), DevicesError> {
+/// Returns the error of the first image or tap that is missing or unusable.
+pub fn check_host_resources(config: &DevicesConfig) -> std::result::Result<(), DevicesError> {
     for disk in &config.disks {
         if let Some(path) = &disk.path {
             DiskImage::open(path, access(disk), disk.image_type)?;
         }
     }
     for tap in config.net.iter().filter_map(|net| net.tap.as_deref()) {
-        HostTap::is_there(tap)?;
+        HostTap::check_exists(tap)?;
     }
     Ok(())
 }
 
+/// Returns the access that the guest needs to the image of `disk`.
 fn access(disk: &DiskConfig) -> Access {
     match disk.readonly {
         true => Access::ReadOnly,
@@ -111,16 +117,18 @@ fn access(disk: &DiskConfig) -> Access {
 
 /// Assigns register windows and interrupt lines to devices, in order.
 struct ResourceAllocator<'a> {
-    with: &'a Opening<'a>,
+    with: &'a OpenContext<'a>,
+    /// Number of the next device.
     next: u32,
 }
 
 impl ResourceAllocator<'_> {
+    /// Assigns the next resources to the device `name`, and opens the device by `open`.
     fn put(
         &mut self,
         name: String,
-        open: impl FnOnce(&Interrupt) -> Result<Part>,
-    ) -> Result<Opened> {
+        open: impl FnOnce(&Interrupt) -> Result<DeviceParts>,
+    ) -> Result<OpenedDevice> {
         let Some(resources) = VirtioMmioResources::nth(self.next) else {
             let most = self.next;
             return Err(DevicesError::TooMany { name, most }.into());
@@ -128,7 +136,7 @@ impl ResourceAllocator<'_> {
         self.next += 1;
         let interrupt = Interrupt::new(interrupt(self.with.vm, resources.gsi)?);
         let part = open(&interrupt)?;
-        Ok(Opened {
+        Ok(OpenedDevice {
             name,
             resources,
             interrupt,
@@ -140,7 +148,7 @@ impl ResourceAllocator<'_> {
     }
 }
 
-/// For `map_err`: the host would not give a part of the device `name`.
+/// Returns a function that adds the device `name` and its resource `what` to an error of the host, for `map_err`.
 fn host(name: &str, what: &'static str) -> impl Fn(io::Error) -> DevicesError {
     let name = name.to_owned();
     move |source| DevicesError::Host {
@@ -150,7 +158,7 @@ fn host(name: &str, what: &'static str) -> impl Fn(io::Error) -> DevicesError {
     }
 }
 
-fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
+fn open_disk(name: &str, config: &DiskConfig) -> Result<DeviceParts> {
     let access = access(config);
     let path = config.path.as_deref().unwrap_or(Path::new(""));
     let opened = DiskImage::open(path, access, config.image_type);
@@ -161,7 +169,7 @@ fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
         id: config.id.clone().unwrap_or_else(|| name.to_owned()),
         rate_limit: config.rate_limiter_config.unwrap_or_default().limit(),
     })
-    .map_err(host(name, "its image"))?;
+    .map_err(host(name, "its image or its rate limiter"))?;
     let sectors = block.sectors();
     if sectors == 0 {
         return Err(DevicesError::from(DiskError::Empty(image.path().into())).into());
@@ -170,18 +178,19 @@ fn open_disk(name: &str, config: &DiskConfig) -> Result<Part> {
         Access::ReadOnly => DiskAccess::ReadOnly,
         Access::ReadWrite => DiskAccess::ReadWrite,
     };
-    let mut part = Part::new(block, DeviceFacts::Disk { sectors, access });
+    let mut part = DeviceParts::new(block, DeviceFacts::Disk { sectors, access });
     part.image = Some(image);
     Ok(part)
 }
 
-/// The other side of a migration has to have the same disk, and offer the same to the guest.
+/// Connects to a vhost-user back end. The destination of a migration must have a back end with the same ID, size and
+/// features.
 fn open_vhost_user(
     socket: &Path,
     config: &DiskConfig,
-    with: &Opening<'_>,
+    with: &OpenContext<'_>,
     interrupt: &Interrupt,
-) -> Result<Part> {
+) -> Result<DeviceParts> {
     let memory = DeviceMemory::new(with.ram).map_err(MachineError::DeviceMemory)?;
     let back_end = VhostUser::connect(virtio::VhostUserConfig {
         socket: socket.into(),
@@ -194,7 +203,7 @@ fn open_vhost_user(
         sectors: back_end.sectors(),
         features: back_end.features(),
     };
-    Ok(Part {
+    Ok(DeviceParts {
         server: Server::VhostUser(back_end),
         facts,
         image: None,
@@ -202,7 +211,7 @@ fn open_vhost_user(
     })
 }
 
-fn open_net(name: &str, config: &NetConfig) -> Result<Part> {
+fn open_net(name: &str, config: &NetConfig) -> Result<DeviceParts> {
     let tap = match (&config.tap, config.fds.as_deref()) {
         (Some(tap), _) => HostTap::open(tap),
         (None, fds) => HostTap::passed(fds.and_then(|fds| fds.first()).copied().unwrap_or(-1)),
@@ -216,20 +225,24 @@ fn open_net(name: &str, config: &NetConfig) -> Result<Part> {
         receive_limit: limit,
         transmit_limit: limit,
     })
-    .map_err(host(name, "its timers"))?;
-    Ok(Part::new(net, DeviceFacts::Net { mtu: config.mtu }))
+    .map_err(host(name, "the timers of its rate limiters"))?;
+    Ok(DeviceParts::new(net, DeviceFacts::Net { mtu: config.mtu }))
 }
 
-fn open_vsock(config: &VsockConfig) -> Result<Part> {
+fn open_vsock(config: &VsockConfig) -> Result<DeviceParts> {
     let vsock = Vsock::new(virtio::VsockConfig {
         guest_cid: config.cid,
         path: config.socket.clone(),
     })
     .map_err(DevicesError::from)?;
-    Ok(Part::new(vsock, DeviceFacts::Vsock))
+    Ok(DeviceParts::new(vsock, DeviceFacts::Vsock))
 }
 
-fn open_balloon(config: BalloonConfig, with: &Opening<'_>, interrupt: &Interrupt) -> Part {
+fn open_balloon(
+    config: BalloonConfig,
+    with: &OpenContext<'_>,
+    interrupt: &Interrupt,
+) -> DeviceParts {
     let discard = NotifiedDiscard {
         ram: Arc::clone(with.ram),
         notifier: with.notifier.clone(),
@@ -247,13 +260,13 @@ fn open_balloon(config: BalloonConfig, with: &Opening<'_>, interrupt: &Interrupt
         deflate_on_oom: config.deflate_on_oom,
         free_page_reporting: config.free_page_reporting,
     };
-    let mut part = Part::new(balloon, facts);
+    let mut part = DeviceParts::new(balloon, facts);
     part.balloon = Some(control);
     part
 }
 
-/// A console's output; there is no input.
-fn open_console(config: &SerialConfig) -> Result<Part> {
+/// Opens the console. Only its output is connected, because it has no input.
+fn open_console(config: &SerialConfig) -> Result<DeviceParts> {
     let output: ConsoleOutput = match (&config.mode, &config.file) {
         (SerialMode::File, Some(path)) => {
             let file = OpenOptions::new()
@@ -268,6 +281,7 @@ fn open_console(config: &SerialConfig) -> Result<Part> {
         }
         _ => Box::new(io::sink()),
     };
-    let (console, _no_input) = Console::new(output).map_err(host("_console0", "an event"))?;
-    Ok(Part::new(console, DeviceFacts::Console))
+    let (console, _no_input) =
+        Console::new(output).map_err(host("_console0", "its input event"))?;
+    Ok(DeviceParts::new(console, DeviceFacts::Console))
 }

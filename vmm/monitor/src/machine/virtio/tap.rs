@@ -1,7 +1,7 @@
-//! A tap interface of the host, opened and set up for a virtio network device.
+//! Tap interface of the host, opened and configured for a virtio network device.
 //!
-//! This file has `unsafe` because a tap is set up by ioctls, for which there is no safe interface, and because a
-//! descriptor that was passed to the process comes as a bare number.
+//! This file has `unsafe` code because taps are configured by ioctls without a safe wrapper, and because a descriptor
+//! that was passed to the process is known only by its number.
 //!
 //! Interface: Linux Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h.
 #![allow(unsafe_code)]
@@ -18,78 +18,79 @@ use devices::virtio::{Offloads, Tap};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 const TUN_DEVICE: &str = "/dev/net/tun";
-/// IFNAMSIZ, with the zero at the end.
+/// IFNAMSIZ: maximum bytes of an interface name with its terminating zero.
 const NAME_BYTES: usize = 16;
-/// Bytes of `virtio_net_hdr_v1`, which is before each packet.
+/// Bytes of `virtio_net_hdr_v1`, which precedes each packet.
 const HEADER_BYTES: c_int = 12;
+/// Flags of the tap: Ethernet frames, no packet information, and a virtio-net header.
 const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
-/// Why a tap cannot be used.
+/// Reasons why a tap cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// A name that no interface can have.
-    #[error("{0:?} is no name of an interface: 1 to 15 bytes, without / and spaces")]
+    /// The name is not a valid interface name.
+    #[error("{0:?} is no name of an interface: a name has 1 to 15 bytes, without / and spaces")]
     Name(String),
-    /// There is no interface of this name, and it is not for a monitor to make one.
+    /// There is no interface with this name. The monitor does not create interfaces.
     #[error(
-        "there is no interface {0}: make it with `ip tuntap add {0} mode tap` and `ip link set {0} up`"
+        "there is no interface {0}: create it with `ip tuntap add {0} mode tap` and `ip link set {0} up`"
     )]
     Absent(String),
-    /// The interface is of another kind.
-    #[error("the interface {0} is no tap: make one with `ip tuntap add NAME mode tap`")]
+    /// The interface is not a tap.
+    #[error("the interface {0} is no tap: create one with `ip tuntap add NAME mode tap`")]
     Kind(String),
-    /// The device through which taps are opened.
+    /// The device /dev/net/tun cannot be opened.
     #[error("{TUN_DEVICE}: {source}{}", device_hint(.source))]
     Device {
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// The interface cannot be had.
+    /// The monitor could not attach to the tap.
     #[error("the tap {name}: {source}{}", attach_hint(.source))]
     Attach {
-        /// The interface.
+        /// Name of the tap.
         name: String,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
-    /// A descriptor that was named is not open, or no tap.
+    /// The descriptor is not open, or is not a tap.
     #[error("descriptor {fd}: {why}")]
     Descriptor {
-        /// Its number.
+        /// Number of the descriptor.
         fd: RawFd,
-        /// What is wrong with it.
+        /// Why it cannot be used.
         why: String,
     },
-    /// It cannot be set up.
+    /// A tap could not be configured.
     #[error("{call}: {source}")]
     SetUp {
-        /// The call that failed.
+        /// Name of the call that failed.
         call: &'static str,
-        /// What the kernel said.
+        /// Error that the kernel returned.
         source: io::Error,
     },
 }
 
 fn device_hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        ErrorKind::NotFound => "; load the module tun",
-        ErrorKind::PermissionDenied => "; taps are opened by root, or passed with fd=N",
+        ErrorKind::NotFound => "; load the kernel module tun",
+        ErrorKind::PermissionDenied => "; run as root, or pass an open tap with fd=N",
         _ => "",
     }
 }
 
 fn attach_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EBUSY) => "; another process uses it, or it is given twice here",
+        Some(libc::EBUSY) => "; another process uses it, or it is given twice",
         Some(libc::EPERM) => {
-            "; it is another user's: `ip tuntap add NAME mode tap user USER` makes one of yours"
+            "; it belongs to another user: `ip tuntap add NAME mode tap user USER` creates a tap of USER"
         }
-        Some(libc::EINVAL) => "; it was made with other flags, such as multi_queue",
+        Some(libc::EINVAL) => "; it was created with other flags, such as multi_queue",
         _ => "",
     }
 }
 
-/// `struct ifreq`, as the ioctls of taps use it.
+/// `struct ifreq` with the fields that the ioctls of taps use.
 #[repr(C)]
 struct InterfaceRequest {
     name: [u8; NAME_BYTES],
@@ -109,14 +110,14 @@ impl InterfaceRequest {
     }
 }
 
-/// An open tap.
+/// Open tap.
 #[derive(Debug)]
 pub(super) struct HostTap(File);
 
 impl HostTap {
-    /// The tap `name`, which is there already.
+    /// Attaches to the existing tap `name`.
     pub(super) fn open(name: &str) -> Result<Self, TapError> {
-        Self::is_there(name)?;
+        Self::check_exists(name)?;
         let mut request = InterfaceRequest::new();
         let file = OpenOptions::new()
             .read(true)
@@ -126,7 +127,7 @@ impl HostTap {
             .map_err(|source| TapError::Device { source })?;
         request.name[..name.len()].copy_from_slice(name.as_bytes());
         request.flags = c_short::try_from(FLAGS).unwrap_or_default();
-        // SAFETY: the kernel reads and writes one `struct ifreq`, which `request` is laid out as.
+        // SAFETY: the kernel reads and writes one `struct ifreq`, and `request` has its layout.
         let done = unsafe { ioctl_with_mut_ref(&file, libc::TUNSETIFF as c_ulong, &mut request) };
         result(done).map_err(|source| TapError::Attach {
             name: name.into(),
@@ -135,15 +136,15 @@ impl HostTap {
         Self::set_up(file)
     }
 
-    /// Finds a name of which there is no tap, without taking the tap.
-    pub(super) fn is_there(name: &str) -> Result<(), TapError> {
-        let possible = (1..NAME_BYTES).contains(&name.len())
+    /// Checks that the tap `name` exists, without attaching to it.
+    pub(super) fn check_exists(name: &str) -> Result<(), TapError> {
+        let valid = (1..NAME_BYTES).contains(&name.len())
             && !name.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0')
             && !matches!(name, "." | "..");
-        if !possible {
+        if !valid {
             return Err(TapError::Name(name.into()));
         }
-        // The kernel would make an interface that is not there, for root.
+        // If the interface does not exist, TUNSETIFF by root would create it.
         let interface = Path::new("/sys/class/net").join(name);
         if !interface.exists() {
             return Err(TapError::Absent(name.into()));
@@ -154,22 +155,24 @@ impl HostTap {
         Ok(())
     }
 
-    /// The tap that the process got as descriptor `fd`, which stays open: a guest may be started again.
+    /// Duplicates the descriptor `fd` of an open tap, which the process inherited or received. `fd` stays open, so that
+    /// a guest can be started again.
     pub(super) fn passed(fd: RawFd) -> Result<Self, TapError> {
         let failed = |why: String| TapError::Descriptor { fd, why };
-        // SAFETY: duplicating a number that is no open descriptor is an error and nothing else.
+        // SAFETY: duplicating a number that is not an open descriptor returns an error and has no other effect.
         let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-        let copy = result(copy).map_err(|error| failed(format!("{error}; is it passed on?")))?;
-        // SAFETY: the kernel has just made this descriptor, and nobody else knows of it.
+        let copy = result(copy)
+            .map_err(|error| failed(format!("{error}; was it passed to this process?")))?;
+        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
         let mut request = InterfaceRequest::new();
-        // SAFETY: the kernel writes one `struct ifreq`, which `request` is laid out as.
+        // SAFETY: the kernel writes one `struct ifreq`, and `request` has its layout.
         let done = unsafe { ioctl_with_mut_ref(&file, libc::TUNGETIFF as c_ulong, &mut request) };
         result(done).map_err(|_| failed("it is no tap".into()))?;
         let flags = c_int::from(request.flags);
         if flags & FLAGS != FLAGS {
             return Err(failed(
-                "it has to be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR".into(),
+                "it must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR".into(),
             ));
         }
         let set_up = |source| TapError::SetUp {
@@ -180,8 +183,9 @@ impl HostTap {
         Self::set_up(file)
     }
 
+    /// Sets the length of the virtio-net header.
     fn set_up(file: File) -> Result<Self, TapError> {
-        // SAFETY: the kernel reads one int.
+        // SAFETY: the kernel reads one int from a valid reference.
         let done =
             unsafe { ioctl_with_ref(&file, libc::TUNSETVNETHDRSZ as c_ulong, &HEADER_BYTES) };
         result(done).map_err(|source| TapError::SetUp {
@@ -192,6 +196,7 @@ impl HostTap {
     }
 }
 
+/// Converts the return value of an ioctl to a result.
 fn result(returned: c_int) -> io::Result<c_int> {
     if returned < 0 {
         return Err(io::Error::last_os_error());
@@ -225,7 +230,7 @@ impl Tap for HostTap {
         let bits = flag(offloads.checksum, libc::TUN_F_CSUM)
             | flag(offloads.tso4, libc::TUN_F_TSO4)
             | flag(offloads.tso6, libc::TUN_F_TSO6);
-        // SAFETY: the argument is a number; the kernel touches no memory of this process.
+        // SAFETY: the argument is an integer; the kernel does not access memory of this process.
         let done = unsafe { ioctl_with_val(&self.0, libc::TUNSETOFFLOAD as c_ulong, bits.into()) };
         result(done).map(drop)
     }

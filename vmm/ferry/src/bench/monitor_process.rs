@@ -1,4 +1,4 @@
-//! A program whose guest is measured: started, listened to, and ended.
+//! A monitor process whose guest is measured.
 
 use std::io::Read;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -9,34 +9,34 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::Failure;
 
-/// A program that measures a guest of its own. It is gone when this is dropped.
-pub(super) struct Contender {
+/// A child process that runs a guest whose serial port is its standard output. Dropping it kills the process.
+pub(super) struct MonitorProcess {
     name: &'static str,
     child: Child,
     output: ChildStdout,
-    /// What was read of a line that is not whole yet.
+    /// Bytes that were read but not returned as a line yet.
     unread: Vec<u8>,
     began: Instant,
 }
 
-/// Why a contender could not be measured.
+/// Reason why the output of a guest could not be read.
 #[derive(Debug)]
-enum Trouble {
+enum ReadFailure {
     Ended,
     Silent(Duration),
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for ReadFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ended => write!(f, "it ended before its guest said all"),
-            Self::Silent(limit) => write!(f, "its guest said nothing more for {limit:?}"),
+            Self::Ended => write!(f, "the process exited before its guest finished"),
+            Self::Silent(limit) => write!(f, "the guest printed nothing for {limit:?}"),
         }
     }
 }
 
-impl Contender {
-    /// Starts `command`, whose standard output is its guest's serial port.
+impl MonitorProcess {
+    /// Starts `command`, which must connect the guest's serial port to its standard output.
     pub(super) fn start(name: &'static str, mut command: Command) -> Result<Self, Failure> {
         command
             .stdin(Stdio::null())
@@ -46,7 +46,10 @@ impl Contender {
         let mut child = command
             .spawn()
             .map_err(|error| format!("{name}: {:?}: {error}", command.get_program()))?;
-        let output = child.stdout.take().ok_or("a piped output is not there")?;
+        let output = child
+            .stdout
+            .take()
+            .ok_or("the child process has no standard output")?;
         Ok(Self {
             name,
             child,
@@ -56,25 +59,25 @@ impl Contender {
         })
     }
 
-    /// When it was started.
+    /// Returns the time just before the process was started.
     pub(super) fn began(&self) -> Instant {
         self.began
     }
 
-    /// What its guest says next, within `limit`.
+    /// Reads output of the guest. Waits at most `limit` for it.
     pub(super) fn read(&mut self, buffer: &mut [u8], limit: Duration) -> Result<usize, Failure> {
-        let patience = Timespec::try_from(limit)?;
+        let timeout = Timespec::try_from(limit)?;
         let mut descriptors = [PollFd::new(&self.output, PollFlags::IN)];
-        if poll(&mut descriptors, Some(&patience))? == 0 {
-            return Err(self.failed(&Trouble::Silent(limit)));
+        if poll(&mut descriptors, Some(&timeout))? == 0 {
+            return Err(self.failed(&ReadFailure::Silent(limit)));
         }
         match self.output.read(buffer)? {
-            0 => Err(self.failed(&Trouble::Ended)),
+            0 => Err(self.failed(&ReadFailure::Ended)),
             count => Ok(count),
         }
     }
 
-    /// The next whole line that its guest says, each part of it within `limit`.
+    /// Reads a line of the guest. Waits at most `limit` for each part of the line.
     pub(super) fn read_line(&mut self, limit: Duration) -> Result<String, Failure> {
         loop {
             if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
@@ -87,8 +90,10 @@ impl Contender {
         }
     }
 
-    /// Its memory beyond the guest's, in KiB, where that is a memory file: what is private, and the program's text.
-    pub(super) fn beyond_guest_kib(&self) -> Result<u64, Failure> {
+    /// Returns the resident memory of the process without guest memory, in KiB: anonymous memory and mapped files.
+    ///
+    /// Guest memory must be a memfd, which the kernel counts separately as shared memory (RssShmem).
+    pub(super) fn overhead_kib(&self) -> Result<u64, Failure> {
         let path = format!("/proc/{}/status", self.child.id());
         let status = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
         let field = |name: &str| -> Result<u64, Failure> {
@@ -101,25 +106,30 @@ impl Contender {
         Ok(field("RssAnon:")? + field("RssFile:")?)
     }
 
-    /// What went wrong, with the program's own last words.
-    fn failed(&mut self, trouble: &Trouble) -> Failure {
+    /// Returns an error with the standard error output of the process.
+    fn failed(&mut self, failure: &ReadFailure) -> Failure {
         self.end();
         let mut said = String::new();
         if let Some(stderr) = &mut self.child.stderr {
-            // Without its words the trouble itself has to do.
+            // If it cannot be read, the error has no output to show.
             let _unreadable = stderr.read_to_string(&mut said);
         }
-        format!("{}: {trouble}; it says: {:?}", self.name, said.trim()).into()
+        format!(
+            "{}: {failure}; its standard error: {:?}",
+            self.name,
+            said.trim()
+        )
+        .into()
     }
 
     fn end(&mut self) {
-        // One that has ended by itself is only collected.
+        // Both fail only if the process has exited and was waited for.
         let _ended = self.child.kill();
         let _collected = self.child.wait();
     }
 }
 
-impl Drop for Contender {
+impl Drop for MonitorProcess {
     fn drop(&mut self) {
         self.end();
     }
