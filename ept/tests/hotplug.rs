@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use common::{SPACE, config, gpa, pages, ram, read, within};
+use common::model::PageSet;
+use common::{SPACE, config, gpa, pages, ram, read};
 use ept::{
     Contents, Epoch, Fault, Gpa, GpaRange, Harvest, MAX_ADDED_REGIONS, Notifier, ProtectError,
     Region, RegionKind, RemoveError, Source, Start, Tracker, TrackerError,
@@ -128,7 +129,7 @@ struct Checked {
     tracker: Arc<Tracker>,
     present: BTreeSet<usize>,
     epochs: [Epoch; 2],
-    dirty: [BTreeSet<u64>; 2],
+    dirty: [PageSet; 2],
     outside: u64,
 }
 
@@ -151,18 +152,16 @@ impl Checked {
         present.any(|number| slot(*number).contains(gpa(page)))
     }
 
-    fn tracked(&self, range: GpaRange) -> BTreeSet<u64> {
+    fn tracked(&self, range: GpaRange) -> PageSet {
         let parts = self.present.iter();
         let parts = parts.filter_map(|number| slot(*number).intersection(&range));
-        parts
-            .flat_map(|part| part.first_page()..part.end_page())
-            .collect()
+        parts.collect()
     }
 
     fn note(&mut self, page: u64) {
         if self.is_tracked(page) {
             for dirty in &mut self.dirty {
-                dirty.insert(page);
+                dirty.insert(page..page + 1);
             }
         } else {
             self.outside += 1;
@@ -191,7 +190,7 @@ impl Checked {
             Step::MarkEpoch { epoch, range } => {
                 self.epochs[epoch].mark(range);
                 let marked = self.tracked(range);
-                self.dirty[epoch].extend(marked);
+                self.dirty[epoch].extend(&marked);
             }
             Step::Harvest {
                 epoch,
@@ -202,7 +201,7 @@ impl Checked {
             Step::Restart { epoch, start } => {
                 self.epochs[epoch] = Epoch::begin(&self.tracker, "again", start).unwrap();
                 self.dirty[epoch] = match start {
-                    Start::Clean => BTreeSet::new(),
+                    Start::Clean => PageSet::new(),
                     Start::AllDirty => self.tracked(GpaRange::ALL),
                 };
             }
@@ -220,7 +219,7 @@ impl Checked {
         self.present.insert(number);
         if contents == Contents::Unknown {
             for dirty in &mut self.dirty {
-                dirty.extend(slot(number).first_page()..slot(number).end_page());
+                dirty.insert(slot(number));
             }
         }
     }
@@ -232,7 +231,7 @@ impl Checked {
             assert_eq!(removed, Err(RemoveError::NoSuchRegion(range)));
             return;
         }
-        let first = |dirty: &BTreeSet<u64>| within(dirty, range).first().copied();
+        let first = |dirty: &PageSet| dirty.first(range);
         let firsts: Vec<u64> = self.dirty.iter().filter_map(first).collect();
         if firsts.is_empty() {
             assert_eq!(removed, Ok(ram_at(range)));
@@ -254,7 +253,7 @@ impl Checked {
         }
         assert_eq!(discarded, Ok(ram_at(range)));
         for dirty in &mut self.dirty {
-            dirty.retain(|page| !range.contains(gpa(*page)));
+            dirty.clear(range);
         }
     }
 
@@ -266,16 +265,16 @@ impl Checked {
             range
         };
         let found = read(&harvest, window);
-        let mut expected = within(&self.dirty[epoch], range);
+        let mut expected = self.dirty[epoch].within(range);
         if let Some(rest) = harvest.rest() {
             assert_eq!(rest.end_page(), range.end_page());
-            expected.retain(|page| *page < rest.first_page());
+            expected.clear(rest.first_page()..SPACE);
         }
         assert!(harvest.pages() < most.saturating_add(512));
         assert_eq!(found, expected);
         if commit {
             harvest.commit();
-            self.dirty[epoch].retain(|page| !found.contains(page));
+            self.dirty[epoch].remove_all(&found);
         } else {
             harvest.rollback();
         }
@@ -293,7 +292,7 @@ impl Checked {
         for number in 0..SLOTS.len() {
             let range = slot(number);
             for page in [range.first_page(), range.end_page() - 1] {
-                let dirty = [0, 1].map(|epoch| self.dirty[epoch].contains(&page));
+                let dirty = [0, 1].map(|epoch| self.dirty[epoch].contains(page));
                 let found = [0, 1].map(|epoch| self.epochs[epoch].dirty_at(gpa(page)));
                 assert_eq!(found, dirty, "page {page:#x}");
                 let any = dirty.contains(&true);
@@ -330,26 +329,26 @@ proptest! {
         let tracker = Arc::new(Tracker::with_table_limit(&[first], tables).unwrap());
         let epoch = begin(&tracker, "one");
         let mut present = BTreeSet::from([0]);
-        let mut least = BTreeSet::new();
+        let mut least = PageSet::new();
         for (range, number) in marks {
             let bytes = u64::try_from(range.bytes()).unwrap();
             tracker.mark(range.start(), bytes, Source::Device);
             for part in present.iter().filter_map(|number| slot(*number).intersection(&range)) {
-                least.extend(part.first_page()..part.end_page());
+                least.insert(part);
             }
             if present.insert(number) {
                 tracker.add_region(ram_at(slot(number)), Contents::Zero).unwrap();
             } else if number % 2 == 1 {
                 tracker.discard_region(slot(number)).unwrap();
                 present.remove(&number);
-                least.retain(|page| !slot(number).contains(gpa(*page)));
+                least.clear(slot(number));
             }
         }
         let harvest = epoch.harvest(GpaRange::ALL).unwrap();
         let found = read(&harvest, pages(0, 100));
-        prop_assert!(least.is_subset(&found));
-        let is_tracked = |page: &u64| present.iter().any(|number| slot(*number).contains(gpa(*page)));
-        prop_assert!(found.iter().all(is_tracked));
+        prop_assert!(found.covers(&least));
+        let tracked: PageSet = present.iter().map(|number| slot(*number)).collect();
+        prop_assert!(tracked.covers(&found));
         harvest.commit();
         prop_assert!(epoch.harvest(GpaRange::ALL).unwrap().is_empty());
     }

@@ -8,9 +8,9 @@ use crate::share::Job;
 use crate::step::Step;
 
 /// Examples of `ferry-migration` to run. Each must end with status 0.
-const EXAMPLES: &[&str] = &[];
+const EXAMPLES: &[&str] = &["embed"];
 /// The same, for examples that need a usable /dev/kvm.
-const KVM_EXAMPLES: &[&str] = &[];
+const KVM_EXAMPLES: &[&str] = &["kvm"];
 
 /// Turns off the link-time optimization that the release profile has for the program `ferry`. It takes minutes and
 /// changes no test result.

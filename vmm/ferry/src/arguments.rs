@@ -1,5 +1,10 @@
 //! The command line of `ferry`: verbs, options and their help.
 
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "the help that clap takes from doc comments has optional parts in brackets"
+)]
+
 pub(crate) mod bench;
 mod devices;
 mod values;

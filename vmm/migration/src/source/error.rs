@@ -83,7 +83,7 @@ pub enum SendError {
 
 impl SendError {
     /// Returns true if the destination may have the guest: it stays paused at the source until
-    /// [`Attempt::resolve`].
+    /// [`Attempt::resolve`](crate::Attempt::resolve).
     #[must_use]
     pub fn is_in_doubt(&self) -> bool {
         matches!(self, Self::Unconfirmed(_))
