@@ -85,7 +85,7 @@ pub(crate) fn look_for_native(session: &Session) -> Native {
 /// Prints what the native host's KVM can do.
 ///
 /// # Errors
-/// Returns [`Failed`] if it cannot run guests.
+/// Returns `Failed` if it cannot run guests.
 pub(crate) fn native_host(session: &Session) -> Done {
     let probe = session.places.tool("kvm-probe");
     let probe = Step::new("native-host", 30, probe).shown();
