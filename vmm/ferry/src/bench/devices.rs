@@ -23,12 +23,11 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 const MARK: &str = "ferry-bench: ";
 /// Result line that ends the measurement.
 const END: &str = "end";
-const FERRY: &str = "ferry";
 
 /// A monitor that is measured, and its results.
 struct DeviceContender {
     name: &'static str,
-    command: fn(&Guest) -> Command,
+    command: Box<dyn Fn(&Guest) -> Command>,
     /// Results of each load, in the order in which the guest prints them.
     loads: Vec<(String, Unit, Series)>,
 }
@@ -37,8 +36,6 @@ struct DeviceContender {
 struct Guest {
     /// This program.
     this: PathBuf,
-    /// QEMU binary; empty if QEMU is not measured.
-    qemu: PathBuf,
     kernel: PathBuf,
     initramfs: PathBuf,
     command_line: String,
@@ -72,13 +69,12 @@ pub(super) fn devices(arguments: &BenchDevicesArguments) -> Result<u8, Failure> 
     let directory = tempfile::Builder::new().prefix("ferry-bench-").tempdir()?;
     let disk = directory.path().join("disk.raw");
     fill(&disk, arguments.disk_size).map_err(|error| format!("{}: {error}", disk.display()))?;
-    let program = peers::find_qemu(arguments.qemu.as_deref())?;
-    let has_qemu = program.is_some();
-    let guest = Guest::new(arguments, disk, program)?;
-    let mut contenders = vec![DeviceContender::new(FERRY, ferry)];
-    if has_qemu {
-        contenders.push(DeviceContender::new("qemu", qemu));
+    let mut contenders = vec![DeviceContender::new("ferry", ferry)];
+    if let Some(program) = peers::find_qemu(arguments.qemu.as_deref())? {
+        let command = move |guest: &Guest| qemu(&program, guest);
+        contenders.push(DeviceContender::new("qemu", command));
     }
+    let guest = Guest::new(arguments, disk)?;
     let limit = SILENCE_LIMIT + Duration::from_secs(arguments.seconds.into());
     let progress = ProgressLine::new();
     for run in 0..arguments.runs {
@@ -116,11 +112,8 @@ fn fill(disk: &Path, bytes: u64) -> std::io::Result<()> {
 }
 
 impl Guest {
-    fn new(
-        arguments: &BenchDevicesArguments,
-        disk: PathBuf,
-        qemu: Option<PathBuf>,
-    ) -> Result<Self, Failure> {
+    /// Builds the kernel command line, and starts the TCP server on the host if the guest has a network.
+    fn new(arguments: &BenchDevicesArguments, disk: PathBuf) -> Result<Self, Failure> {
         let seconds = arguments.seconds;
         let mut command_line =
             format!("console=ttyS0 quiet panic=-1 ferry.disk=/dev/vda ferry.seconds={seconds}");
@@ -132,7 +125,6 @@ impl Guest {
         }
         Ok(Self {
             this: env::current_exe()?,
-            qemu: qemu.unwrap_or_default(),
             kernel: arguments.kernel.clone(),
             initramfs: arguments.initramfs.clone(),
             command_line,
@@ -157,8 +149,8 @@ fn ferry(guest: &Guest) -> Command {
 }
 
 /// Returns the command line of QEMU with the same devices as Ferry's: virtio 1 over virtio-mmio, described by ACPI.
-fn qemu(guest: &Guest) -> Command {
-    let mut command = peers::qemu(&guest.qemu, "acpi=on,auto-kernel-cmdline=off", guest.memory);
+fn qemu(program: &Path, guest: &Guest) -> Command {
+    let mut command = peers::qemu(program, "acpi=on,auto-kernel-cmdline=off", guest.memory);
     command.arg("-kernel").arg(&guest.kernel);
     command.arg("-initrd").arg(&guest.initramfs);
     command.args(["-append", &guest.command_line]);
@@ -181,10 +173,10 @@ fn qemu(guest: &Guest) -> Command {
 }
 
 impl DeviceContender {
-    fn new(name: &'static str, command: fn(&Guest) -> Command) -> Self {
+    fn new(name: &'static str, command: impl Fn(&Guest) -> Command + 'static) -> Self {
         Self {
             name,
-            command,
+            command: Box::new(command),
             loads: Vec::new(),
         }
     }
@@ -341,9 +333,9 @@ mod tests {
 
     #[test]
     fn a_load_that_a_peer_did_not_run_misses_the_limit() {
-        let mut ferry_alone = DeviceContender::new(FERRY, ferry);
+        let mut ferry_alone = DeviceContender::new("ferry", ferry);
         ferry_alone.add("x", Unit::Operations, 1.0);
-        let peer = DeviceContender::new("qemu", qemu);
+        let peer = DeviceContender::new("qemu", ferry);
         let limits = limits(&[ferry_alone, peer]);
         assert_eq!(limits.len(), 1);
         assert!(!limits[0].holds());

@@ -103,9 +103,9 @@ impl Figures {
             .flatten()
             .filter_map(|(name, counters)| {
                 let index = name.strip_prefix("vcpu")?.parse().ok()?;
-                let held = self.growth(name, "stall_us").unwrap_or_default() / 1e6;
+                let stalled = self.growth(name, "stall_us").unwrap_or_default() / 1e6;
                 let counter = |of: &str| counters.get(of).copied().unwrap_or_default();
-                Some((index, held, counter("stall_us"), counter("stops")))
+                Some((index, stalled, counter("stall_us"), counter("stops")))
             })
             .collect();
         vcpus.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
@@ -114,11 +114,11 @@ impl Figures {
         }
         let mut lines = vec![format!(
             "{:<8}{:>7}{:>11}{:>8}",
-            "", "held", "stall ms", "stops"
+            "", "stalled", "stall ms", "stops"
         )];
-        lines.extend(vcpus.into_iter().map(|(index, held, stall_us, stops)| {
+        lines.extend(vcpus.into_iter().map(|(index, stalled, stall_us, stops)| {
             let name = format!("vcpu{index}");
-            let percent = held.min(1.0) * 100.0;
+            let percent = stalled.min(1.0) * 100.0;
             let stall_ms = float(stall_us) / 1e3;
             format!("{name:<8}{percent:>5.1} %{stall_ms:>11.1}{stops:>8}")
         }));
@@ -155,7 +155,7 @@ impl Figures {
         let mut lines = vec![
             format!("{}  {url}", progress.phase),
             format!(
-                "{} rounds, {:.0} MiB sent, {:.1} s, vCPUs held {} %, downtime {:.1} ms",
+                "{} rounds, {:.0} MiB sent, {:.1} s, throttled {} %, downtime {:.1} ms",
                 progress.rounds.len(),
                 float(progress.bytes_sent) / MIB,
                 progress.total_ms / 1e3,

@@ -76,7 +76,7 @@ impl View {
 
     fn draw_memory(&self, frame: &mut Frame<'_>, area: Rect) {
         let dirty = self.figures.dirty();
-        let block = Block::bordered().title(format!(" Dirty pages a second{} ", dirty.note));
+        let block = Block::bordered().title(format!(" Dirty pages per second{} ", dirty.note));
         let inner = block.inner(area);
         frame.render_widget(block, area);
         let rows = Layout::vertical([Constraint::Min(6), Constraint::Length(1)]);
@@ -124,7 +124,10 @@ impl View {
         let dirty = self.figures.dirty();
         let mut text = format!("{}\n", self.headline().trim());
         for (title, lines) in [
-            (format!("dirty pages a second{}", dirty.note), dirty.lines()),
+            (
+                format!("dirty pages per second{}", dirty.note),
+                dirty.lines(),
+            ),
             ("vCPUs".to_owned(), self.figures.vcpu_lines()),
             ("devices".to_owned(), self.figures.device_lines()),
             ("migration".to_owned(), self.figures.migration_lines()),
