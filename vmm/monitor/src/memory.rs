@@ -59,6 +59,7 @@ pub enum MemoryError {
     Populated(#[source] io::Error),
 }
 
+/// Returns the remedy if memory cannot be allocated.
 fn hint(backing: Backing) -> &'static str {
     match backing {
         Backing::Hugetlb => "; reserve huge pages in /proc/sys/vm/nr_hugepages",

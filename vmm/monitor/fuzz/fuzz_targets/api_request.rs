@@ -13,8 +13,7 @@ use vmm::events::Events;
 use vmm::monitor::{Monitor, MonitorError, Refusal};
 
 /// Monitor without a guest and without a launcher, so that no request can change its state.
-static MONITOR: LazyLock<Arc<Monitor>> =
-    LazyLock::new(|| Monitor::new(None, Events::nowhere()));
+static MONITOR: LazyLock<Arc<Monitor>> = LazyLock::new(|| Monitor::new(None, Events::nowhere()));
 
 const CALLS: [&str; 5] = [
     "vm.create",

@@ -39,6 +39,7 @@ pub enum ClientError {
     },
 }
 
+/// Returns the remedy for a connection that failed.
 fn connect_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "you have no permission to use this socket",
