@@ -43,7 +43,7 @@ pub enum ClientError {
 fn connect_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "you have no permission to use this socket",
-        _ => "is it running with this --api-socket?",
+        _ => "is a monitor running with this API socket?",
     }
 }
 
