@@ -273,6 +273,7 @@ impl VmConfig {
         Err(ConfigError::new("memory.shared", why))
     }
 
+    /// Checks that the serial port has a file if its mode needs one.
     fn check_serial(&self) -> Result<(), ConfigError> {
         match (self.serial.mode, &self.serial.file) {
             (SerialMode::File, None) => Err(ConfigError::new(

@@ -32,7 +32,7 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<TrackerBitmap>;
 pub enum MemoryError {
     /// The size is out of range, or not a multiple of the page size.
     #[error(
-        "guest memory of {} is not possible: choose from {} to {}, in steps of {} (--memory, or memory.size)",
+        "guest memory of {} is not possible: choose from {} to {}, in steps of {} (memory.size)",
         size_text(*bytes), size_text(MEMORY_MIN), size_text(MEMORY_MAX), size_text(*step)
     )]
     Size {
@@ -59,6 +59,7 @@ pub enum MemoryError {
     Populated(#[source] io::Error),
 }
 
+/// Returns the remedy if memory cannot be allocated.
 fn hint(backing: Backing) -> &'static str {
     match backing {
         Backing::Hugetlb => "; reserve huge pages in /proc/sys/vm/nr_hugepages",

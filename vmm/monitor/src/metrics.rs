@@ -39,6 +39,7 @@ pub fn render(monitor: &Monitor) -> String {
     text.0
 }
 
+/// Writes the state and the size of the guest.
 fn guest(text: &mut Exposition, monitor: &Monitor) {
     let info = monitor.info().ok();
     let now = info.as_ref().map(|info| info.state);
@@ -75,6 +76,7 @@ fn guest(text: &mut Exposition, monitor: &Monitor) {
     }
 }
 
+/// Writes the counters of the dirty tracker.
 fn tracker(text: &mut Exposition, counters: &Counters) {
     let dirtied = "ferry_dirtied_pages_total";
     text.family(
@@ -114,6 +116,7 @@ fn tracker(text: &mut Exposition, counters: &Counters) {
     text.sample("ferry_tracker_memory_bytes", &[], counters.tracker_bytes);
 }
 
+/// Writes the stall time and the stops of each vCPU.
 fn vcpus(text: &mut Exposition, counters: &Counters) {
     let labels: Vec<String> = (0..counters.vcpus.len())
         .map(|index| index.to_string())
@@ -134,6 +137,7 @@ fn vcpus(text: &mut Exposition, counters: &Counters) {
     }
 }
 
+/// Writes the counters of each device.
 fn devices(text: &mut Exposition, counters: &Counters) {
     let name = "ferry_device_counter_total";
     text.family(
@@ -148,6 +152,7 @@ fn devices(text: &mut Exposition, counters: &Counters) {
     }
 }
 
+/// Writes the progress of the current or last migration.
 fn migration(text: &mut Exposition, progress: &Report) {
     text.family(
         "ferry_migration_active",

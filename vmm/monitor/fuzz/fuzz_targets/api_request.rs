@@ -13,14 +13,14 @@ use vmm::events::Events;
 use vmm::monitor::{Monitor, MonitorError, Refusal};
 
 /// Monitor without a guest and without a launcher, so that no request can change its state.
-static MONITOR: LazyLock<Arc<Monitor>> =
-    LazyLock::new(|| Monitor::new(None, Events::nowhere()));
+static MONITOR: LazyLock<Arc<Monitor>> = LazyLock::new(|| Monitor::new(None, Events::nowhere()));
 
-const CALLS: [&str; 4] = [
+const CALLS: [&str; 5] = [
     "vm.create",
     "vm.dirty-rate",
     "vm.send-migration",
     "vm.migration-resolve",
+    "vm.resize",
 ];
 const STATUSES: [u16; 10] = [200, 204, 400, 404, 405, 408, 409, 413, 500, 501];
 

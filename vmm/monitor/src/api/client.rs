@@ -39,10 +39,11 @@ pub enum ClientError {
     },
 }
 
+/// Returns the remedy for a connection that failed.
 fn connect_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "you have no permission to use this socket",
-        _ => "is it running with this --api-socket?",
+        _ => "is a monitor running with this API socket?",
     }
 }
 

@@ -22,8 +22,8 @@ struct OpenConnection {
     state: ConnectionState,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
 /// Activity of a connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum ConnectionState {
     /// The connection has waited for a request since this time.
     Waiting(Instant),

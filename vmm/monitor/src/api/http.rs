@@ -111,6 +111,7 @@ impl Response {
     }
 }
 
+/// Returns the reason phrase of a status.
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",

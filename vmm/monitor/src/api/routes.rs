@@ -19,13 +19,13 @@ use crate::monitor::{
 const PREFIX: &str = "/api/v1/";
 
 /// Implementation of a call.
-type Answer = fn(&Monitor, &mut Request) -> Response;
+type Handler = fn(&Monitor, &mut Request) -> Response;
 
 /// Path of the only call that accepts descriptors, passed with SCM_RIGHTS: the taps of the network interfaces.
 const TAKES_DESCRIPTORS: &str = "/api/v1/vm.create";
 
 /// Every call: its method, its path and its implementation. A test compares the list with `openapi.yaml`.
-const ROUTES: [(Method, &str, Answer); 19] = [
+const ROUTES: [(Method, &str, Handler); 19] = [
     (Method::Get, "/api/v1/vmm.ping", |_, _| json(&ping())),
     (Method::Put, "/api/v1/vmm.shutdown", |monitor, _| {
         done(monitor.end_all())

@@ -69,6 +69,7 @@ impl GuestCpuid {
     }
 }
 
+/// Returns the result of KVM_GET_SUPPORTED_CPUID.
 fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| CpuidError(format!("KVM_GET_SUPPORTED_CPUID: {error}")))
@@ -80,10 +81,10 @@ const HTT: u32 = 1 << 28;
 const CMP_LEGACY: u32 = 1 << 1;
 
 /// Reads the feature bits of one register of a leaf.
-type Register = fn(&kvm_cpuid_entry2) -> u32;
+type RegisterReader = fn(&kvm_cpuid_entry2) -> u32;
 
 /// Leaf, sub-leaf, register and name of every register that contains feature bits.
-const FEATURE_REGISTERS: [(u32, u32, Register, &str); 14] = [
+const FEATURE_REGISTERS: [(u32, u32, RegisterReader, &str); 14] = [
     (
         1,
         0,
@@ -120,8 +121,9 @@ pub fn missing_features(kvm: &Kvm, wanted: &[kvm_cpuid_entry2]) -> Result<Vec<St
     Ok(missing(offered.as_slice(), wanted))
 }
 
+/// Returns the bits of [`FEATURE_REGISTERS`] that are set in `wanted` and clear in `offered`.
 fn missing(offered: &[kvm_cpuid_entry2], wanted: &[kvm_cpuid_entry2]) -> Vec<String> {
-    let bits = |entries: &[kvm_cpuid_entry2], leaf, sub, register: Register| {
+    let bits = |entries: &[kvm_cpuid_entry2], leaf, sub, register: RegisterReader| {
         entries
             .iter()
             .find(|e| e.function == leaf && e.index == sub)

@@ -12,10 +12,15 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::GuestAddress;
 
+/// Owner (name) of the note, with its terminating zero.
 const OWNER: &[u8] = b"Ferry\0";
+/// Type of the direct-start note.
 const DIRECT_START: u32 = 1;
+/// Type of a program header that names the interpreter.
 const PT_INTERP: u32 = 3;
+/// Type of a program header of notes.
 const PT_NOTE: u32 = 4;
+/// Bytes of one program header.
 const PROGRAM_HEADER_BYTES: u64 = 56;
 /// Maximum bytes of notes that are searched in one program header.
 const NOTES_LIMIT: u64 = 64 * 1024;
@@ -107,6 +112,7 @@ fn read_fully(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
     }
 }
 
+/// Returns the `N` bytes at offset `at`, which must be inside `bytes`.
 fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut field = [0; N];
     field.copy_from_slice(&bytes[at..at + N]);

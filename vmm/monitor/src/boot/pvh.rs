@@ -16,7 +16,9 @@ use crate::memory::GuestMemory;
 
 /// Guest-physical address of hvm_start_info. Every vCPU that is started directly has it in ebx.
 pub(super) const START_INFO: GuestAddress = GuestAddress(0x6000);
+/// Guest-physical address of the module list.
 const MODULES: GuestAddress = GuestAddress(0x6040);
+/// Guest-physical address of the memory map.
 const MEMORY_MAP: GuestAddress = GuestAddress(0x6080);
 
 /// Writes hvm_start_info, the memory map and, if there is an initramfs, the module list.

@@ -20,7 +20,9 @@ const EFER_LMA: u64 = 1 << 10;
 /// Bit 1 of RFLAGS, which is always set.
 const RFLAGS_RESERVED: u64 = 2;
 
+/// Guest-physical address of the GDT.
 const GDT: GuestAddress = GuestAddress(0x500);
+/// Guest-physical addresses of the page tables: one PML4, one PDPT and [`IDENTITY_GIB`] page directories.
 const PML4: GuestAddress = GuestAddress(0x9000);
 const PDPT: GuestAddress = GuestAddress(0xa000);
 const PAGE_DIRECTORIES: GuestAddress = GuestAddress(0xb000);
@@ -79,8 +81,8 @@ impl<'a> FirstRegisters<'a> {
         start_info: GuestAddress,
     ) -> Result<(), BootError> {
         let mut sregs = self.sregs()?;
-        let code = segment(0x10, 0xb, Width::Bits32);
-        set_segments(&mut sregs, code, segment(0x18, 0x3, Width::Bits32));
+        let code = segment(0x10, 0xb, OperandSize::Bits32);
+        set_segments(&mut sregs, code, segment(0x18, 0x3, OperandSize::Bits32));
         sregs.cr0 = CR0_PE | CR0_ET;
         sregs.cr4 = 0;
         sregs.efer = 0;
@@ -104,8 +106,8 @@ impl<'a> FirstRegisters<'a> {
         boot_params: GuestAddress,
     ) -> Result<(), BootError> {
         let mut sregs = self.sregs()?;
-        let code = segment(0x10, 0xb, Width::Bits64);
-        set_segments(&mut sregs, code, segment(0x18, 0x3, Width::Bits32));
+        let code = segment(0x10, 0xb, OperandSize::Bits64);
+        set_segments(&mut sregs, code, segment(0x18, 0x3, OperandSize::Bits32));
         sregs.gdt.base = GDT.raw_value();
         sregs.gdt.limit = 31;
         sregs.idt.base = 0;
@@ -131,6 +133,7 @@ impl<'a> FirstRegisters<'a> {
             .map_err(|source| self.error("KVM_GET_SREGS", source))
     }
 
+    /// Sets the registers and makes the vCPU runnable.
     fn set(&self, sregs: &kvm_sregs, regs: &kvm_regs) -> Result<(), BootError> {
         self.vcpu
             .set_sregs(sregs)
@@ -156,16 +159,16 @@ impl<'a> FirstRegisters<'a> {
 }
 
 /// Default operand size of a code segment.
-enum Width {
+enum OperandSize {
     Bits32,
     Bits64,
 }
 
 /// Returns a flat segment of 4 GiB. `kind` is the type field of the descriptor: 0xb for code, 0x3 for data.
-fn segment(selector: u16, kind: u8, width: Width) -> kvm_segment {
+fn segment(selector: u16, kind: u8, width: OperandSize) -> kvm_segment {
     let (db, l) = match width {
-        Width::Bits32 => (1, 0),
-        Width::Bits64 => (0, 1),
+        OperandSize::Bits32 => (1, 0),
+        OperandSize::Bits64 => (0, 1),
     };
     kvm_segment {
         base: 0,
@@ -182,6 +185,7 @@ fn segment(selector: u16, kind: u8, width: Width) -> kvm_segment {
     }
 }
 
+/// Sets the code segment, all data segments and the task register.
 fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment, data: kvm_segment) {
     sregs.cs = code;
     for register in [

@@ -73,6 +73,7 @@ pub struct RngConfig {
 impl RngConfig {
     const SOURCES: [&str; 2] = ["/dev/urandom", "/dev/random"];
 
+    /// Returns the path of the kernel's generator.
     fn kernel() -> PathBuf {
         Self::SOURCES[0].into()
     }
@@ -146,6 +147,7 @@ impl DevicesConfig {
         self.check_rest(memory_bytes)
     }
 
+    /// Checks the devices of which a guest has at most one.
     fn check_rest(&self, memory_bytes: u64) -> Result<(), ConfigError> {
         if let Some(rng) = &self.rng {
             let known = RngConfig::SOURCES.map(PathBuf::from);

@@ -30,6 +30,7 @@ pub struct NetConfig {
 }
 
 impl NetConfig {
+    /// Checks the values of the interface. `path` is its path in the JSON, for error messages.
     pub(super) fn check(&self, path: &str) -> Result<(), ConfigError> {
         let descriptors = self.fds.as_deref().unwrap_or_default();
         match (&self.tap, descriptors) {

@@ -28,6 +28,7 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
+    /// Returns the bucket as a rate per second with a burst.
     fn rate(self) -> Rate {
         let per_second = u128::from(self.size) * 1000 / u128::from(self.refill_time.max(1));
         Rate {
@@ -47,6 +48,7 @@ impl RateLimiterConfig {
         }
     }
 
+    /// Checks that no bucket has a size or a refill time of 0. `path` is the path of the limiter in the JSON.
     pub(super) fn check(self, path: &str) -> Result<(), ConfigError> {
         for (name, bucket) in [("bandwidth", self.bandwidth), ("ops", self.ops)] {
             let is_empty = |bucket: &TokenBucket| bucket.size == 0 || bucket.refill_time == 0;

@@ -99,6 +99,7 @@ impl Host {
         Self::open_at(Path::new(KVM_DEVICE))
     }
 
+    /// Opens the KVM device at `path`. Tests use other paths.
     fn open_at(path: &Path) -> Result<Self, HostError> {
         let kvm = Kvm::new_with_path(c_path(path)?).map_err(|error| open_error(path, error))?;
         match kvm.get_api_version() {
@@ -160,6 +161,7 @@ fn c_path(path: &Path) -> Result<std::ffi::CString, HostError> {
     })
 }
 
+/// Returns the error for a KVM device that could not be opened.
 fn open_error(path: &Path, error: kvm_ioctls::Error) -> HostError {
     let source = io::Error::from(error);
     match source.kind() {

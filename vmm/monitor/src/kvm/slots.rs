@@ -92,10 +92,12 @@ impl Slots {
         self.set_flags(0)
     }
 
+    /// Sets the flags of all slots.
     fn set_flags(&self, flags: u32) -> Result<(), SlotError> {
         self.slots.iter().try_for_each(|slot| self.set(slot, flags))
     }
 
+    /// Creates a slot, or changes its flags.
     fn set(&self, slot: &Slot, flags: u32) -> Result<(), SlotError> {
         let region = kvm_userspace_memory_region {
             slot: slot.id,

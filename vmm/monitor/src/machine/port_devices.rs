@@ -23,7 +23,9 @@ use crate::memory::{GuestRam, HIGH_RAM_START, byte_len};
 use crate::vcpu::GuestEnd;
 use migration::Section;
 
+/// Device as the port bus holds it.
 type SharedDevice = SharedBusDevice<PortSpace>;
+/// Callback of the sleep control register for power-off.
 type PowerOff = Box<dyn Fn() + Send>;
 
 /// Devices in I/O port space of one machine.

@@ -103,6 +103,7 @@ fn advise_huge_pages(mapping: &MmapRegion<TrackerBitmap>) {
     let _unsupported = advised;
 }
 
+/// Returns the error of mmap(2) that vm-memory wraps.
 pub(super) fn mmap_error(error: vm_memory::mmap::MmapRegionError) -> io::Error {
     match error {
         vm_memory::mmap::MmapRegionError::Mmap(source) => source,

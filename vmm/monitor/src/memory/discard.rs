@@ -32,6 +32,7 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Releases the pages of `part`, which lies in `backed`: by a hole in the memory file, or by MADV_DONTNEED.
     fn discard_part(&self, backed: &BackedRange, part: GpaRange) -> io::Result<()> {
         if let Some(file) = &backed.file {
             let offset = part.start().0 - backed.range.start().0;

@@ -33,6 +33,7 @@ pub fn layout(bytes: u64, backing: Backing) -> Result<Vec<GpaRange>, MemoryError
     Ok(ranges)
 }
 
+/// Returns a range of `bytes` at `start`.
 fn range(start: u64, bytes: u64) -> Option<GpaRange> {
     GpaRange::with_len(Gpa(start), bytes).ok()
 }

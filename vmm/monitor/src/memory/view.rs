@@ -20,11 +20,12 @@ use super::{GuestMemory, GuestRam};
 /// view.
 #[derive(Clone, Debug)]
 pub struct DeviceMemory {
-    view: Arc<View>,
+    view: Arc<DeviceRegions>,
 }
 
+/// Regions of a [`DeviceMemory`], which all of its clones share.
 #[derive(Debug)]
-struct View {
+struct DeviceRegions {
     regions: GuestMemory,
     /// Owner of the mappings that `regions` point to.
     _ram: Arc<GuestRam>,
@@ -43,7 +44,7 @@ impl DeviceMemory {
             .collect::<io::Result<_>>()?;
         let regions = GuestMemory::from_regions(regions).map_err(io::Error::other)?;
         Ok(Self {
-            view: Arc::new(View {
+            view: Arc::new(DeviceRegions {
                 regions,
                 _ram: Arc::clone(ram),
             }),
@@ -69,8 +70,8 @@ fn second_region(
     if let Some(file) = region.file_offset() {
         builder = builder.with_file_offset(file.clone());
     }
-    // SAFETY: pointer and size are those of the mapping of `region`, which belongs to a `GuestRam` that `View` keeps
-    // alive. A region that is built from a raw pointer does not unmap it.
+    // SAFETY: pointer and size are those of the mapping of `region`, which belongs to a `GuestRam` that `DeviceRegions`
+    // keeps alive. A region that is built from a raw pointer does not unmap it.
     let builder = unsafe { builder.with_raw_mmap_pointer(region.as_ptr()) };
     let mapping = builder.build().map_err(mmap_error)?;
     GuestRegionMmap::new(mapping, start).ok_or_else(|| io::ErrorKind::InvalidInput.into())

@@ -46,9 +46,9 @@ pub struct VcpuStats {
     pub stops: u64,
 }
 
-#[derive(Debug, Default)]
 /// State of a gate, under its lock.
-struct State {
+#[derive(Debug, Default)]
+struct GateState {
     /// Number of holds.
     holds: u32,
     /// Whether the vCPU is out of the guest: its thread waits at the gate, or has ended.
@@ -65,7 +65,7 @@ struct State {
 pub struct Gate {
     index: u32,
     immediate_exit: ImmediateExit,
-    state: Mutex<State>,
+    state: Mutex<GateState>,
     changed: Condvar,
     /// vCPU, which owns the kvm_run page that `immediate_exit` points to. Its thread holds the lock while it is in the
     /// guest.
@@ -88,10 +88,10 @@ impl Gate {
             index,
             immediate_exit: ImmediateExit::of(&mut vcpu),
             fd: Mutex::new(vcpu),
-            state: Mutex::new(State {
+            state: Mutex::new(GateState {
                 holds: 1,
                 parked: true,
-                ..State::default()
+                ..GateState::default()
             }),
             changed: Condvar::new(),
         }
@@ -200,7 +200,7 @@ impl Gate {
     }
 
     /// Makes the vCPU leave the guest.
-    fn kick(&self, state: &State) {
+    fn kick(&self, state: &GateState) {
         self.immediate_exit.set(1);
         if let (Some(thread), false) = (state.thread, state.parked) {
             // SAFETY: the ID is that of a live thread. The thread clears `state.thread` under the lock before it ends,
@@ -210,7 +210,7 @@ impl Gate {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
         // A panic leaves the state valid, because each field is valid by itself.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -247,10 +247,12 @@ unsafe impl Send for ImmediateExit {}
 unsafe impl Sync for ImmediateExit {}
 
 impl ImmediateExit {
+    /// Returns a pointer into the kvm_run page of `vcpu`.
     fn of(vcpu: &mut VcpuFd) -> Self {
         Self(&raw mut vcpu.get_kvm_run().immediate_exit)
     }
 
+    /// Writes the byte.
     fn set(&self, value: u8) {
         // SAFETY: the pointer is valid (see `Send`), and a byte is always aligned. The kernel reads the byte at the
         // start of KVM_RUN; kvm-ioctls does not access it.

@@ -12,16 +12,17 @@ use super::gate::Gate;
 const PERIOD: Duration = Duration::from_millis(20);
 
 /// State that the throttle shares with its thread.
-struct State {
+struct ThrottleState {
     percent: u32,
     stop: bool,
 }
 
-type Shared = Arc<(Mutex<State>, Condvar)>;
+/// State with the condition variable that wakes the thread when the throttle is dropped.
+type SharedThrottle = Arc<(Mutex<ThrottleState>, Condvar)>;
 
 /// Holds vCPUs for a share of the time until it is dropped.
 pub struct Throttle {
-    shared: Shared,
+    shared: SharedThrottle,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -31,11 +32,11 @@ impl Throttle {
     /// # Errors
     /// Returns the error of the system if the thread cannot be started.
     pub fn start(gates: Vec<Arc<Gate>>, percent: u32) -> io::Result<Self> {
-        let state = State {
+        let state = ThrottleState {
             percent: percent.clamp(1, 99),
             stop: false,
         };
-        let shared: Shared = Arc::new((Mutex::new(state), Condvar::new()));
+        let shared: SharedThrottle = Arc::new((Mutex::new(state), Condvar::new()));
         let thread = {
             let shared = Arc::clone(&shared);
             Builder::new()
@@ -65,7 +66,8 @@ impl Drop for Throttle {
     }
 }
 
-fn run(shared: &Shared, gates: &[Arc<Gate>]) {
+/// Loop of the throttle thread.
+fn run(shared: &SharedThrottle, gates: &[Arc<Gate>]) {
     loop {
         let Some(held_for) = next_hold(shared) else {
             return;
@@ -78,19 +80,19 @@ fn run(shared: &Shared, gates: &[Arc<Gate>]) {
 }
 
 /// Returns the time for which vCPUs are held in the next period, or `None` if the throttle was dropped.
-fn next_hold(shared: &Shared) -> Option<Duration> {
+fn next_hold(shared: &SharedThrottle) -> Option<Duration> {
     let state = lock(shared);
     (!state.stop).then(|| PERIOD * state.percent / 100)
 }
 
 /// Waits for `time`, or until the throttle is dropped.
-fn wait(shared: &Shared, time: Duration) {
+fn wait(shared: &SharedThrottle, time: Duration) {
     let (_state, _timeout) = shared
         .1
         .wait_timeout_while(lock(shared), time, |state| !state.stop)
         .unwrap_or_else(PoisonError::into_inner);
 }
 
-fn lock(shared: &Shared) -> MutexGuard<'_, State> {
+fn lock(shared: &SharedThrottle) -> MutexGuard<'_, ThrottleState> {
     shared.0.lock().unwrap_or_else(PoisonError::into_inner)
 }

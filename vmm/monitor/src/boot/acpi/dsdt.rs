@@ -29,7 +29,9 @@ const HEADER: u32 = 36;
 /// ID changed.
 const NOTIFICATION: u8 = 0x80;
 
+/// Path of the power button device.
 const POWER_BUTTON: &str = "\\_SB_.PWRB";
+/// Path of the generation ID device.
 const GENERATION: &str = "\\_SB_.VGEN";
 
 /// Returns the DSDT for `hardware`.
@@ -43,7 +45,7 @@ pub(super) fn dsdt(hardware: &AcpiHardware<'_>) -> Vec<u8> {
     ];
     devices.extend((0..hardware.cpus).map(processor));
     devices.extend((0..).zip(hardware.virtio).map(virtio_mmio));
-    let scope = Code::of(&Scope::new("\\_SB_".into(), Code::list(&devices)));
+    let scope = AmlCode::of(&Scope::new("\\_SB_".into(), AmlCode::list(&devices)));
     let mut dsdt = Sdt::new(
         *b"DSDT",
         HEADER,
@@ -57,14 +59,15 @@ pub(super) fn dsdt(hardware: &AcpiHardware<'_>) -> Vec<u8> {
 }
 
 /// `\_S5`: the sleep type that powers the machine off. The second sleep register and the reserved elements are zero.
-fn soft_off() -> Code {
+fn soft_off() -> AmlCode {
     name(
         "\\_S5_",
         &Package::new(vec![&SLEEP_TYPE_OFF, &ZERO, &ZERO, &ZERO]),
     )
 }
 
-fn serial_port() -> Code {
+/// Serial port COM1, a 16550.
+fn serial_port() -> AmlCode {
     let ports = port_range(COM1_PORT, COM1_PORTS);
     device(
         "COM1",
@@ -78,7 +81,7 @@ fn serial_port() -> Code {
 }
 
 /// Real-time clock. It has no interrupt, because the device has no alarm.
-fn clock() -> Code {
+fn clock() -> AmlCode {
     device(
         "RTC_",
         &[
@@ -88,12 +91,13 @@ fn clock() -> Code {
     )
 }
 
-fn power_button() -> Code {
+/// Power button, as a control method device.
+fn power_button() -> AmlCode {
     device("PWRB", &[name("_HID", &EISAName::new("PNP0C0C"))])
 }
 
 /// Device of the generation ID. Guests find it by its compatible ID.
-fn generation_id() -> Code {
+fn generation_id() -> AmlCode {
     let address = GENERATION_ID.raw_value();
     let (low, high) = (address & 0xffff_ffff, address >> 32);
     device(
@@ -108,7 +112,7 @@ fn generation_id() -> Code {
 }
 
 /// Generic Event Device. Its `_EVT` method reads and clears the pending events, and notifies the device of each event.
-fn event_device() -> Code {
+fn event_device() -> AmlCode {
     let (first, bytes) = (EVENTS_PORT, EVENTS_PORTS);
     let region = OpRegion::new("EVTR".into(), OpRegionSpace::SystemIO, &first, &bytes);
     let field = Field::new(
@@ -119,44 +123,45 @@ fn event_device() -> Code {
         vec![FieldEntry::Named(*b"PEND", usize::from(EVENTS_PORTS) * 8)],
     );
     let (taken, pending) = (Local(0), Path::new("PEND"));
-    let take = Code::of(&Store::new(&taken, &pending));
+    let take = AmlCode::of(&Store::new(&taken, &pending));
     let handler = [
         take,
         notify_at(GenericEvent::PowerButton, POWER_BUTTON),
         notify_at(GenericEvent::GenerationChanged, GENERATION),
     ];
-    let method = Method::new("_EVT".into(), 1, true, Code::list(&handler));
+    let method = Method::new("_EVT".into(), 1, true, AmlCode::list(&handler));
     device(
         "GED_",
         &[
             name("_HID", &"ACPI0013"),
             name("_UID", &ZERO),
             resources(&[&edge(GENERIC_EVENTS_INTERRUPT)]),
-            Code::of(&region),
-            Code::of(&field),
-            Code::of(&method),
+            AmlCode::of(&region),
+            AmlCode::of(&field),
+            AmlCode::of(&method),
         ],
     )
 }
 
 /// Returns code that notifies the device `path` if `event` is among the events that were read.
-fn notify_at(event: GenericEvent, path: &str) -> Code {
+fn notify_at(event: GenericEvent, path: &str) -> AmlCode {
     let bit = event as u32;
     let (taken, path) = (Local(0), Path::new(path));
     let is_set = And::new(&ZERO, &taken, &bit);
     let notify = Notify::new(&path, &NOTIFICATION);
-    Code::of(&If::new(&is_set, vec![&notify]))
+    AmlCode::of(&If::new(&is_set, vec![&notify]))
 }
 
 /// Processor device. Its `_UID` must equal the processor UID in the MADT.
-fn processor(index: u8) -> Code {
+fn processor(index: u8) -> AmlCode {
     device(
         &format!("C{index:03X}"),
         &[name("_HID", &"ACPI0007"), name("_UID", &index)],
     )
 }
 
-fn virtio_mmio((index, device_resources): (u32, &VirtioMmioResources)) -> Code {
+/// Virtio-mmio device. `LNRO0005` is the ID that the driver of Linux matches.
+fn virtio_mmio((index, device_resources): (u32, &VirtioMmioResources)) -> AmlCode {
     let registers = Memory32Fixed::new(true, device_resources.base, device_resources.bytes);
     device(
         &format!("V{index:03X}"),
@@ -170,38 +175,44 @@ fn virtio_mmio((index, device_resources): (u32, &VirtioMmioResources)) -> Code {
 }
 
 /// AML byte code.
-struct Code(Vec<u8>);
+struct AmlCode(Vec<u8>);
 
-impl Code {
+impl AmlCode {
+    /// Encodes an AML object.
     fn of(object: &dyn Aml) -> Self {
         let mut bytes = Vec::new();
         object.to_aml_bytes(&mut bytes);
         Self(bytes)
     }
 
+    /// Returns the elements as the objects that the builders of `acpi_tables` take.
     fn list(codes: &[Self]) -> Vec<&dyn Aml> {
         codes.iter().map(|code| code as &dyn Aml).collect()
     }
 }
 
-impl Aml for Code {
+impl Aml for AmlCode {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         sink.vec(&self.0);
     }
 }
 
-fn device(path: &str, parts: &[Code]) -> Code {
-    Code::of(&Device::new(path.into(), Code::list(parts)))
+/// Returns a device that contains `parts`.
+fn device(path: &str, parts: &[AmlCode]) -> AmlCode {
+    AmlCode::of(&Device::new(path.into(), AmlCode::list(parts)))
 }
 
-fn name(path: &str, value: &dyn Aml) -> Code {
-    Code::of(&Name::new(path.into(), value))
+/// Returns a named object.
+fn name(path: &str, value: &dyn Aml) -> AmlCode {
+    AmlCode::of(&Name::new(path.into(), value))
 }
 
-fn resources(list: &[&dyn Aml]) -> Code {
+/// Returns the current resource settings (`_CRS`) of a device.
+fn resources(list: &[&dyn Aml]) -> AmlCode {
     name("_CRS", &ResourceTemplate::new(list.to_vec()))
 }
 
+/// Returns a fixed range of I/O ports.
 fn port_range(first: u16, count: u16) -> IO {
     IO::new(first, first, 1, u8::try_from(count).unwrap_or(u8::MAX))
 }

@@ -90,7 +90,7 @@ pub(super) fn write(memory: &GuestMemory, hardware: &AcpiHardware<'_>) -> Result
 
 /// Returns the RSDP and all tables as one image, to be loaded at [`RSDP`].
 fn build(hardware: &AcpiHardware<'_>) -> Vec<u8> {
-    let mut image = Image::default();
+    let mut image = TableImage::default();
     // Space for the RSDP, which is filled in last because it contains the address of the XSDT.
     image.append(vec![0; acpi_tables::rsdp::Rsdp::len()]);
     let dsdt = image.append(dsdt::dsdt(hardware));
@@ -104,11 +104,11 @@ fn build(hardware: &AcpiHardware<'_>) -> Vec<u8> {
 
 /// Tables in one image, in the order in which they are appended.
 #[derive(Default)]
-struct Image {
+struct TableImage {
     bytes: Vec<u8>,
 }
 
-impl Image {
+impl TableImage {
     /// Appends `table` and returns its guest-physical address.
     fn append(&mut self, table: Vec<u8>) -> u64 {
         const ALIGNMENT: usize = 16;

@@ -62,6 +62,7 @@ pub(super) fn fadt(dsdt: u64) -> Vec<u8> {
     bytes(&fadt.finalize())
 }
 
+/// Returns the address of a register of one byte in I/O space.
 fn byte_port(port: u16) -> GAS {
     GAS::new(
         AddressSpace::SystemIo,
@@ -92,6 +93,7 @@ pub(super) fn madt(cpus: u8) -> Vec<u8> {
     bytes(&madt)
 }
 
+/// Encodes a table.
 fn bytes(table: &dyn Aml) -> Vec<u8> {
     let mut bytes = Vec::new();
     table.to_aml_bytes(&mut bytes);

@@ -33,11 +33,11 @@ fn sum(bytes: &[u8]) -> u8 {
 }
 
 /// Tables in the image that is loaded into guest memory.
-struct Found {
+struct ParsedTables {
     image: Vec<u8>,
 }
 
-impl Found {
+impl ParsedTables {
     fn of(hardware: &AcpiHardware<'_>) -> Self {
         Self {
             image: build(hardware),
@@ -76,7 +76,7 @@ impl Found {
 
 #[test]
 fn the_fadt_is_hardware_reduced_with_its_registers() {
-    let fadt = Found::of(&HARDWARE).named(b"FACP");
+    let fadt = ParsedTables::of(&HARDWARE).named(b"FACP");
     assert_eq!((fadt.len(), fadt[8]), (276, 6));
     let flags = u32::from_le_bytes(word(&fadt, 112));
     // HW_REDUCED_ACPI, RESET_REG_SUP, FIX_RTC, SLP_BUTTON, PWR_BUTTON, WBINVD.
@@ -105,7 +105,7 @@ fn the_fadt_is_hardware_reduced_with_its_registers() {
 fn the_madt_has_a_local_apic_for_each_vcpu_and_the_io_apic() {
     for cpus in [1, 4, 64] {
         let hardware = AcpiHardware { cpus, ..HARDWARE };
-        let madt = Found::of(&hardware).named(b"APIC");
+        let madt = ParsedTables::of(&hardware).named(b"APIC");
         assert_eq!(u32::from_le_bytes(word(&madt, 36)), 0xfee0_0000);
         assert_eq!(u32::from_le_bytes(word(&madt, 40)), 0, "no 8259s");
         let (mut at, mut local, mut io) = (44, Vec::new(), Vec::new());
@@ -196,7 +196,7 @@ impl Iasl {
 #[test]
 fn iasl_reads_the_dsdt_as_it_was_meant() {
     let iasl = Iasl::new();
-    let text = iasl.disassemble("dsdt", &Found::of(&HARDWARE).named(b"DSDT"));
+    let text = iasl.disassemble("dsdt", &ParsedTables::of(&HARDWARE).named(b"DSDT"));
     let again = iasl.run(&["-tc", "-ve", "dsdt.dsl"]);
     assert!(again.contains("0 Errors"), "{again}");
     let dense = Iasl::dense(&text);
@@ -231,7 +231,7 @@ fn iasl_reads_the_dsdt_as_it_was_meant() {
 
 #[test]
 fn iasl_reads_the_other_tables_as_they_were_meant() {
-    let found = Found::of(&HARDWARE);
+    let found = ParsedTables::of(&HARDWARE);
     let iasl = Iasl::new();
     let fadt = Iasl::dense(&iasl.disassemble("facp", &found.named(b"FACP")));
     for expected in [

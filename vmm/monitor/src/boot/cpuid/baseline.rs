@@ -23,7 +23,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 pub const NAME: &str = "migratable-v1";
 
 /// Masks of the bits of one CPUID leaf that are exposed. If `index` is `None`, they apply to all sub-leaves.
-struct Leaf {
+struct LeafMask {
     function: u32,
     index: Option<u32>,
     eax: u32,
@@ -32,6 +32,7 @@ struct Leaf {
     edx: u32,
 }
 
+/// Exposes all bits of a register.
 const ALL: u32 = u32::MAX;
 
 /// Returns a mask with the bits of all `ranges` set. Both ends of a range are inclusive.
@@ -48,9 +49,10 @@ const fn bits(ranges: &[(u32, u32)]) -> u32 {
     mask
 }
 
-const fn leaf(function: u32, index: Option<u32>, registers: [u32; 4]) -> Leaf {
+/// Returns the masks of a leaf. `registers` are the masks for eax, ebx, ecx and edx.
+const fn leaf(function: u32, index: Option<u32>, registers: [u32; 4]) -> LeafMask {
     let [eax, ebx, ecx, edx] = registers;
-    Leaf {
+    LeafMask {
         function,
         index,
         eax,
@@ -61,7 +63,7 @@ const fn leaf(function: u32, index: Option<u32>, registers: [u32; 4]) -> Leaf {
 }
 
 /// Exposes a leaf completely: it describes the processor and contains no feature bits.
-const fn whole(function: u32) -> Leaf {
+const fn whole(function: u32) -> LeafMask {
     leaf(function, None, [ALL; 4])
 }
 
@@ -73,7 +75,8 @@ const STATE_COMPONENTS: u32 = bits(&[(0, 2), (5, 7), (9, 9)]);
 const BASIC_EDX: u32 = bits(&[(0, 9), (11, 17), (19, 19), (23, 28)]);
 const REPEATED_EDX: u32 = bits(&[(0, 9), (12, 17), (23, 24)]);
 
-const LEAVES: [Leaf; 24] = [
+/// Masks of the leaves of the baseline, without [`AMD_EXTENDED`]. A leaf that is not listed is cleared.
+const LEAVES: [LeafMask; 24] = [
     whole(0),
     leaf(
         1,
@@ -195,7 +198,7 @@ const LEAVES: [Leaf; 24] = [
 ];
 
 /// Leaf 0x80000021 of AMD: mitigations, and properties that all processors of that line have.
-const AMD_EXTENDED: Leaf = leaf(
+const AMD_EXTENDED: LeafMask = leaf(
     0x8000_0021,
     None,
     [bits(&[(0, 0), (2, 2), (6, 6), (8, 8), (27, 29)]), 0, 0, 0],
@@ -275,11 +278,11 @@ mod tests {
     }
 
     /// Leaf, sub-leaf, register (0 = eax), bit, and name of the feature in the manuals.
-    type Named = (u32, u32, usize, u32, &'static str);
+    type NamedFeature = (u32, u32, usize, u32, &'static str);
 
     #[test]
     fn no_feature_is_given_whose_state_is_not_carried() {
-        let withheld: [Named; 26] = [
+        let withheld: [NamedFeature; 26] = [
             (1, 0, 2, 3, "MONITOR"),
             (1, 0, 2, 5, "VMX"),
             (1, 0, 2, 15, "PDCM"),
@@ -315,7 +318,7 @@ mod tests {
     #[test]
     fn what_programs_are_built_for_is_given() {
         // The levels x86-64-v3 and v4 of the psABI, features that Linux needs as a guest, and the clock of KVM.
-        let given: [Named; 22] = [
+        let given: [NamedFeature; 22] = [
             (1, 0, 2, 13, "CMPXCHG16B"),
             (1, 0, 2, 20, "SSE4.2"),
             (1, 0, 2, 12, "FMA"),

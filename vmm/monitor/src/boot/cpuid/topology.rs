@@ -46,6 +46,7 @@ impl CpuPosition {
         }
     }
 
+    /// Writes the topology into the fields of a leaf that has other contents too.
     fn write_leaf(self, entry: &mut kvm_cpuid_entry2) {
         let many = self.count > 1;
         match entry.function {

@@ -102,6 +102,7 @@ pub(super) fn clear(
     result(unsafe { ioctl_with_ref(vm, request::KVM_CLEAR_DIRTY_LOG(), &log) })
 }
 
+/// Converts the return value of an ioctl to a result.
 fn result(returned: libc::c_int) -> io::Result<()> {
     if returned < 0 {
         Err(io::Error::last_os_error())

@@ -155,6 +155,7 @@ impl DirtyLog {
 }
 
 impl SlotLog {
+    /// Creates the log of one slot. Each word of `never_cleared` starts with this value.
     fn new(slot: &Slot, never_cleared: u64) -> Self {
         let words = usize::try_from(slot.range.pages().div_ceil(64)).unwrap_or(usize::MAX);
         Self {

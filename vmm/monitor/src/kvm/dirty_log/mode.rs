@@ -37,6 +37,7 @@ impl DirtyLogMode {
         !matches!(self, Self::Get)
     }
 
+    /// Returns the name of the mode on the command line.
     fn name(self) -> &'static str {
         match self {
             Self::Get => "get",

@@ -80,6 +80,7 @@ pub enum DiskError {
     },
 }
 
+/// Returns the remedy for an image that cannot be opened.
 fn open_hint(error: &io::Error, access: Access) -> &'static str {
     match (error.kind(), access) {
         (ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem, Access::ReadWrite) => {

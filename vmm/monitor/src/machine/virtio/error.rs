@@ -11,10 +11,10 @@ use super::{DiskError, TapError};
 #[derive(Debug, thiserror::Error)]
 pub enum DevicesError {
     /// The image of a disk cannot be used.
-    #[error("--disk {0}")]
+    #[error("disk {0}")]
     Disk(#[from] DiskError),
     /// A vhost-user back end cannot be connected, or lacks a feature.
-    #[error("--disk vhost_user=on,socket={0}")]
+    #[error("vhost-user disk {0}")]
     VhostUser(#[from] VhostUserError),
     /// A vhost-user back end of an attached device failed.
     #[error("{name}: {source}")]
@@ -25,13 +25,13 @@ pub enum DevicesError {
         source: VhostUserError,
     },
     /// A tap cannot be used.
-    #[error("--net: {0}")]
+    #[error("network interface: {0}")]
     Tap(#[from] TapError),
     /// The Unix socket of the socket device cannot be created.
-    #[error("--vsock: {0}")]
+    #[error("vsock: {0}")]
     Vsock(#[from] VsockError),
     /// The output file of the console cannot be opened.
-    #[error("--console {path}: {source}")]
+    #[error("console {path}: {source}")]
     Console {
         /// Path of the file.
         path: String,

@@ -158,6 +158,7 @@ fn host(name: &str, what: &'static str) -> impl Fn(io::Error) -> DevicesError {
     }
 }
 
+/// Opens a disk that this process serves from a raw image.
 fn open_disk(name: &str, config: &DiskConfig) -> Result<DeviceParts> {
     let access = access(config);
     let path = config.path.as_deref().unwrap_or(Path::new(""));
@@ -211,6 +212,7 @@ fn open_vhost_user(
     })
 }
 
+/// Opens a network interface on its tap.
 fn open_net(name: &str, config: &NetConfig) -> Result<DeviceParts> {
     let tap = match (&config.tap, config.fds.as_deref()) {
         (Some(tap), _) => HostTap::open(tap),
@@ -229,6 +231,7 @@ fn open_net(name: &str, config: &NetConfig) -> Result<DeviceParts> {
     Ok(DeviceParts::new(net, DeviceFacts::Net { mtu: config.mtu }))
 }
 
+/// Opens the socket device, which creates its Unix socket.
 fn open_vsock(config: &VsockConfig) -> Result<DeviceParts> {
     let vsock = Vsock::new(virtio::VsockConfig {
         guest_cid: config.cid,
@@ -238,6 +241,7 @@ fn open_vsock(config: &VsockConfig) -> Result<DeviceParts> {
     Ok(DeviceParts::new(vsock, DeviceFacts::Vsock))
 }
 
+/// Creates the balloon, which releases guest memory inside notifier ranges.
 fn open_balloon(
     config: BalloonConfig,
     with: &OpenContext<'_>,

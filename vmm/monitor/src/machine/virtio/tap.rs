@@ -17,6 +17,7 @@ use std::path::Path;
 use devices::virtio::{Offloads, Tap};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
+/// Device through which taps are opened.
 const TUN_DEVICE: &str = "/dev/net/tun";
 /// IFNAMSIZ: maximum bytes of an interface name with its terminating zero.
 const NAME_BYTES: usize = 16;
@@ -71,6 +72,7 @@ pub enum TapError {
     },
 }
 
+/// Returns the remedy if [`TUN_DEVICE`] cannot be opened.
 fn device_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         ErrorKind::NotFound => "; load the kernel module tun",
@@ -79,6 +81,7 @@ fn device_hint(error: &io::Error) -> &'static str {
     }
 }
 
+/// Returns the remedy if a tap cannot be attached.
 fn attach_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EBUSY) => "; another process uses it, or it is given twice",
