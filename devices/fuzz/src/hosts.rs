@@ -51,7 +51,7 @@ pub struct Balloon {
 
 impl Host for Balloon {
     fn device(&mut self, interrupt: Interrupt) -> Box<dyn Device<Memory>> {
-        let config = virtio::BalloonConfig {
+        let config = virtio::BalloonOptions {
             target_pages: 16,
             deflate_on_oom: true,
             free_page_reporting: true,
@@ -76,7 +76,7 @@ impl Host for Block {
     fn device(&mut self, _: Interrupt) -> Box<dyn Device<Memory>> {
         let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(65_536 + 256).unwrap();
-        let config = virtio::BlockConfig {
+        let config = virtio::BlockOptions {
             file,
             access: Access::ReadWrite,
             id: "fuzz".into(),
@@ -138,7 +138,7 @@ impl Host for Net {
         near.set_nonblocking(true).unwrap();
         far.set_nonblocking(true).unwrap();
         self.far = Some(far);
-        let config = virtio::NetConfig {
+        let config = virtio::NetOptions {
             tap: Box::new(Pair(near)),
             mac: [2, 0, 0, 0, 0, 1],
             mtu: Some(1500),
@@ -197,7 +197,7 @@ impl Host for Vsock {
         listener.set_nonblocking(true).unwrap();
         self.listener = Some(listener);
         self.streams.clear();
-        let config = virtio::VsockConfig {
+        let config = virtio::VsockOptions {
             guest_cid: 3,
             path: self.path.clone(),
         };

@@ -237,7 +237,7 @@ fn registration(descriptor: &impl AsRawFd, token: Token, events: EventSet) -> Ev
 }
 
 /// Source of an event in the worker's loop.
-pub(super) enum EventSource {
+pub(super) enum DeviceEvent {
     /// Notification of the queue with this index.
     Queue(usize),
     /// The worker's own wake-up event.
@@ -250,10 +250,10 @@ pub(super) enum EventSource {
 pub(super) const WAKE: u32 = FIRST_TOKEN - 1;
 
 /// Returns the source of the event with this `data`.
-pub(super) fn source(data: u32) -> EventSource {
+pub(super) fn source(data: u32) -> DeviceEvent {
     match data.checked_sub(FIRST_TOKEN) {
-        Some(token) => EventSource::Device(token),
-        None if data == WAKE => EventSource::Wake,
-        None => EventSource::Queue(data as usize),
+        Some(token) => DeviceEvent::Device(token),
+        None if data == WAKE => DeviceEvent::Wake,
+        None => DeviceEvent::Queue(data as usize),
     }
 }

@@ -44,19 +44,19 @@ mod testing;
 mod tests;
 
 pub use active_queues::{ActiveQueues, Completion};
-pub use balloon::{Balloon, BalloonConfig, BalloonControl, BalloonSnapshot, Discard};
-pub use block::{Access, Block, BlockConfig, BlockSnapshot};
+pub use balloon::{Balloon, BalloonControl, BalloonOptions, BalloonSnapshot, Discard};
+pub use block::{Access, Block, BlockOptions, BlockSnapshot};
 pub use buffer::Buffer;
 pub use console::{Console, ConsoleInput, ConsoleOutput, ConsoleSnapshot};
 pub use device::{
     ConfigSpace, Counters, Device, DeviceError, EventRegistry, Identity, Token, read_config,
 };
 pub use interrupt::Interrupt;
-pub use net::{Net, NetConfig, NetSnapshot, Offloads, Tap};
+pub use net::{Net, NetOptions, NetSnapshot, Offloads, Tap};
 pub use queue::{Chain, QueueError, QueueSnapshot, Used};
 pub use rng::{Rng, RngSnapshot};
 pub use spec::{MMIO_BYTES, QUEUE_NOTIFY};
 pub use state::{DeviceState, DeviceStateError, TransportSnapshot, VirtioSnapshot};
 pub use transport::{MmioTransport, VirtioError};
-pub use vhost_user::{VhostUser, VhostUserConfig, VhostUserError, VhostUserSnapshot};
-pub use vsock::{Vsock, VsockConfig, VsockError, VsockSnapshot};
+pub use vhost_user::{VhostUser, VhostUserError, VhostUserOptions, VhostUserSnapshot};
+pub use vsock::{Vsock, VsockError, VsockOptions, VsockSnapshot};

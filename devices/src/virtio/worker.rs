@@ -14,7 +14,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::active_queues::ActiveQueues;
-use super::device::{Device, DeviceError, EventRegistry, EventSource, WAKE, source};
+use super::device::{Device, DeviceError, DeviceEvent, EventRegistry, WAKE, source};
 use super::eventfd::drain;
 use super::interrupt::Interrupt;
 use super::panic;
@@ -178,17 +178,17 @@ impl<M: GuestAddressSpace> EventDispatcher<M> {
     /// Calls the method of the device model for an event.
     fn dispatch(
         &self,
-        source: &EventSource,
+        source: &DeviceEvent,
         events: EventSet,
         queues: ActiveQueues<'_, M>,
         registry: &mut EventRegistry<'_, '_>,
     ) -> Result<(), DeviceError> {
         let mut device = lock(&self.device);
         match *source {
-            EventSource::Queue(index) if !queues.is_ready(index) => Ok(()),
-            EventSource::Queue(index) => device.notified(index, queues, registry),
-            EventSource::Wake => device.started(queues, registry),
-            EventSource::Device(token) => device.ready(token, events, queues, registry),
+            DeviceEvent::Queue(index) if !queues.is_ready(index) => Ok(()),
+            DeviceEvent::Queue(index) => device.notified(index, queues, registry),
+            DeviceEvent::Wake => device.started(queues, registry),
+            DeviceEvent::Device(token) => device.ready(token, events, queues, registry),
         }
     }
 }
@@ -197,13 +197,13 @@ impl<M: GuestAddressSpace> MutEventSubscriber for EventDispatcher<M> {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let source = source(events.data());
         match source {
-            EventSource::Queue(index) => {
+            DeviceEvent::Queue(index) => {
                 if let Some(notifier) = self.shared.notifiers.get(index) {
                     drain(notifier);
                 }
             }
-            EventSource::Wake => self.shared.drain_wake(),
-            EventSource::Device(_) => {}
+            DeviceEvent::Wake => self.shared.drain_wake(),
+            DeviceEvent::Device(_) => {}
         }
         let mut registry = EventRegistry { ops };
         loop {

@@ -77,7 +77,7 @@ fn configuration(arguments: RunArguments) -> Result<Option<VmConfig>, Failure> {
         .devices
         .map(DeviceArguments::config)
         .unwrap_or_default();
-    Ok(Some(VmConfig {
+    let config = VmConfig {
         cpus: guest.cpus.map(CpusConfig::of).unwrap_or_default(),
         memory: guest.memory.unwrap_or_default(),
         payload: PayloadConfig {
@@ -86,13 +86,9 @@ fn configuration(arguments: RunArguments) -> Result<Option<VmConfig>, Failure> {
             initramfs: guest.initramfs,
         },
         serial: guest.serial.unwrap_or_default(),
-        disks: devices.disks,
-        net: devices.net,
-        rng: devices.rng,
-        vsock: devices.vsock,
-        balloon: devices.balloon,
-        console: devices.console,
-    }))
+        ..VmConfig::default()
+    };
+    Ok(Some(config.with_devices(devices)))
 }
 
 /// Removes the context "the guest could not be started", which is plain from the command line.

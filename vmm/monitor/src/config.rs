@@ -21,7 +21,7 @@ pub use net::{MacAddress, NetConfig};
 pub use rate_limiter::{RateLimiterConfig, TokenBucket};
 
 /// Configuration of one guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 pub struct VmConfig {
     /// vCPUs.
@@ -201,6 +201,20 @@ impl VmConfig {
     /// has a value of the wrong type. Values are not checked against each other: see [`Self::check`].
     pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
         from_json(json)
+    }
+
+    /// Replaces the virtio devices by `devices`.
+    #[must_use]
+    pub fn with_devices(self, devices: DevicesConfig) -> Self {
+        Self {
+            disks: devices.disks,
+            net: devices.net,
+            rng: devices.rng,
+            vsock: devices.vsock,
+            balloon: devices.balloon,
+            console: devices.console,
+            ..self
+        }
     }
 
     /// Returns the configuration of the virtio devices.

@@ -51,7 +51,7 @@ pub trait Discard: Send {
 
 /// Configuration of a memory balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BalloonConfig {
+pub struct BalloonOptions {
     /// Initial target: number of 4 KiB pages that the guest should give to the balloon.
     pub target_pages: u32,
     /// Allows the guest to take pages back before its OOM killer runs.
@@ -152,7 +152,7 @@ impl Balloon {
     /// Creates the balloon that `config` describes, and the control of its size. `interrupt` must be the device's own.
     #[must_use]
     pub fn new(
-        config: BalloonConfig,
+        config: BalloonOptions,
         discard: Box<dyn Discard>,
         interrupt: Interrupt,
     ) -> (Self, BalloonControl) {

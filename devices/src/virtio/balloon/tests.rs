@@ -32,7 +32,7 @@ impl Discard for Recorder {
     }
 }
 
-const ALL: BalloonConfig = BalloonConfig {
+const ALL: BalloonOptions = BalloonOptions {
     target_pages: 7,
     deflate_on_oom: true,
     free_page_reporting: true,
@@ -255,7 +255,7 @@ fn features_are_offered_as_configured() {
             gate: None,
             fails: false,
         };
-        Box::new(Balloon::new(BalloonConfig::default(), Box::new(recorder), interrupt).0)
+        Box::new(Balloon::new(BalloonOptions::default(), Box::new(recorder), interrupt).0)
     });
     assert_eq!(driver.offered() & 0xff, 0);
     assert_eq!(driver.device.notifiers().len(), 2);

@@ -44,7 +44,7 @@ pub enum Access {
 }
 
 /// Configuration of a block device.
-pub struct BlockConfig {
+pub struct BlockOptions {
     /// Raw image: a file or block device, opened for `access`. The device uses the file position, so the descriptor
     /// must not be a duplicate of one that is used elsewhere.
     pub file: File,
@@ -102,7 +102,7 @@ impl Block {
     ///
     /// # Errors
     /// Returns the kernel's error if the size of the file cannot be determined, or a timer cannot be created.
-    pub fn new(config: BlockConfig) -> io::Result<Self> {
+    pub fn new(config: BlockOptions) -> io::Result<Self> {
         let mut id = config.id.into_bytes();
         id.truncate(ID_BYTES);
         Ok(Self {

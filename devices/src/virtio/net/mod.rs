@@ -42,7 +42,7 @@ const RECEIVE_TIMER: Token = 1;
 const TRANSMIT_TIMER: Token = 2;
 
 /// Configuration of a network device.
-pub struct NetConfig {
+pub struct NetOptions {
     /// Tap interface on the host.
     pub tap: Box<dyn Tap>,
     /// MAC address of the guest.
@@ -132,7 +132,7 @@ impl Net {
     ///
     /// # Errors
     /// Returns the kernel's error if a timer cannot be created.
-    pub fn new(config: NetConfig) -> io::Result<Self> {
+    pub fn new(config: NetOptions) -> io::Result<Self> {
         Ok(Self {
             tap: config.tap,
             config: Arc::new(Config {

@@ -65,7 +65,7 @@ fn interface(limit: RateLimit) -> (Net, Host) {
     near.set_nonblocking(true).unwrap();
     far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let (sender, offloads) = mpsc::channel();
-    let net = Net::new(NetConfig {
+    let net = Net::new(NetOptions {
         tap: Box::new(Pair {
             socket: near,
             offloads: sender,

@@ -61,7 +61,7 @@ pub use state::VhostUserSnapshot;
 type Result<T> = std::result::Result<T, VhostUserError>;
 
 /// Configuration of a vhost-user block device.
-pub struct VhostUserConfig<M> {
+pub struct VhostUserOptions<M> {
     /// Path of the socket on which the back end listens.
     pub socket: PathBuf,
     /// Guest memory, all of which must be shared mappings of files.
@@ -124,7 +124,7 @@ impl<M: GuestAddressSpace + Send + Sync + 'static> VhostUser<M> {
     /// # Errors
     /// Returns [`VhostUserError`] if guest memory is not shared, or the back end cannot be reached or cannot serve a
     /// disk.
-    pub fn connect(config: VhostUserConfig<M>) -> Result<Self> {
+    pub fn connect(config: VhostUserOptions<M>) -> Result<Self> {
         let table = MemoryTable::new(&*config.memory.memory());
         let table = table.ok_or_else(|| VhostUserError::NotShared {
             socket: config.socket.clone(),

@@ -44,7 +44,7 @@ const PACKETS_PER_WAKEUP: u32 = 256;
 
 /// Configuration of a socket device.
 #[derive(Clone, Debug)]
-pub struct VsockConfig {
+pub struct VsockOptions {
     /// Address (CID) of the guest: from 3 to 2^32 - 2.
     pub guest_cid: u64,
     /// Path of the socket on which the host requests connections to the guest. For connections from the guest to port
@@ -137,7 +137,7 @@ impl Vsock {
     ///
     /// # Errors
     /// Returns [`VsockError`] if the guest's address is reserved, or the socket cannot be created.
-    pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
+    pub fn new(config: VsockOptions) -> Result<Self, VsockError> {
         let cid = config.guest_cid;
         if !is_guest_cid(cid) {
             return Err(VsockError::Cid(cid));

@@ -14,7 +14,7 @@ use crate::memory::Backing;
 use crate::serial::SerialBackend;
 use crate::vcpu::GuestEnd;
 
-/// What a monitor does when its guest resets itself.
+/// Action of a monitor when its guest resets itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnReset {
     /// The guest is booted again.
@@ -23,7 +23,7 @@ pub enum OnReset {
     End,
 }
 
-/// What all guests that a monitor launches have in common.
+/// Host resources and policy for the guests that a monitor launches.
 pub struct Launcher {
     /// KVM of this host.
     pub host: Arc<Host>,
@@ -31,7 +31,7 @@ pub struct Launcher {
     pub dirty_log: Option<DirtyLogMode>,
     /// Host's side of the guests' serial ports.
     pub serial: Arc<dyn SerialBackend>,
-    /// What follows when a guest resets itself.
+    /// Action when a guest resets itself.
     pub on_reset: OnReset,
 }
 

@@ -11,9 +11,7 @@ use super::migration_events::Direction;
 use super::state::{Guest, Stage, State};
 use super::{Monitor, MonitorError};
 use crate::complain::complain;
-use crate::config::{
-    CpusConfig, DevicesConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig,
-};
+use crate::config::{CpusConfig, DevicesConfig, MemoryConfig, SerialConfig, VmConfig};
 use crate::kvm::host::Host;
 use crate::machine::{Live, Machine, Wiring};
 use crate::memory::Backing;
@@ -175,7 +173,6 @@ impl Monitor {
 /// Describes a guest that arrived as far as it is known.
 fn configuration(machine: &Machine, serial: &SerialConfig, devices: &DevicesConfig) -> VmConfig {
     let ram = machine.ram();
-    let devices = devices.clone();
     VmConfig {
         cpus: CpusConfig::of(u32::try_from(machine.vcpus().len()).unwrap_or(u32::MAX)),
         memory: MemoryConfig {
@@ -183,13 +180,8 @@ fn configuration(machine: &Machine, serial: &SerialConfig, devices: &DevicesConf
             shared: ram.backing() != Backing::Anonymous,
             hugepages: ram.backing() == Backing::Hugetlb,
         },
-        payload: PayloadConfig::default(),
         serial: serial.clone(),
-        disks: devices.disks,
-        net: devices.net,
-        rng: devices.rng,
-        vsock: devices.vsock,
-        balloon: devices.balloon,
-        console: devices.console,
+        ..VmConfig::default()
     }
+    .with_devices(devices.clone())
 }

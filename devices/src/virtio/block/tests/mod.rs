@@ -57,7 +57,7 @@ fn reopen(file: &File) -> File {
 }
 
 fn disk(file: File, access: Access) -> Block {
-    Block::new(BlockConfig {
+    Block::new(BlockOptions {
         file,
         access,
         id: "ferry-disk-0".into(),
@@ -286,7 +286,7 @@ fn the_identification_is_padded_and_cut() {
         b"ferry-disk-0\0\0\0\0\0\0\0\0"
     );
     assert_eq!(driver.block(8, 0, &[Part::In(DATA, 19)]), IO_ERROR);
-    let long = Block::new(BlockConfig {
+    let long = Block::new(BlockOptions {
         file: image(),
         access: Access::ReadOnly,
         id: "x".repeat(30),
@@ -328,7 +328,7 @@ fn a_batch_is_served_in_order_with_and_without_a_limit() {
             per_second: 10 << 20,
             burst: 1,
         });
-        let config = BlockConfig {
+        let config = BlockOptions {
             file: reopen(&image()),
             access: Access::ReadWrite,
             id: String::new(),

@@ -15,7 +15,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::super::testing::*;
 use super::super::{BlockSnapshot, DeviceState, Interrupt, MmioTransport, VirtioSnapshot};
-use super::{Result, VhostUser, VhostUserConfig, VhostUserSnapshot, spec};
+use super::{Result, VhostUser, VhostUserOptions, VhostUserSnapshot, spec};
 use back_end::*;
 
 const SECTORS: usize = 256;
@@ -47,7 +47,7 @@ fn try_connect(
     memory: &Memory,
     interrupt: &Interrupt,
 ) -> Result<VhostUser<Memory>> {
-    VhostUser::connect(VhostUserConfig {
+    VhostUser::connect(VhostUserOptions {
         socket: back_end.socket(),
         memory: Arc::clone(memory),
         interrupt: interrupt.clone(),

@@ -27,7 +27,7 @@ fn a_back_end_that_is_not_there_or_is_none_is_named() {
     let error = |memory: Memory| {
         let (interrupt, _line) = interrupt();
         let socket = socket.clone();
-        let connected = VhostUser::connect(VhostUserConfig {
+        let connected = VhostUser::connect(VhostUserOptions {
             socket,
             memory,
             interrupt,

@@ -154,7 +154,7 @@ fn a_guest_that_moved_is_told_that_its_connections_are_gone() {
         posted,
     } = guest;
     let there = tempfile::tempdir().unwrap();
-    let model = Vsock::new(VsockConfig {
+    let model = Vsock::new(VsockOptions {
         guest_cid: 77,
         path: there.path().join("vsock"),
     })
@@ -198,7 +198,7 @@ fn a_device_that_cannot_be_says_why() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vsock");
     for guest_cid in [0, 2, u64::from(u32::MAX), 1 << 40] {
-        let config = VsockConfig {
+        let config = VsockOptions {
             guest_cid,
             path: path.clone(),
         };
@@ -206,7 +206,7 @@ fn a_device_that_cannot_be_says_why() {
         assert!(error.contains(&guest_cid.to_string()), "{error}");
     }
     let first = device(folder.path());
-    let config = VsockConfig {
+    let config = VsockOptions {
         guest_cid: CID,
         path: path.clone(),
     };
@@ -219,7 +219,7 @@ fn a_device_that_cannot_be_says_why() {
     let error = Vsock::new(config).err().unwrap().to_string();
     assert!(error.contains("something else exists"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
-    let config = VsockConfig {
+    let config = VsockOptions {
         guest_cid: CID,
         path: folder.path().join("x".repeat(108)),
     };

@@ -35,7 +35,7 @@ struct Guest {
 }
 
 fn device(folder: &Path) -> Vsock {
-    Vsock::new(VsockConfig {
+    Vsock::new(VsockOptions {
         guest_cid: CID,
         path: folder.join("vsock"),
     })

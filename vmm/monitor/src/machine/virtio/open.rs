@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devices::virtio::{
-    self, Access, Balloon, BalloonControl, Block, BlockConfig, Console, ConsoleOutput, Device,
+    self, Access, Balloon, BalloonControl, Block, BlockOptions, Console, ConsoleOutput, Device,
     Interrupt, Net, Rng, VhostUser, Vsock,
 };
 use ept::Notifier;
@@ -164,7 +164,7 @@ fn open_disk(name: &str, config: &DiskConfig) -> Result<DeviceParts> {
     let path = config.path.as_deref().unwrap_or(Path::new(""));
     let opened = DiskImage::open(path, access, config.image_type);
     let (image, file) = opened.map_err(DevicesError::from)?;
-    let block = Block::new(BlockConfig {
+    let block = Block::new(BlockOptions {
         file,
         access,
         id: config.id.clone().unwrap_or_else(|| name.to_owned()),
@@ -193,7 +193,7 @@ fn open_vhost_user(
     interrupt: &Interrupt,
 ) -> Result<DeviceParts> {
     let memory = DeviceMemory::new(with.ram).map_err(MachineError::DeviceMemory)?;
-    let back_end = VhostUser::connect(virtio::VhostUserConfig {
+    let back_end = VhostUser::connect(virtio::VhostUserOptions {
         socket: socket.into(),
         memory,
         interrupt: interrupt.clone(),
@@ -220,7 +220,7 @@ fn open_net(name: &str, config: &NetConfig) -> Result<DeviceParts> {
     }
     .map_err(DevicesError::from)?;
     let limit = config.rate_limiter_config.unwrap_or_default().limit();
-    let net = Net::new(virtio::NetConfig {
+    let net = Net::new(virtio::NetOptions {
         tap: Box::new(tap),
         mac: config.mac.0,
         mtu: config.mtu,
@@ -233,7 +233,7 @@ fn open_net(name: &str, config: &NetConfig) -> Result<DeviceParts> {
 
 /// Opens the socket device, which creates its Unix socket.
 fn open_vsock(config: &VsockConfig) -> Result<DeviceParts> {
-    let vsock = Vsock::new(virtio::VsockConfig {
+    let vsock = Vsock::new(virtio::VsockOptions {
         guest_cid: config.cid,
         path: config.socket.clone(),
     })
@@ -252,7 +252,7 @@ fn open_balloon(
         notifier: with.notifier.clone(),
     };
     let (balloon, control) = Balloon::new(
-        virtio::BalloonConfig {
+        virtio::BalloonOptions {
             target_pages: config.pages(),
             deflate_on_oom: config.deflate_on_oom,
             free_page_reporting: config.free_page_reporting,
