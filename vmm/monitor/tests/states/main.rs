@@ -4,5 +4,6 @@
 mod guest;
 mod panics;
 mod peers;
+mod review;
 mod sequences;
 mod walk;
