@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
@@ -15,6 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use vmm::api::ApiServer;
+use vmm::complain::complain;
 use vmm::events::{EventSource, Events};
 use vmm::monitor::{Launcher, Monitor};
 use vmm::vcpu::GuestEnd;
@@ -194,7 +196,11 @@ fn end_on_signals(monitor: Arc<Monitor>) -> io::Result<()> {
         .name("_signals".into())
         .spawn(move || {
             for _signal in signals.forever() {
-                monitor.interrupt();
+                // A panic must not end this thread: the next signal counts again.
+                let interrupt = AssertUnwindSafe(|| monitor.interrupt());
+                if catch_unwind(interrupt).is_err() {
+                    complain("the signal could not be handled: internal error");
+                }
             }
         })?;
     Ok(())

@@ -214,7 +214,7 @@ impl DestinationGuest for Monitor {
     }
 
     fn restore(&mut self, sections: &[Section]) -> Result<(), GuestError> {
-        let [vcpu] = sections else {
+        let Some(vcpu) = Section::find(sections, "vcpu0") else {
             return Err("the guest has one section".into());
         };
         let count = u64::from_le_bytes(vcpu.data.as_slice().try_into()?);

@@ -289,7 +289,7 @@ impl DestinationGuest for Vm {
     }
 
     fn restore(&mut self, sections: &[Section]) -> Result<(), GuestError> {
-        let section = sections.first().ok_or("the vCPU's state is missing")?;
+        let section = Section::find(sections, "vcpu0").ok_or("the vCPU's state is missing")?;
         let (sregs, regs, xsave, events): VcpuState = serde_json::from_slice(&section.data)?;
         let vcpu = self.vcpu();
         vcpu.set_sregs(&sregs)?;

@@ -282,7 +282,11 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                     self.sections.push(section);
                     if self.sections.len() > SECTIONS_LIMIT || self.state_bytes > STATE_BYTES_LIMIT
                     {
-                        return Err(head.malformed("too much state").into());
+                        return Err(head
+                            .malformed(format!(
+                                "more than {SECTIONS_LIMIT} sections or {STATE_BYTES_LIMIT} bytes of state"
+                            ))
+                            .into());
                     }
                     0
                 }
@@ -290,7 +294,12 @@ impl<G: DestinationGuest> Receiver<'_, G> {
                     self.reply(Tag::RoundAck, &[])?;
                     0
                 }
-                Tag::Finish => return Ok(finish(&head, payload)?),
+                Tag::Finish => {
+                    let finish = finish(&head, payload)?;
+                    section::check_complete(&self.announced, &self.sections)
+                        .map_err(|why| head.malformed(why))?;
+                    return Ok(finish);
+                }
                 _ => return Err(head.unexpected("memory or state").into()),
             };
             let bytes = self.frames.offset();

@@ -144,7 +144,7 @@ pub trait SourceGuest {
     /// Returns why the guest cannot be resumed. It then stays paused at the source.
     fn resume(&mut self) -> Result<(), GuestError>;
 
-    /// Returns the state of vCPUs and devices: sections of the kinds that [`Self::describe`] announced.
+    /// Returns the state of vCPUs and devices: each required section that [`Self::describe`] announced, once.
     ///
     /// The guest is paused. Called once.
     ///
@@ -211,6 +211,8 @@ pub trait DestinationGuest {
     }
 
     /// Restores vCPUs and devices from `sections`, in the order in which the source sent them, without running them.
+    ///
+    /// Each required section that the source announced is there, once. Look sections up by name, with [`Section::find`].
     ///
     /// Called once, after all pages have arrived, while the guest is paused at the source: the time counts as downtime,
     /// and the source waits for [`Deadlines::ready`](crate::Deadlines::ready). The values come from the other side and

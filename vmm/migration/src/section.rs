@@ -53,6 +53,12 @@ impl Section {
         let (kind, data) = (SectionKind::required(name, version), data.into());
         Self { kind, data }
     }
+
+    /// Returns the section `name` of `sections`.
+    #[must_use]
+    pub fn find<'a>(sections: &'a [Self], name: &str) -> Option<&'a Self> {
+        sections.iter().find(|section| section.kind.name == name)
+    }
 }
 
 impl SectionKind {
@@ -212,6 +218,38 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
         .collect()
 }
 
+/// Checks that `sections` has each required section of `announced`, and none twice, and that none is too long.
+///
+/// # Errors
+/// Returns a sentence about the first section for which this does not hold.
+pub(crate) fn check_complete(
+    announced: &[SectionKind],
+    sections: &[Section],
+) -> Result<(), String> {
+    for (index, section) in sections.iter().enumerate() {
+        let (name, bytes) = (&section.kind.name, section.data.len());
+        if Section::find(&sections[..index], name).is_some() {
+            return Err(format!("section {name:?} is there twice"));
+        }
+        if bytes > Section::DATA_LIMIT {
+            return Err(format!(
+                "section {name:?} has {bytes} bytes, at most {} are allowed: split it",
+                Section::DATA_LIMIT
+            ));
+        }
+    }
+    let missing = announced
+        .iter()
+        .find(|kind| kind.need == Need::Required && Section::find(sections, &kind.name).is_none());
+    match missing {
+        None => Ok(()),
+        Some(kind) => Err(format!(
+            "section {:?} was announced as required and is missing",
+            kind.name
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,6 +267,26 @@ mod tests {
         for length in 0..9 {
             decode(&payload[..length]).unwrap_err();
         }
+    }
+
+    #[test]
+    fn sections_are_complete_if_each_required_one_is_there_once() {
+        let announced = [
+            SectionKind::required("vcpu0", 1),
+            SectionKind::optional("rng", 1),
+        ];
+        let vcpu = || Section::required("vcpu0", 1, [1]);
+        check_complete(&announced, &[vcpu()]).unwrap();
+        let missing = check_complete(&announced, &[]).unwrap_err();
+        assert!(
+            missing.contains("\"vcpu0\" was announced as required"),
+            "{missing}"
+        );
+        let twice = check_complete(&announced, &[vcpu(), vcpu()]).unwrap_err();
+        assert!(twice.contains("twice"), "{twice}");
+        let long = Section::required("vcpu0", 1, vec![0; Section::DATA_LIMIT + 1]);
+        let long = check_complete(&announced, &[long]).unwrap_err();
+        assert!(long.contains("at most 1048317 are allowed"), "{long}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::panic::caught;
 use crate::rates::Rates;
 use crate::replies::{Replies, Reply, ReplyError};
 use crate::report::{Phase, Round};
-use crate::section;
+use crate::section::{self, SectionKind};
 use crate::stream::{EndStream, Halves, Stream};
 use crate::watchdog::Watchdog;
 use crate::wire::{CommitError, FINISH_PLAIN, FINISH_WITH_DIGEST, FrameWriter, Tag, WireError};
@@ -140,6 +140,7 @@ struct Sender<'a, G> {
     attempt: &'a Attempt,
     epoch: Epoch,
     memory: Vec<GpaRange>,
+    announced: Vec<SectionKind>,
     pausing: Pausing,
     paused_at: Instant,
     commit: Commit,
@@ -196,6 +197,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             attempt,
             epoch,
             memory: Vec::new(),
+            announced: Vec::new(),
             pausing: Pausing::NotBegun,
             paused_at: Instant::now(),
             commit: Commit::NotSent,
@@ -232,6 +234,7 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
             .progress()
             .update(|report| report.memory_bytes = description.memory_bytes());
         header::write(&mut self.frames, &description)?;
+        self.announced = description.sections;
         self.replies.expect(Tag::Accept, &self.watchdog)?;
         Ok(())
     }
@@ -404,11 +407,10 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
 
     /// Sends the state of devices and vCPUs.
     fn state(&mut self) -> Result<()> {
-        for section in self
-            .guest
-            .save()
-            .map_err(guest_error("saving the guest's state"))?
-        {
+        let saving = guest_error("saving the guest's state");
+        let sections = self.guest.save().map_err(&saving)?;
+        section::check_complete(&self.announced, &sections).map_err(|why| saving(why.into()))?;
+        for section in sections {
             let kind = section::encode_kind(&section.kind).map_err(|why| SendError::Guest {
                 doing: "encoding the guest's state",
                 source: why.into(),

@@ -13,6 +13,7 @@ mod error;
 mod launch;
 mod lifecycle;
 mod migration_events;
+mod migration_record;
 mod receive;
 mod resize;
 mod resolve;
@@ -22,12 +23,11 @@ mod state;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use migration::Attempt;
 use serde_json::json;
 
 use crate::complain::complain;
 use crate::events::{EventSource, Events};
-use crate::machine::Live;
+use crate::machine::{Live, Machine};
 use crate::vcpu::GuestEnd;
 
 pub use calls::{Call, Refusal, refusal};
@@ -44,16 +44,14 @@ pub use state::{StateKind, VmState};
 
 use dirty_rate::Measurement;
 use launch::Callbacks;
+use migration_record::MigrationRecord;
 use state::State;
 
 /// One monitor.
 pub struct Monitor {
     state: Mutex<State>,
-    /// Held by the worker that sends or receives a guest, from the first change of the state to the last. It is locked
-    /// while the state is held or by itself; whoever holds it may lock the state.
-    worker: Mutex<()>,
-    /// The migration in progress, or the last one.
-    attempt: Mutex<Option<Attempt>>,
+    /// The migration in progress, or the last one. May be locked while the state is.
+    migration: Mutex<Option<MigrationRecord>>,
     /// Machine of a guest that runs elsewhere, until [`Monitor::release`]. Releasing a machine takes a while, which
     /// must not hold up the call that sent the guest away.
     departed: Mutex<Option<Live>>,
@@ -72,8 +70,7 @@ impl Monitor {
         let (sender, receiver) = channel();
         Arc::new(Self {
             state: Mutex::new(State::Empty),
-            worker: Mutex::new(()),
-            attempt: Mutex::new(None),
+            migration: Mutex::new(None),
             departed: Mutex::new(None),
             launcher,
             callbacks: callbacks(sender.clone(), events.clone()),
@@ -108,8 +105,10 @@ impl Monitor {
     fn refused(&self, call: Call, state: &State) -> MonitorError {
         let refusal = refusal(call, state.kind()).unwrap_or(Refusal::NoGuest);
         let phase = || {
-            let attempt = self.attempt();
-            attempt.map_or(migration::Phase::None, |attempt| attempt.report().phase)
+            let record = self.migration();
+            record.map_or(migration::Phase::None, |record| {
+                record.attempt.report().phase
+            })
         };
         match refusal {
             Refusal::Migrating => MonitorError::Migrating {
@@ -132,13 +131,17 @@ impl Monitor {
         state
     }
 
-    fn worker(&self) -> MutexGuard<'_, ()> {
-        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
+    fn migration(&self) -> Option<MigrationRecord> {
+        let record = self.migration.lock();
+        record.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn attempt(&self) -> Option<Attempt> {
-        let attempt = self.attempt.lock();
-        attempt.unwrap_or_else(PoisonError::into_inner).clone()
+    /// Reports the end of the guest once more, if it ended while a worker owned it: the report that its vCPU made was
+    /// not for the state that the guest was in.
+    fn report_end_again(&self, machine: &Machine) {
+        if let Some(end) = machine.end() {
+            self.end(end.clone());
+        }
     }
 
     fn departed(&self) -> MutexGuard<'_, Option<Live>> {

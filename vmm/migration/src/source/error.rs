@@ -74,9 +74,8 @@ pub enum SendError {
     /// COMMIT was sent and its confirmation was lost: the destination may run the guest, so it stays paused at
     /// the source.
     #[error(
-        "COMMIT was sent and its confirmation was lost ({0}): the guest stays paused here; find out \
-         whether it runs at the destination before it is resumed here; a destination that does not answer may \
-         still run it: end its process first"
+        "COMMIT was sent and its confirmation was lost ({0}): the guest may run at the destination, and stays \
+         paused here"
     )]
     Unconfirmed(String),
 }

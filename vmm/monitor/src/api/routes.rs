@@ -236,7 +236,7 @@ fn status(error: &MonitorError) -> u16 {
         }
         | MonitorError::Machine(MachineError::Ended) => 405,
         MonitorError::Refused {
-            refusal: Refusal::Exists | Refusal::Migrating | Refusal::NoMigration,
+            refusal: Refusal::Exists | Refusal::Migrating | Refusal::NoMigration | Refusal::Closing,
             ..
         }
         | MonitorError::Migrating { .. }

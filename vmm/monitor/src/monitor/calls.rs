@@ -105,6 +105,8 @@ pub enum Refusal {
     Migrating,
     /// There is no migration that the call could act on.
     NoMigration,
+    /// The monitor is ending.
+    Closing,
 }
 
 /// Returns why `call` is refused in `state`, or `None` if it is allowed. This is the only place that decides so.
@@ -116,12 +118,16 @@ pub fn refusal(call: Call, state: StateKind) -> Option<Refusal> {
         ShutDownMonitor,
     };
     use StateKind::{
-        Arriving, Created, Empty, Ended, Off, Paused, Running, Sending, Unconfirmed, Vacated,
+        Arriving, Closed, Created, Empty, Ended, Off, Paused, Running, Sending, Unconfirmed,
+        Vacated,
     };
     match (state, call) {
         (Sending | Arriving, CancelMigration) => None,
         (Unconfirmed, ResolveMigration) => None,
         (_, CancelMigration | ResolveMigration) => Some(Refusal::NoMigration),
+
+        (Closed, ShutDownMonitor) => None,
+        (Closed, _) => Some(Refusal::Closing),
 
         (Empty | Vacated, Create | Delete | Receive | ShutDownMonitor) => None,
         (Empty | Vacated, _) => Some(Refusal::NoGuest),
@@ -150,26 +156,26 @@ mod tests {
     use super::*;
 
     /// The table as people read it: one line a call, one column a state. `.` is allowed; a letter is the refusal:
-    /// g no guest, x exists, n not booted, b booted, e ended, m migrating, o no migration.
+    /// g no guest, x exists, n not booted, b booted, e ended, m migrating, o no migration, c closing.
     const TABLE: &str = "
-                          Empty Vacated Arriving Created Running Paused Ended Off Sending Unconfirmed
-        create            .     .       m        x       x       x      x     x   m       m
-        boot              g     g       m        .       b       b      e     .   m       m
-        shutdown          g     g       m        n       .       .      .     n   m       m
-        delete            .     .       m        .       .       .      .     .   m       m
-        reboot            g     g       m        n       .       .      .     n   m       m
-        pause             g     g       m        n       .       .      e     n   m       m
-        resume            g     g       m        n       .       .      e     n   m       m
-        power-button      g     g       m        n       .       .      e     n   m       m
-        resize            g     g       m        n       .       .      e     n   m       m
-        info              g     g       g        .       .       .      .     .   .       .
-        counters          g     g       g        n       .       .      .     n   .       .
-        dirty-rate        g     g       m        n       .       .      e     n   m       m
-        send-migration    g     g       m        n       .       .      e     n   m       m
-        cancel-migration  o     o       .        o       o       o      o     o   .       o
-        migration-resolve o     o       o        o       o       o      o     o   o       .
-        receive           .     .       m        x       x       x      x     x   m       m
-        shutdown-vmm      .     .       m        .       .       .      .     .   m       m
+                          Empty Vacated Arriving Created Running Paused Ended Off Sending Unconfirmed Closed
+        create            .     .       m        x       x       x      x     x   m       m           c
+        boot              g     g       m        .       b       b      e     .   m       m           c
+        shutdown          g     g       m        n       .       .      .     n   m       m           c
+        delete            .     .       m        .       .       .      .     .   m       m           c
+        reboot            g     g       m        n       .       .      .     n   m       m           c
+        pause             g     g       m        n       .       .      e     n   m       m           c
+        resume            g     g       m        n       .       .      e     n   m       m           c
+        power-button      g     g       m        n       .       .      e     n   m       m           c
+        resize            g     g       m        n       .       .      e     n   m       m           c
+        info              g     g       g        .       .       .      .     .   .       .           c
+        counters          g     g       g        n       .       .      .     n   .       .           c
+        dirty-rate        g     g       m        n       .       .      e     n   m       m           c
+        send-migration    g     g       m        n       .       .      e     n   m       m           c
+        cancel-migration  o     o       .        o       o       o      o     o   .       o           o
+        migration-resolve o     o       o        o       o       o      o     o   o       .           o
+        receive           .     .       m        x       x       x      x     x   m       m           c
+        shutdown-vmm      .     .       m        .       .       .      .     .   m       m           .
     ";
 
     fn letter(refusal: Option<Refusal>) -> &'static str {
@@ -182,6 +188,7 @@ mod tests {
             Some(Refusal::Ended) => "e",
             Some(Refusal::Migrating) => "m",
             Some(Refusal::NoMigration) => "o",
+            Some(Refusal::Closing) => "c",
         }
     }
 

@@ -1,8 +1,7 @@
 //! The end of a guest, and of the monitor with it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
-
-use migration::Phase;
 
 use super::calls::Call;
 use super::lifecycle::AfterReset;
@@ -10,6 +9,7 @@ use super::state::{State, StateKind};
 use super::{Monitor, MonitorError};
 use crate::complain::complain;
 use crate::events::EventSource;
+use crate::panics::panic_message;
 use crate::vcpu::GuestEnd;
 
 /// Maximum time that an interrupted monitor waits for a migration. It is longer than the engine waits for a silent
@@ -43,7 +43,7 @@ impl Monitor {
     /// Tells of the end in an event, releases the guest, and waits until the events are written.
     pub fn finish(&self, end: &GuestEnd) {
         self.tell_end(end);
-        self.release();
+        self.replace_state(State::Closed);
         self.events.flush();
     }
 
@@ -52,7 +52,10 @@ impl Monitor {
     /// # Errors
     /// Returns [`MonitorError::Migrating`] during a migration and while one is unconfirmed.
     pub fn end_all(&self) -> Result<(), MonitorError> {
-        drop(self.allowed(Call::ShutDownMonitor)?);
+        let mut state = self.allowed(Call::ShutDownMonitor)?;
+        if state.guest().is_none() {
+            *state = State::Closed;
+        }
         self.end(GuestEnd::Stopped);
         Ok(())
     }
@@ -60,24 +63,35 @@ impl Monitor {
     /// Ends the guest and the monitor on a signal, or on a command from the guest's terminal. A migration is cancelled
     /// first. If COMMIT was sent already, its end is waited for, because the guest may not be here any more.
     pub fn interrupt(&self) {
-        let phase = self.cancel_and_wait();
-        if matches!(phase, Phase::HandedOverUnconfirmed | Phase::Committed) {
-            self.end(GuestEnd::Failed(
+        self.cancel_and_wait();
+        let mut state = self.lock();
+        match state.kind() {
+            StateKind::Sending | StateKind::Unconfirmed => self.end(GuestEnd::Failed(
                 "ended while the hand-over was unconfirmed: the guest may run at the destination, \
                  the copy here is gone"
                     .into(),
-            ));
-        } else if phase != Phase::Completed || self.lock().guest().is_some() {
-            self.end(GuestEnd::Stopped);
+            )),
+            StateKind::Empty | StateKind::Vacated => {
+                *state = State::Closed;
+                self.end(GuestEnd::Stopped);
+            }
+            _ => self.end(GuestEnd::Stopped),
         }
     }
 
     /// Releases the guest: its vCPU threads end, and its memory is freed.
     pub fn release(&self) {
+        self.replace_state(State::Vacated);
+    }
+
+    fn replace_state(&self, new: State) {
+        let mut state = self.lock();
+        // While the state is locked no other measurement begins.
         self.measurement.interrupt();
-        let state = std::mem::replace(&mut *self.lock(), State::Vacated);
+        let old = std::mem::replace(&mut *state, new);
+        drop(state);
         let departed = self.departed().take();
-        drop((state, departed));
+        drop((old, departed));
     }
 
     /// Reports a panic of the thread that carried out `what`, in an event and on standard error. Returns the report,
@@ -91,20 +105,16 @@ impl Monitor {
     }
 
     /// Cancels a migration, or waits for the end of one that cannot be cancelled any more, for at most
-    /// [`INTERRUPT_LIMIT`]. Returns its phase.
-    pub(super) fn cancel_and_wait(&self) -> Phase {
-        let Some(attempt) = self.attempt() else {
-            return Phase::None;
+    /// [`INTERRUPT_LIMIT`].
+    pub(super) fn cancel_and_wait(&self) {
+        let Some(record) = self.migration() else {
+            return;
         };
         // This fails if there is nothing to cancel.
-        let _too_late = attempt.cancel();
+        let _too_late = record.attempt.cancel();
         let began = Instant::now();
-        while attempt.report().phase.is_active() && began.elapsed() < INTERRUPT_LIMIT {
+        while record.report().phase.is_active() && began.elapsed() < INTERRUPT_LIMIT {
             std::thread::sleep(Duration::from_millis(1));
-        }
-        match attempt.report().phase {
-            phase if phase.is_active() => phase,
-            _ => self.migration_progress().phase,
         }
     }
 
@@ -117,10 +127,11 @@ impl Monitor {
     /// Acts on an end that was reported. Returns it if the guest is over.
     fn after(&self, end: GuestEnd) -> Option<GuestEnd> {
         match end {
-            GuestEnd::Reset => match self.after_reset() {
-                Ok(AfterReset::GoesOn) => None,
-                Ok(AfterReset::Over) => Some(end),
-                Err(error) => Some(GuestEnd::Failed(error.to_string())),
+            GuestEnd::Reset => match catch_unwind(AssertUnwindSafe(|| self.after_reset())) {
+                Ok(Ok(AfterReset::GoesOn)) => None,
+                Ok(Ok(AfterReset::Over)) => Some(end),
+                Ok(Err(error)) => Some(GuestEnd::Failed(error.to_string())),
+                Err(panic) => Some(GuestEnd::Failed(panic_message(&*panic))),
             },
             // Unless a call has switched the guest off or booted it again meanwhile.
             GuestEnd::PowerOff | GuestEnd::DebugExit(_) => {

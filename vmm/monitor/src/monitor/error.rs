@@ -80,6 +80,7 @@ fn why(refusal: Refusal) -> &'static str {
         Refusal::Ended => "the guest has ended",
         Refusal::Migrating => "a migration is in progress",
         Refusal::NoMigration => "there is no migration",
+        Refusal::Closing => "the monitor is ending",
     }
 }
 
@@ -101,8 +102,8 @@ fn hint(phase: Phase) -> &'static str {
 fn resolve_hint(error: &SendError) -> &'static str {
     match error {
         SendError::Unconfirmed(_) => {
-            "; the guest stays paused here: find out whether it runs there, then say so with migration-resolve; a \
-             destination that does not answer may still run it: end its process before you resume"
+            "; find out whether the guest runs there, then say so with migration-resolve; a destination that does \
+             not answer may still run it: end its process before you resume the guest here"
         }
         _ => "",
     }

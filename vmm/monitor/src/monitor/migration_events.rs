@@ -6,6 +6,7 @@ use migration::{Attempt, Phase, Report};
 use serde_json::json;
 
 use super::Monitor;
+use super::migration_record::MigrationRecord;
 use crate::events::{EventSource, Events};
 
 /// Whether a guest is sent or received.
@@ -30,14 +31,18 @@ impl Monitor {
     ///
     /// The end of the attempt is told by [`Self::tell_migration_end`], when the guest is in the state that follows
     /// from it.
-    pub(super) fn begin_attempt(&self, attempt: Attempt, direction: Direction) -> Attempt {
+    pub(super) fn begin_attempt(&self, attempt: Attempt, direction: Direction) -> MigrationRecord {
         let events = self.events.clone();
         let attempt = attempt.observed(move |before, report| {
             tell_phase(&events, direction, before, report);
         });
-        let mut last = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-        *last = Some(attempt.clone());
-        attempt
+        let record = MigrationRecord::new(attempt);
+        let mut last = self
+            .migration
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *last = Some(record.clone());
+        record
     }
 
     /// Tells how a migration ended.

@@ -2,12 +2,13 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 
 use migration::{Attempt, ReceiveError, ReceiveOptions, Received, receive};
 
 use super::calls::Call;
 use super::migration_events::Direction;
+use super::migration_record::{MigrationRecord, WorkerGuard};
 use super::state::{Guest, Stage, State};
 use super::{Monitor, MonitorError};
 use crate::complain::complain;
@@ -64,9 +65,10 @@ impl Monitor {
         let url = reception.listener.url()?.to_string();
         let mut next = Attempt::arriving(url.as_str());
         loop {
-            let attempt = self.begin_attempt(next, Direction::Receive);
+            let record = self.begin_attempt(next, Direction::Receive);
+            let attempt = record.attempt.clone();
             let connection = reception.listener.accept()?;
-            match self.receive_from(connection, &attempt, reception) {
+            match self.receive_from(connection, &record, reception) {
                 Ok(()) => {
                     reception.listener.close();
                     return Ok(());
@@ -84,13 +86,13 @@ impl Monitor {
     fn receive_from(
         self: &Arc<Self>,
         connection: Connection,
-        attempt: &Attempt,
+        record: &MigrationRecord,
         reception: &Reception,
     ) -> Result<(), AttemptError> {
-        let worker = self.begin_receiving()?;
+        let (worker, before) = self.begin_receiving(record)?;
+        let attempt = worker.attempt();
         let received = self.receive_into_state(connection, attempt, reception);
-        self.discard_unless_arrived();
-        drop(worker);
+        self.discard_unless_arrived(before);
         let received = received?;
         if let Some(error) = received.unconfirmed {
             complain(format_args!(
@@ -116,15 +118,20 @@ impl Monitor {
         Ok(())
     }
 
-    fn begin_receiving(&self) -> Result<MutexGuard<'_, ()>, MonitorError> {
-        *self.allowed(Call::Receive)? = State::Arriving;
-        Ok(self.worker())
+    /// Returns the state before, which follows if no guest arrives.
+    fn begin_receiving(
+        &self,
+        record: &MigrationRecord,
+    ) -> Result<(WorkerGuard, State), MonitorError> {
+        let mut state = self.allowed(Call::Receive)?;
+        let before = std::mem::replace(&mut *state, State::Arriving);
+        Ok((record.begin(), before))
     }
 
-    fn discard_unless_arrived(&self) {
+    fn discard_unless_arrived(&self, before: State) {
         let mut state = self.lock();
         if matches!(*state, State::Arriving) {
-            *state = State::Empty;
+            *state = before;
         }
     }
 
@@ -161,7 +168,9 @@ impl Monitor {
         if let (Some(control), Some(balloon)) = (machine.balloon(), &mut config.balloon) {
             balloon.size = u64::from(control.target()) * ept::PAGE_SIZE;
         }
-        *self.lock() = State::Guest(Box::new(Guest {
+        let mut state = self.lock();
+        self.report_end_again(&machine);
+        *state = State::Guest(Box::new(Guest {
             config,
             _taps: Vec::new(),
             plan: None,

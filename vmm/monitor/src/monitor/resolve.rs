@@ -26,16 +26,8 @@ impl Monitor {
     /// When it reports the end of a migration, the guest is in the state that follows from it.
     #[must_use]
     pub fn migration_progress(&self) -> Report {
-        let Some(attempt) = self.attempt() else {
-            return Report::default();
-        };
-        let report = attempt.report();
-        if report.phase.is_active() {
-            return report;
-        }
-        // The engine has ended the attempt; the worker may not have changed the state of the guest yet.
-        drop(self.worker());
-        attempt.report()
+        let record = self.migration();
+        record.map_or_else(Report::default, |record| record.report())
     }
 
     /// Cancels the migration. The guest stays at the source, as before.
@@ -44,13 +36,16 @@ impl Monitor {
     /// Returns [`MonitorError::NoMigration`] if there is none, or COMMIT was sent already.
     pub fn cancel_migration(&self) -> Result<(), MonitorError> {
         let state = self.allowed(Call::CancelMigration)?;
-        let Some(attempt) = self.attempt() else {
+        let Some(record) = self.migration() else {
             return Err(self.refused(Call::CancelMigration, &state));
         };
-        attempt.cancel().map_err(|late| MonitorError::NoMigration {
-            call: Call::CancelMigration,
-            phase: late.phase,
-        })
+        record
+            .attempt
+            .cancel()
+            .map_err(|late| MonitorError::NoMigration {
+                call: Call::CancelMigration,
+                phase: late.phase,
+            })
     }
 
     /// Resolves an unconfirmed hand-over by what a person found out. The guest returns to the state that it had when

@@ -1,7 +1,6 @@
 //! Sending the guest to another monitor.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::MutexGuard;
 use std::time::Duration;
 
 use migration::{
@@ -11,9 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::calls::Call;
 use super::migration_events::Direction;
+use super::migration_record::WorkerGuard;
 use super::state::{Sending, Stage, State, Unconfirmed};
 use super::{Monitor, MonitorError};
-use crate::machine::Live;
+use crate::machine::{Live, RunState};
 use crate::migrate::{MachineSource, Url};
 use crate::panics::panic_message;
 use crate::vcpu::GuestEnd;
@@ -73,7 +73,8 @@ impl Monitor {
     pub fn send_migration(&self, wish: &SendMigrationData) -> Result<Report, MonitorError> {
         let url: Url = wish.destination_url.parse()?;
         let options = options(wish)?;
-        let (worker, attempt, mut source) = self.begin_sending(&url)?;
+        let (worker, mut source) = self.begin_sending(&url)?;
+        let attempt = worker.attempt().clone();
         // The engine catches its own panics; this is for those of the code around it.
         let sent = catch_unwind(AssertUnwindSafe(|| {
             connect_and_send(&mut source, &url, &options, &attempt)
@@ -86,18 +87,11 @@ impl Monitor {
         });
         self.settle(source, &attempt, &sent);
         drop(worker);
-        self.tell_migration_end(&attempt, Direction::Send);
-        if sent.is_ok() {
-            self.end(GuestEnd::HandedOver);
-        }
         sent.map(|()| attempt.report())
     }
 
     /// Moves the machine out of the guest and into a source, in one step with the check that a migration is allowed.
-    fn begin_sending(
-        &self,
-        url: &Url,
-    ) -> Result<(MutexGuard<'_, ()>, Attempt, MachineSource), MonitorError> {
+    fn begin_sending(&self, url: &Url) -> Result<(WorkerGuard, MachineSource), MonitorError> {
         let mut state = self.allowed(Call::SendMigration)?;
         let refused = self.refused(Call::SendMigration, &state);
         let Some(guest) = state.guest_mut() else {
@@ -111,17 +105,18 @@ impl Monitor {
         let Some(machine) = guest.take_live() else {
             return Err(refused);
         };
-        let attempt = self.begin_attempt(Attempt::new(url.to_string()), Direction::Send);
+        let record = self.begin_attempt(Attempt::new(url.to_string()), Direction::Send);
         let (before, gauges) = (machine.run_state(), machine.gauges());
         guest.stage = Stage::Sending(Sending {
-            attempt: attempt.clone(),
+            attempt: record.attempt.clone(),
             before,
             gauges,
         });
-        Ok((self.worker(), attempt, MachineSource::new(machine)))
+        Ok((record.begin(), MachineSource::new(machine)))
     }
 
-    /// Puts the guest into the state that follows from the end of the migration.
+    /// Puts the guest into the state that follows from the end of the migration, and tells of the end in an event. Both
+    /// are one step for other calls.
     fn settle(&self, source: MachineSource, attempt: &Attempt, sent: &Result<(), MonitorError>) {
         let mut state = self.lock();
         let before = source.before();
@@ -131,32 +126,40 @@ impl Monitor {
                 // Releasing a machine takes a while, which is not the business of this call.
                 *self.departed() = machine;
                 *state = State::Vacated;
+                self.end(GuestEnd::HandedOver);
             }
-            (Err(error), machine) => {
-                let stage = match (error, machine) {
-                    (
-                        MonitorError::Send(SendError::Unconfirmed(_)),
-                        Some(Live::Paused(machine)),
-                    ) => Stage::Unconfirmed(Unconfirmed {
-                        machine,
-                        attempt: attempt.clone(),
-                        before,
-                    }),
-                    (_, Some(machine)) => machine.into(),
-                    (_, None) => {
-                        self.events.vm_because("failed", &error.to_string());
-                        Stage::Off
-                    }
-                };
-                set_stage(&mut state, stage);
+            (Err(error), Some(machine)) => {
+                self.report_end_again(&machine);
+                state.return_machine(stage_after(error, machine, attempt, before));
+            }
+            (Err(error), None) => {
+                state.return_machine(Stage::Off);
+                self.events.vm_because("failed", &error.to_string());
+                self.end(GuestEnd::Failed(error.to_string()));
             }
         }
+        let attempt = match sent {
+            // The advice of this monitor belongs to the report and to the event, too.
+            Err(error) if is_in_doubt(error) => attempt.clone().with_message(error.to_string()),
+            _ => attempt.clone(),
+        };
+        self.tell_migration_end(&attempt, Direction::Send);
     }
 }
 
-fn set_stage(state: &mut State, stage: Stage) {
-    if let Some(guest) = state.guest_mut() {
-        guest.stage = stage;
+fn is_in_doubt(error: &MonitorError) -> bool {
+    matches!(error, MonitorError::Send(error) if error.is_in_doubt())
+}
+
+/// Returns the stage of a guest that was not handed over, or perhaps was.
+fn stage_after(error: &MonitorError, machine: Live, attempt: &Attempt, before: RunState) -> Stage {
+    match machine {
+        Live::Paused(machine) if is_in_doubt(error) => Stage::Unconfirmed(Unconfirmed {
+            machine,
+            attempt: attempt.clone(),
+            before,
+        }),
+        machine => machine.into(),
     }
 }
 
@@ -167,7 +170,7 @@ fn connect_and_send(
     attempt: &Attempt,
 ) -> Result<(), MonitorError> {
     let connection = url
-        .connect()
+        .connect(|| attempt.is_cancelled())
         .inspect_err(|error| attempt.fail(error.to_string()))?;
     Ok(send(source, connection, options, attempt)?)
 }

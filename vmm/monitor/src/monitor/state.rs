@@ -55,11 +55,13 @@ pub enum StateKind {
     Sending,
     /// The guest was handed over, and the destination's confirmation was lost. The copy here is paused.
     Unconfirmed,
+    /// The monitor is ending, and has no guest.
+    Closed,
 }
 
 impl StateKind {
     /// All states.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Empty,
         Self::Vacated,
         Self::Arriving,
@@ -70,6 +72,7 @@ impl StateKind {
         Self::Off,
         Self::Sending,
         Self::Unconfirmed,
+        Self::Closed,
     ];
 }
 
@@ -81,6 +84,8 @@ pub(super) enum State {
     Vacated,
     /// A guest is being received by a worker, which owns all that has arrived.
     Arriving,
+    /// The monitor is ending, and has no guest.
+    Closed,
     /// There is a guest.
     Guest(Box<Guest>),
 }
@@ -128,6 +133,7 @@ impl State {
             Self::Empty => StateKind::Empty,
             Self::Vacated => StateKind::Vacated,
             Self::Arriving => StateKind::Arriving,
+            Self::Closed => StateKind::Closed,
             Self::Guest(guest) => guest.stage.kind(),
         }
     }
@@ -136,7 +142,7 @@ impl State {
     pub(super) fn guest(&self) -> Option<&Guest> {
         match self {
             Self::Guest(guest) => Some(guest),
-            Self::Empty | Self::Vacated | Self::Arriving => None,
+            Self::Empty | Self::Vacated | Self::Arriving | Self::Closed => None,
         }
     }
 
@@ -144,7 +150,16 @@ impl State {
     pub(super) fn guest_mut(&mut self) -> Option<&mut Guest> {
         match self {
             Self::Guest(guest) => Some(guest),
-            Self::Empty | Self::Vacated | Self::Arriving => None,
+            Self::Empty | Self::Vacated | Self::Arriving | Self::Closed => None,
+        }
+    }
+
+    /// Gives the guest of a worker its stage back. The machine is released if there is no such guest any more.
+    pub(super) fn return_machine(&mut self, stage: Stage) {
+        if let Some(guest) = self.guest_mut()
+            && matches!(guest.stage, Stage::Sending(_))
+        {
+            guest.stage = stage;
         }
     }
 
@@ -236,11 +251,15 @@ impl From<Live> for Stage {
 }
 
 impl Sending {
-    /// The engine pauses the guest for the switchover; before that it runs as it did.
+    /// The engine pauses the guest for the switchover. Before that, and after a failure, the guest is as it was.
     fn vm_state(&self) -> VmState {
-        match (self.attempt.report().phase, self.before) {
-            (Phase::Switchover | Phase::Committed, _) | (_, RunState::Paused) => VmState::Paused,
-            (_, RunState::Running) => VmState::Running,
+        let is_paused_by_engine = matches!(
+            self.attempt.report().phase,
+            Phase::Switchover | Phase::Committed | Phase::Completed | Phase::HandedOverUnconfirmed
+        );
+        match self.before {
+            RunState::Running if !is_paused_by_engine => VmState::Running,
+            RunState::Running | RunState::Paused => VmState::Paused,
         }
     }
 }

@@ -4,6 +4,6 @@
 mod guest;
 mod panics;
 mod peers;
-mod review;
+mod races;
 mod sequences;
 mod walk;

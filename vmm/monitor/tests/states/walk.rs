@@ -41,7 +41,7 @@ fn prepare(state: StateKind) -> Prepared {
     let serial = TestSerial::default();
     let monitor = launching_monitor(serial.clone());
     let mut ending: Option<Box<dyn FnOnce()>> = None;
-    if state != StateKind::Empty {
+    if !matches!(state, StateKind::Empty | StateKind::Closed) {
         monitor.create(image.config(), Vec::new()).unwrap();
     }
     let has_run = [
@@ -59,6 +59,7 @@ fn prepare(state: StateKind) -> Prepared {
     match state {
         StateKind::Empty | StateKind::Created | StateKind::Running | StateKind::Arriving => {}
         StateKind::Vacated => monitor.delete().unwrap(),
+        StateKind::Closed => monitor.end_all().unwrap(),
         StateKind::Paused => monitor.pause().unwrap(),
         StateKind::Off => monitor.shut_down().unwrap(),
         StateKind::Ended => serial.type_in(b"q"),
@@ -158,6 +159,9 @@ pub(crate) fn follows(call: Call, state: StateKind) -> StateKind {
         (Call::ShutDown, _) => StateKind::Off,
         (Call::Pause, _) => StateKind::Paused,
         (Call::Delete, StateKind::Empty) => StateKind::Empty,
+        (Call::ShutDownMonitor, StateKind::Empty | StateKind::Vacated | StateKind::Closed) => {
+            StateKind::Closed
+        }
         (Call::Delete, _) => StateKind::Vacated,
         // The guest ran when the migration began.
         (Call::ResolveMigration, _) => StateKind::Running,

@@ -3,6 +3,7 @@
 //! Plain TCP carries all guest memory unencrypted, to and from whoever connects. It is restricted to loopback until
 //! there is TLS.
 
+mod connect;
 mod connection;
 mod listener;
 mod socket_file;
@@ -107,14 +108,19 @@ mod tests {
     #[test]
     fn where_nobody_waits_the_hint_says_who_should() {
         let directory = tempfile::tempdir().unwrap();
-        let error = Url::Unix(directory.path().join("s")).connect().unwrap_err();
+        let error = Url::Unix(directory.path().join("s"))
+            .connect(|| false)
+            .unwrap_err();
         assert!(error.to_string().contains("ferry receive"), "{error}");
     }
 
     #[test]
     fn plain_tcp_stays_on_loopback() {
         let url: Url = "tcp:192.0.2.1:4000".parse().unwrap();
-        assert!(matches!(url.connect(), Err(EndpointError::NotLoopback(_))));
+        assert!(matches!(
+            url.connect(|| false),
+            Err(EndpointError::NotLoopback(_))
+        ));
         assert!(matches!(url.listen(), Err(EndpointError::NotLoopback(_))));
         let any: Url = "tcp:0.0.0.0:0".parse().unwrap();
         assert!(matches!(any.listen(), Err(EndpointError::NotLoopback(_))));
@@ -125,7 +131,7 @@ mod tests {
         let listener = "tcp:127.0.0.1:0".parse::<Url>().unwrap().listen().unwrap();
         let url = listener.url().unwrap();
         let (Connection::Tcp(mut near), Connection::Tcp(mut far)) =
-            (url.connect().unwrap(), listener.accept().unwrap())
+            (url.connect(|| false).unwrap(), listener.accept().unwrap())
         else {
             panic!("a TCP address connects by TCP");
         };
@@ -143,7 +149,10 @@ mod tests {
         let listener = url.listen().unwrap();
         let error = url.listen().unwrap_err().to_string();
         assert!(error.contains("in use"), "{error}");
-        assert!(url.connect().is_ok(), "the first listener is unharmed");
+        assert!(
+            url.connect(|| false).is_ok(),
+            "the first listener is unharmed"
+        );
         // Closed, its path is free for another one, which it then leaves alone.
         listener.close();
         assert!(!path.exists(), "a listener leaves no socket behind");

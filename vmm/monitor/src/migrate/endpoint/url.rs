@@ -2,16 +2,18 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::net::SocketAddrUnix;
+
+use super::connect;
 use super::{Connection, EndpointError, Listener, listen_unix};
 use crate::socket_path::check_socket_path;
 
-/// Maximum time for a TCP connection to be established.
+/// Maximum time for a connection to be established.
 const CONNECT_LIMIT: Duration = Duration::from_secs(8);
 
 pub(super) const CONNECTING: &str = "connecting to";
@@ -56,15 +58,19 @@ fn has_port(address: &str) -> bool {
 }
 
 impl Url {
-    /// Connects to a destination.
+    /// Connects to a destination. Gives up when `is_cancelled` returns true, which is asked several times a second.
     ///
     /// # Errors
     /// Returns [`EndpointError::NotLoopback`] for TCP beyond this host, and [`EndpointError::Io`] if no process listens
-    /// on the address.
-    pub fn connect(&self) -> Result<Connection, EndpointError> {
+    /// on the address, or does not accept the connection within 8 seconds.
+    pub fn connect(&self, is_cancelled: impl Fn() -> bool) -> Result<Connection, EndpointError> {
+        let deadline = Instant::now() + CONNECT_LIMIT;
         let connection = match self {
-            Self::Unix(path) => UnixStream::connect(path).map(Connection::Unix),
-            Self::Tcp(address) => connect_tcp(&loopback(address)?).map(Connection::Tcp),
+            Self::Unix(path) => SocketAddrUnix::new(path)
+                .map_err(io::Error::from)
+                .and_then(|address| connect::connect(&address, deadline, &is_cancelled))
+                .map(|socket| Connection::Unix(socket.into())),
+            Self::Tcp(address) => connect_tcp(&loopback(address)?, deadline, &is_cancelled),
         };
         connection.map_err(|source| self.failed(CONNECTING, source))
     }
@@ -96,11 +102,15 @@ impl Url {
     }
 }
 
-fn connect_tcp(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
+fn connect_tcp(
+    addresses: &[SocketAddr],
+    deadline: Instant,
+    is_cancelled: &impl Fn() -> bool,
+) -> io::Result<Connection> {
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for address in addresses {
-        match TcpStream::connect_timeout(address, CONNECT_LIMIT) {
-            Ok(stream) => return Ok(stream),
+        match connect::connect(address, deadline, is_cancelled) {
+            Ok(socket) => return Ok(Connection::Tcp(socket.into())),
             Err(error) => last = error,
         }
     }
