@@ -21,7 +21,8 @@ use crate::tracker::Tracker;
 ///   the region's guest address before it maps the memory.
 /// - `TrackerBitmap::with_len`, of vm-memory's `NewBitmap`, makes a bitmap with its own bits. vm-memory calls it in
 ///   `MmapRegion::build`, `GuestRegionMmap::from_range` and `GuestMemoryMmap::from_ranges`. After the monitor has placed
-///   the region, [`TrackerBitmap::attach`] makes the bitmap a view of the tracker and marks there what was marked before.
+///   the region, [`TrackerBitmap::attach`] makes the bitmap a view of the tracker and marks there what was marked before:
+///   `(**region).bitmap().attach(&tracker, start, source)`, where `region` is a `&GuestRegionMmap<TrackerBitmap>`.
 ///
 /// Clones share their bits and the tracker. A slice borrows the bitmap, so that vm-memory can make one for each access at
 /// no cost.

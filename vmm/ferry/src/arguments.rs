@@ -104,7 +104,7 @@ Examples:
       --cmdline 'console=ttyS0 root=/dev/vda1' --disk vhost_user=on,socket=/run/disk.sock
   ferry run --kernel guest.elf --cpus 2 --memory 1G,hugepages=on --api-socket /run/guest.sock
   ferry run --config guest.json --api-socket /run/guest.sock
-  ferry run --api-socket /run/guest.sock --event-monitor path=/run/guest.events
+  ferry run --api-socket /run/guest.sock --event-monitor /run/guest.events
 
 The kernel is an ELF image with a PVH note, a vmlinux or a bzImage. With --api-socket and no
 guest, ferry waits for the API calls vm.create and vm.boot.

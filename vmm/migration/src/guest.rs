@@ -54,6 +54,8 @@ pub trait SourceGuest {
     /// missing if the dirty log has it. If digests are compared there is a second call, while the guest is paused.
     /// The ranges are page-aligned, ascending and disjoint.
     ///
+    /// A populated page that is left out is lost: the destination has zeros there.
+    ///
     /// The default returns all memory, which is right but slow for a large guest that has used little of it: reading
     /// an unpopulated page populates it.
     ///
@@ -117,7 +119,8 @@ pub trait SourceGuest {
     /// [`Self::stop_log`] and [`Self::pause`] end it.
     ///
     /// vCPUs run. Called between rounds, each time with a higher value. The default does nothing, which is right if
-    /// the monitor cannot throttle: the rounds then converge later or not at all.
+    /// the monitor cannot throttle: the rounds then converge later or not at all. Set
+    /// [`Limits::throttle_max`](crate::Limits::throttle_max) to 0 then, or the report shows a throttle that does not exist.
     ///
     /// # Errors
     /// Returns why the vCPUs cannot be throttled.

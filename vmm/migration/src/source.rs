@@ -68,8 +68,9 @@ const REASON_LIMIT: Duration = Duration::from_secs(1);
 /// for as long as the migration runs.
 ///
 /// # Errors
-/// Returns [`SendError`] if the guest was not handed over. Except for [`SendError::Unconfirmed`] it is as it was
-/// before: logging and throttling are off, and the guest runs again if it was paused.
+/// Returns [`SendError`] if the guest was not handed over. It is as it was before (logging and
+/// throttling are off, and it runs again if it was paused), except for [`SendError::Unconfirmed`] and
+/// [`SendError::Twice`].
 pub fn send<G: SourceGuest>(
     guest: &mut G,
     stream: impl Stream,
@@ -584,9 +585,10 @@ impl<'a, G: SourceGuest> Sender<'a, G> {
     }
 
     fn populated(&self) -> Result<Vec<GpaRange>> {
-        self.guest
-            .populated()
-            .map_err(guest_error("finding populated memory"))
+        let finding = guest_error("finding populated memory");
+        let populated = self.guest.populated().map_err(&finding)?;
+        check_populated(&populated, &self.memory).map_err(|why| finding(why.into()))?;
+        Ok(populated)
     }
 
     fn enter(&self, phase: Phase, limit: Option<Duration>) {
@@ -639,4 +641,38 @@ fn chunks(memory: &[GpaRange]) -> Vec<GpaRange> {
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+/// Checks that `populated` is ascending and disjoint, and lies in `memory`.
+fn check_populated(populated: &[GpaRange], memory: &[GpaRange]) -> std::result::Result<(), String> {
+    for (index, range) in populated.iter().enumerate() {
+        let before = index.checked_sub(1).map(|before| populated[before]);
+        if before.is_some_and(|before| before.end_page() > range.first_page()) {
+            return Err(format!("{range:?} is not above the range before it"));
+        }
+        if !memory.iter().any(|part| part.covers(range)) {
+            return Err(format!("{range:?} is not in guest memory"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn populated_ranges_must_be_in_order_and_in_memory() {
+        let range = |first, pages| GpaRange::from_pages(first, pages).unwrap();
+        let memory = [range(0, 16), range(32, 16)];
+        check_populated(&[], &memory).unwrap();
+        check_populated(&[range(0, 4), range(4, 2), range(32, 16)], &memory).unwrap();
+        for (populated, why) in [
+            ([range(8, 4), range(4, 2)], "not above"),
+            ([range(0, 4), range(3, 2)], "not above"),
+            ([range(0, 4), range(14, 4)], "not in guest memory"),
+        ] {
+            let error = check_populated(&populated, &memory).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+    }
 }

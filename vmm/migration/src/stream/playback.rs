@@ -11,6 +11,9 @@ use super::{Halves, Stream};
 /// A stream that [`Recording`](super::Recording) has written, for [`receive`](crate::receive) to read. What the
 /// destination replies is discarded.
 ///
+/// Each playback makes one more copy of the guest, which the engine cannot know of: play a recording back once, or give
+/// each copy another identity.
+///
 /// A recording that is incomplete is refused before anything runs, because COMMIT is its last frame. A read that
 /// hangs in the file system cannot be interrupted: deadlines and cancels take effect after it.
 #[derive(Debug)]

@@ -74,7 +74,9 @@ impl Monitor {
                     return Ok(());
                 }
                 Err(error) => {
-                    complain(format_args!("no guest was received: {error}"));
+                    complain(format_args!(
+                        "no guest was received: {error}; still waiting on {url}"
+                    ));
                     attempt.fail(error.to_string());
                     self.tell_migration_end(&attempt, Direction::Receive);
                     next = Attempt::arriving(url.as_str()).with_message(error.to_string());
