@@ -97,7 +97,7 @@ impl Interrupt {
             .store(USED_BUFFER, Ordering::SeqCst);
     }
 
-    /// Returns the eventfd of the line, for another process that raises it.
+    /// Returns the eventfd of the interrupt line, for a back end in another process that raises the interrupt.
     pub(super) fn line(&self) -> &EventFd {
         &self.inner.line
     }

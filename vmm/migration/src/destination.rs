@@ -223,14 +223,14 @@ struct Receiver<'a, G> {
     arrival: Arrival,
 }
 
-/// What becomes of the guest if the engine panics now.
+/// Where the guest is if the engine panics.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fate {
-    /// It never runs here.
+    /// The guest is at the source: it cannot run here before COMMIT.
     Discarded,
-    /// It may run here: a method that runs it, or is told of it, has been called.
+    /// The guest may run here: `taken_over` or `resume` was called and has not returned.
     InDoubt,
-    /// It is here.
+    /// The guest is here: `resume` has returned.
     Here,
 }
 

@@ -164,9 +164,9 @@ enum Pausing {
 /// Whether the destination may have COMMIT.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Commit {
-    /// It cannot have it.
+    /// No byte of COMMIT has been written.
     NotSent,
-    /// It may have it.
+    /// A byte of COMMIT may have been written.
     MayHaveLeft,
 }
 

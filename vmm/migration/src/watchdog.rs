@@ -252,12 +252,12 @@ fn is_under_way(count: u64) -> bool {
 pub(crate) struct Timer(Option<(Arc<Shared>, Shutdown)>);
 
 impl Timer {
-    /// A message begins.
+    /// Starts the deadline of a message.
     pub(crate) fn begin(&self) {
         self.count(1);
     }
 
-    /// The message has ended.
+    /// Stops the deadline of the current message.
     pub(crate) fn end(&self) {
         self.count(0);
     }

@@ -71,6 +71,11 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         match part {
             ("path", value) => disk.path = Some(value.into()),
             ("image_type", "raw") => disk.image_type = Some(ImageType::Raw),
+            ("image_type", value) => {
+                return Err(format!(
+                    "image_type={value}: only raw images are supported; convert the image with `qemu-img convert -O raw`"
+                ));
+            }
             ("readonly", value) => disk.readonly = parse_switch(text, value)?,
             ("id", value) => disk.id = Some(value.into()),
             ("vhost_user", value) => disk.vhost_user = parse_switch(text, value)?,
@@ -298,6 +303,10 @@ mod tests {
             (
                 parse_disk(&format!("vhost_user=on,socket=/{}", "x".repeat(107))).unwrap_err(),
                 "107 bytes",
+            ),
+            (
+                parse_disk("path=/d,image_type=qcow2").unwrap_err(),
+                "only raw images",
             ),
             (parse_disk("path=/d,direct=on").unwrap_err(), "direct"),
             (parse_disk("path=/d,bw_burst=1").unwrap_err(), "bw_burst"),

@@ -57,7 +57,10 @@ pub enum WireError {
         offset: u64,
     },
     /// A frame has a tag that this version does not know.
-    #[error("frame {sequence} at offset {offset}: unknown tag {found:#x}")]
+    #[error(
+        "frame {sequence} at offset {offset}: unknown tag {found:#x}{}",
+        if *sequence == 0 { "; is the other side a migration of the same kind?" } else { "" }
+    )]
     UnknownTag {
         /// Number of the frame.
         sequence: u32,

@@ -86,7 +86,7 @@ pub(super) enum State {
     Arriving,
     /// The monitor is ending, and has no guest.
     Closed,
-    /// There is a guest.
+    /// A guest is defined: created, received, or switched off.
     Guest(Box<Guest>),
 }
 
