@@ -65,8 +65,10 @@ impl Monitor {
     pub fn interrupt(&self) {
         self.cancel_and_wait();
         let mut state = self.lock();
+        let record = self.migration();
+        let committed = record.is_some_and(|record| record.attempt.is_committed());
         match state.kind() {
-            StateKind::Sending | StateKind::Unconfirmed => self.end(GuestEnd::Failed(
+            StateKind::Sending | StateKind::Unconfirmed if committed => self.end(GuestEnd::Failed(
                 "ended while the hand-over was unconfirmed: the guest may run at the destination, \
                  the copy here is gone"
                     .into(),
