@@ -2,8 +2,7 @@
 //!
 //! `examples/record_guest.rs` writes such a file. A file is added when the format changes, and none is ever replaced.
 
-use std::fs::File;
-use std::path::Path;
+use std::io::{Seek, Write};
 use std::sync::Arc;
 
 use devices::virtio::VirtioSnapshot;
@@ -56,20 +55,21 @@ impl DestinationGuest for Reader {
     }
 }
 
-fn read(name: &str) -> Reader {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/recordings")
-        .join(name);
-    let playback = Playback::new(File::open(path).unwrap());
+/// Reads a recorded stream, which is part of the test program: the lab has no source tree.
+fn read(recording: &[u8]) -> Reader {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(recording).unwrap();
+    file.rewind().unwrap();
     let mut reader = Reader::default();
-    let attempt = Attempt::arriving(name);
-    receive(&mut reader, playback, &ReceiveOptions::default(), &attempt).unwrap();
+    let attempt = Attempt::arriving("a recording");
+    let options = ReceiveOptions::default();
+    receive(&mut reader, Playback::new(file), &options, &attempt).unwrap();
     reader
 }
 
 #[test]
 fn a_guest_recorded_in_stream_version_2_is_read() {
-    let reader = read("v2-hello.ferry");
+    let reader = read(include_bytes!("../../tests/recordings/v2-hello.ferry"));
     let description = reader.description.unwrap();
     assert_eq!((description.cpus, description.memory_bytes()), (2, 4 << 20));
     let here = [
